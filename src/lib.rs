@@ -1,0 +1,32 @@
+//! The lock daemon of libvirt: it holds the locks on the disks of virtual machines, so that two
+//! machines never write one disk, and so that libvirtd can restart without losing them.
+//!
+//! The map, from the top down; a module uses only what stands below it.
+//!
+//! * `main.rs`, [`cli`], [`config`]: options, `virtlockd.conf`, the order of a start.
+//! * [`server`]: the reactor, one state machine a connection, the two programs it serves, and the
+//!   killing of owners that leave while they hold locks.
+//! * [`restart`]: the state that outlives a process image, and how it is passed on.
+//! * [`locks`]: who holds what. It knows owners and files; sockets and bytes are not its business.
+//! * [`wire`]: bytes to messages and back. No input or output, no state.
+//! * [`host`]: what a Unix daemon owes its host. The only place with `unsafe`.
+
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod cli;
+pub mod config;
+pub mod host;
+pub mod locks;
+pub mod restart;
+pub mod server;
+pub mod wire;

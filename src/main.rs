@@ -1,0 +1,4 @@
+//! The program: options, configuration, start, run.
+#![forbid(unsafe_code)]
+
+fn main() {}
