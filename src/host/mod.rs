@@ -1,2 +1,11 @@
-//! What a Unix daemon owes its host: the system calls, and the only place with `unsafe`.
+//! What a Unix daemon owes its host: thin, safe faces of the system calls, one idea a file.
+//! The only place in the crate that may use `unsafe`.
 #![allow(unsafe_code)]
+
+pub mod clock;
+pub mod errno;
+pub mod file;
+pub mod process;
+pub mod signals;
+pub mod stream;
+pub mod timer;

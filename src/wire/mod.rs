@@ -1,2 +1,13 @@
-//! Placeholder.
+//! Bytes to messages and back, for the two UNIX sockets of the daemon.
+//!
+//! Nothing here reads or writes a descriptor or remembers anything. Decoding borrows from the
+//! buffer the bytes were read into; encoding appends to a buffer the caller keeps. `wire.md`
+//! (the specification that this project was started from) is the source of every number.
 #![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod error;
+pub mod frame;
+pub mod keepalive;
+pub mod lock;
+pub mod xdr;

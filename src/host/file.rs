@@ -1,0 +1,236 @@
+//! Files as the lock table needs them: opened without waiting, locked with open-file-description
+//! locks, told apart by device and inode.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
+use nix::sys::stat::{self, FileStat, Mode, SFlag};
+use nix::unistd::{self, UnlinkatFlags};
+
+/// Which file it is, whatever its name (stat(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct FileIdentity {
+    /// Its device number.
+    pub device: u64,
+    /// Its inode number.
+    pub inode: u64,
+}
+
+impl From<FileStat> for FileIdentity {
+    fn from(stat: FileStat) -> FileIdentity {
+        FileIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
+}
+
+/// Identity and type of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileInformation {
+    /// Which file it is.
+    pub identity: FileIdentity,
+    /// Whether it is a directory.
+    pub is_directory: bool,
+}
+
+fn information(stat: FileStat) -> FileInformation {
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    FileInformation {
+        identity: stat.into(),
+        is_directory: kind == SFlag::S_IFDIR,
+    }
+}
+
+/// Where the path of a call starts, and whether it may lead elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// An ordinary path: absolute, or relative to the daemon's working directory.
+    Anywhere,
+    /// Below this directory: a path that leaves it, be it over `..` or a symbolic link, fails with
+    /// EXDEV (RESOLVE_BENEATH, openat2(2)).
+    Beneath(BorrowedFd<'a>),
+}
+
+/// The mode of files that the daemon makes.
+const MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
+
+/// Opens without ever waiting: not for the other end of a FIFO, not for a lease to be given back.
+fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    match start {
+        Start::Anywhere => fcntl::open(path, flags, MODE),
+        Start::Beneath(directory) => {
+            let mode = if flags.contains(OFlag::O_CREAT) {
+                MODE
+            } else {
+                Mode::empty()
+            };
+            let how = OpenHow::new()
+                .flags(flags)
+                .mode(mode)
+                .resolve(ResolveFlag::RESOLVE_BENEATH);
+            // EAGAIN: something was renamed meanwhile, and the kernel could not be sure.
+            let mut tries = 0u8;
+            loop {
+                match fcntl::openat2(directory, path, how) {
+                    Err(Errno::EAGAIN) if tries < 16 => tries = tries.saturating_add(1),
+                    result => return result,
+                }
+            }
+        }
+    }
+}
+
+/// Opens a file for reading and writing, as a write lock needs.
+pub fn open_existing(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(start, path, OFlag::O_RDWR)
+}
+
+/// Opens a file for reading and writing and makes it if it is missing.
+pub fn open_or_create(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(start, path, OFlag::O_RDWR | OFlag::O_CREAT)
+}
+
+/// Makes a file and opens it. EEXIST if there is one.
+pub fn create(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(start, path, OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL)
+}
+
+/// A handle on the file itself, without opening it: it can be asked for its identity, and closing
+/// it drops no lock (open(2), O_PATH).
+pub fn handle(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(start, path, OFlag::O_PATH)
+}
+
+/// Opens the file behind a handle, whatever its path leads to by now.
+pub fn open_handle(handle: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
+    open(Start::Anywhere, path.as_bytes(), OFlag::O_RDWR)
+}
+
+/// A handle on a directory, to start paths from.
+pub fn open_directory(path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(Start::Anywhere, path, OFlag::O_PATH | OFlag::O_DIRECTORY)
+}
+
+/// A handle on a directory below another one.
+fn open_directory_beneath(start: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(
+        Start::Beneath(start),
+        path,
+        OFlag::O_PATH | OFlag::O_DIRECTORY,
+    )
+}
+
+/// Which file a descriptor is of.
+pub fn identity(file: &OwnedFd) -> Result<FileIdentity, Errno> {
+    stat::fstat(file).map(FileIdentity::from)
+}
+
+/// What a path leads to now.
+pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> {
+    match start {
+        Start::Anywhere => stat::stat(path).map(information),
+        Start::Beneath(_) => stat::fstat(handle(start, path)?).map(information),
+    }
+}
+
+/// Removes a name. Of a symbolic link, the link.
+pub fn unlink(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
+    match start {
+        Start::Anywhere => unistd::unlink(path),
+        Start::Beneath(directory) => {
+            let split = path.iter().rposition(|byte| *byte == b'/');
+            let (parent, name) = match split.and_then(|at| path.split_at_checked(at)) {
+                None => return unistd::unlinkat(directory, path, UnlinkatFlags::NoRemoveDir),
+                Some((parent, name)) => (parent, name.strip_prefix(b"/").unwrap_or(name)),
+            };
+            let parent = open_directory_beneath(directory, parent)?;
+            unistd::unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir)
+        }
+    }
+}
+
+/// Whose lock stands in the way of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Conflict {
+    /// Nobody's.
+    None,
+    /// A POSIX record lock of this process.
+    Process(i32),
+    /// An open-file-description lock: the kernel does not say whose.
+    OpenFile,
+}
+
+/// Kinds of lock on byte 0 of a file (fcntl(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockType {
+    /// Several may hold it.
+    Read,
+    /// One may hold it.
+    Write,
+    /// None.
+    Unlock,
+}
+
+/// Byte 0, one byte: where the reference daemon puts its locks.
+fn region(kind: LockType) -> libc::flock {
+    let kind = match kind {
+        LockType::Read => libc::F_RDLCK,
+        LockType::Write => libc::F_WRLCK,
+        LockType::Unlock => libc::F_UNLCK,
+    };
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 1,
+        // The kernel wants 0 here for open-file-description locks.
+        l_pid: 0,
+    }
+}
+
+/// Sets the open file's lock, or changes it. EAGAIN when somebody else's stands in the way.
+pub fn lock_open_file(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
+    fcntl::fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind))).map(drop)
+}
+
+/// Sets this process's POSIX lock on the file, or changes it.
+pub fn lock_process(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
+    fcntl::fcntl(file, FcntlArg::F_SETLK(&region(kind))).map(drop)
+}
+
+/// Who would stand in the way of this open file's lock.
+pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
+    let mut found = region(kind);
+    fcntl::fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    Ok(if found.l_type == libc::F_UNLCK as i16 {
+        Conflict::None
+    } else if found.l_pid > 0 {
+        Conflict::Process(found.l_pid)
+    } else {
+        Conflict::OpenFile
+    })
+}
+
+/// Sets or clears close-on-exec.
+pub fn set_close_on_exec(file: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
+    let flags = if on {
+        fcntl::FdFlag::FD_CLOEXEC
+    } else {
+        fcntl::FdFlag::empty()
+    };
+    fcntl::fcntl(file, FcntlArg::F_SETFD(flags)).map(drop)
+}
+
+/// Takes over a descriptor that the previous image of this process left open under `number`.
+/// EBADF if it is not open.
+pub fn adopt(number: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_GETFD takes a number and answers EBADF if nothing is open there.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: it is open, and the caller adopts each number of the state it was given once; no
+    // other part of this young process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

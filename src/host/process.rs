@@ -1,0 +1,125 @@
+//! Other processes, through pidfds: a pidfd means one process for ever, whatever happens to its
+//! number (pidfd_open(2)).
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+/// A process that cannot be confused with a later one of the same number.
+#[derive(Debug)]
+pub struct Process {
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    /// The process behind a pidfd that the kernel gave us.
+    pub fn from_pidfd(pidfd: OwnedFd) -> Process {
+        Process { pidfd }
+    }
+
+    /// The process that has the number `pid` now, unless it started at another time than
+    /// `start_time` (see [`start_time`]): then the one meant is gone, as it is with ESRCH.
+    pub fn open(pid: i32, start_time_then: u64) -> Result<Process, Errno> {
+        let process = Process::open_any(pid)?;
+        // Read after the pidfd is open: if the number had been taken over before, this shows it,
+        // and afterwards the pidfd cannot change its meaning.
+        match start_time(pid) {
+            Some(now) if now == start_time_then => Ok(process),
+            _ => Err(Errno::ESRCH),
+        }
+    }
+
+    /// The process that has the number `pid` now.
+    pub fn open_any(pid: i32) -> Result<Process, Errno> {
+        // SAFETY: pidfd_open(2) takes two integers and touches no memory of ours.
+        let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        let descriptor = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
+        // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        Ok(Process { pidfd })
+    }
+
+    /// Whether the process has ended. One that its parent has not reaped yet counts as dead: it
+    /// runs no code and has no open file.
+    pub fn is_dead(&self) -> bool {
+        let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1))
+    }
+
+    /// Sends a signal. ESRCH when the process has been reaped.
+    pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
+        // SAFETY: a null siginfo is allowed (pidfd_send_signal(2)); nothing else is a pointer.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal as i32,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        Errno::result(result).map(drop)
+    }
+
+    /// The descriptor: readable once the process is dead.
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+}
+
+/// When a process started, in clock ticks since boot (`/proc/PID/stat`, field 22; proc(5)).
+/// `None` if there is no such process or it cannot be seen.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parse_start_time(&stat)
+}
+
+fn parse_start_time(stat: &[u8]) -> Option<u64> {
+    // The second field is the program's name in parentheses, which may hold blanks and
+    // parentheses itself: count from the last one.
+    let end_of_name = stat.iter().rposition(|byte| *byte == b')')?;
+    let after_name = std::str::from_utf8(stat.get(end_of_name..)?).ok()?;
+    after_name.split_ascii_whitespace().nth(20)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    fn own_pid() -> i32 {
+        i32::try_from(std::process::id()).unwrap()
+    }
+
+    #[test]
+    fn the_start_time_survives_a_hostile_program_name() {
+        let stat = b"7 (a) S 1 (b c) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
+        assert_eq!(parse_start_time(stat), Some(4711));
+        assert_eq!(parse_start_time(b"7 (cut"), None);
+    }
+
+    #[test]
+    fn a_recycled_number_is_not_the_process_that_was_meant() {
+        let start = start_time(own_pid()).unwrap();
+        assert!(Process::open(own_pid(), start).is_ok());
+        assert_eq!(
+            Process::open(own_pid(), start + 1).err(),
+            Some(Errno::ESRCH)
+        );
+    }
+
+    #[test]
+    fn a_killed_process_is_dead_before_its_parent_reaps_it() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let process = Process::open_any(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(!process.is_dead());
+        process.signal(Signal::SIGKILL).unwrap();
+        let mut polled = [PollFd::new(process.pidfd().as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::from(10_000u16)).unwrap();
+        assert!(process.is_dead());
+        child.wait().unwrap();
+        assert_eq!(process.signal(Signal::SIGKILL), Err(Errno::ESRCH));
+    }
+}

@@ -1,0 +1,226 @@
+//! UNIX stream sockets: accept, read with passed descriptors, write, and who the peer is.
+//! Nothing here waits.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{self, MsgFlags, SockFlag, sockopt};
+
+use super::process::Process;
+
+/// The process that called connect(), as the kernel noted it then (SO_PEERCRED, unix(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Peer {
+    /// Its process id, 0 if it cannot be seen from this pid namespace.
+    pub pid: i32,
+    /// Its effective user id.
+    pub uid: u32,
+    /// Its effective group id.
+    pub gid: u32,
+}
+
+/// The next waiting connection, non-blocking and close-on-exec. EAGAIN when there is none.
+pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let descriptor = socket::accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: accept4 succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Who is at the other end.
+pub fn peer(socket: &OwnedFd) -> Result<Peer, Errno> {
+    let credentials = socket::getsockopt(socket, sockopt::PeerCredentials)?;
+    Ok(Peer {
+        pid: credentials.pid(),
+        uid: credentials.uid(),
+        gid: credentials.gid(),
+    })
+}
+
+/// The process at the other end, whatever became of its number since (SO_PEERPIDFD, Linux 6.5).
+/// ESRCH or EINVAL when it has been reaped, ENOPROTOOPT on an older kernel.
+pub fn peer_process(socket: &OwnedFd) -> Result<Process, Errno> {
+    socket::getsockopt(socket, sockopt::PeerPidfd).map(Process::from_pidfd)
+}
+
+/// Whether this kernel knows SO_PEERPIDFD.
+pub fn peer_process_is_known() -> bool {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let pair = socket::socketpair(
+        socket::AddressFamily::Unix,
+        socket::SockType::Stream,
+        None,
+        flags,
+    );
+    pair.is_ok_and(|(ours, _theirs)| peer_process(&ours).is_ok())
+}
+
+/// What one read brought.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes read; 0 at the end of the stream.
+    pub bytes: usize,
+    /// Whether descriptors came with the last of these bytes. They are closed already: no
+    /// procedure of this daemon uses any, and only their arrival is part of the protocol.
+    pub descriptors: bool,
+}
+
+const DESCRIPTOR: usize = size_of::<RawFd>();
+
+/// Room for the control message of one descriptor. The kernel drops what does not fit.
+#[repr(C, align(8))]
+struct Control([u8; 24]);
+
+/// Reads what is there, at most `buffer`, and collects passed descriptors. A read never goes past
+/// the bytes that a descriptor was sent with (unix(7)), so one mark for the last byte is enough.
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, Errno> {
+    let mut control = Control([0; 24]);
+    let mut vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zero is a valid msghdr (null pointers with zero lengths).
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>() as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: `message` points at `vector` and `control`, both alive and of the stated sizes, and
+    // `vector` at `buffer`, borrowed mutably for the call.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+    let bytes = usize::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
+    if message.msg_controllen == 0 {
+        return Ok(Received {
+            bytes,
+            descriptors: false,
+        });
+    }
+    Ok(Received {
+        bytes,
+        descriptors: close_passed(&message),
+    })
+}
+
+/// Closes the descriptors that came with `message`; whether there were any.
+fn close_passed(message: &libc::msghdr) -> bool {
+    let mut any = false;
+    // SAFETY: the kernel filled in `message`; the CMSG macros walk its control buffer, which is
+    // alive, and yield null at its end.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while !header.is_null() {
+        // SAFETY: not null, so it points at a header inside the control buffer.
+        let (level, kind, length) = unsafe {
+            (
+                (*header).cmsg_level,
+                (*header).cmsg_type,
+                (*header).cmsg_len as usize,
+            )
+        };
+        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+            // SAFETY: only computes how long a header is.
+            let head = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = length.saturating_sub(head) / DESCRIPTOR;
+            // SAFETY: `header` is a control message in the buffer; this points behind its header.
+            let data = unsafe { libc::CMSG_DATA(header) };
+            for position in 0..count {
+                // SAFETY: the kernel wrote `count` descriptors there; each is new and ours.
+                let passed = unsafe {
+                    OwnedFd::from_raw_fd(data.cast::<RawFd>().add(position).read_unaligned())
+                };
+                drop(passed);
+                any = true;
+            }
+        }
+        // SAFETY: `header` is a control message of `message`, as CMSG_NXTHDR wants.
+        header = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
+    any
+}
+
+/// Writes what the socket takes now.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+    socket::send(
+        socket.as_raw_fd(),
+        bytes,
+        MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, ControlMessage, SockType, sendmsg, socketpair};
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(
+            AddressFamily::Unix,
+            SockType::Stream,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap()
+    }
+
+    fn open_descriptors() -> usize {
+        std::fs::read_dir("/proc/self/fd").unwrap().count()
+    }
+
+    fn pass(socket: &OwnedFd, bytes: &[u8], descriptors: &[RawFd]) {
+        let control = [ControlMessage::ScmRights(descriptors)];
+        let vector = [IoSlice::new(bytes)];
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &vector,
+            &control,
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn a_read_stops_behind_the_bytes_that_a_descriptor_came_with() {
+        let (ours, theirs) = pair();
+        send(theirs.as_fd(), b"frame").unwrap();
+        pass(&theirs, b"\0", &[0]);
+        send(theirs.as_fd(), b"next").unwrap();
+        let mut buffer = [0; 64];
+        let first = receive(ours.as_fd(), &mut buffer).unwrap();
+        assert_eq!((first.bytes, first.descriptors), (6, true));
+        let second = receive(ours.as_fd(), &mut buffer).unwrap();
+        assert_eq!((second.bytes, second.descriptors), (4, false));
+        assert_eq!(
+            receive(ours.as_fd(), &mut buffer).err(),
+            Some(Errno::EAGAIN)
+        );
+    }
+
+    #[test]
+    fn no_passed_descriptor_stays_open_however_many_come() {
+        let (ours, theirs) = pair();
+        let before = open_descriptors();
+        pass(&theirs, b"x", &[0; 253]);
+        let received = receive(ours.as_fd(), &mut [0; 8]).unwrap();
+        assert!(received.descriptors);
+        // Other tests of this process open descriptors too: look again until the count fits.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while open_descriptors() > before + 100 {
+            assert!(std::time::Instant::now() < deadline, "descriptors leaked");
+        }
+    }
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (ours, _theirs) = pair();
+        assert_eq!(
+            peer(&ours).unwrap().pid,
+            i32::try_from(std::process::id()).unwrap()
+        );
+        if peer_process_is_known() {
+            assert!(!peer_process(&ours).unwrap().is_dead());
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The keeper of the locks: what the table decides is done to the files, and what the files say is
+//! entered in the table. Nothing above this module opens, locks or removes a file.
+
+use std::collections::BTreeSet;
+
+use nix::errno::Errno;
+
+use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
+use super::lockspace::{self, NotMade};
+use super::place::{Place, Unreachable};
+use super::table::{
+    Decision, Ended, Granted, Mode, NotReleased, Owner, Pid, Released, Resource, ResourceId, Table,
+};
+use crate::host::file;
+
+/// All lockspaces and all held resources.
+#[derive(Debug, Default)]
+pub struct Keeper {
+    table: Table<Lease>,
+    lockspaces: BTreeSet<Box<[u8]>>,
+    /// How many leases are POSIX locks: while there are any, files are looked at before they are
+    /// opened.
+    process_locks: usize,
+}
+
+/// What an acquire did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// A file was locked.
+    Granted(ResourceId),
+    /// One more holding of a shared resource.
+    Joined(ResourceId),
+}
+
+/// Why a call on a resource was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such lockspace.
+    NoLockspace,
+    /// The resource is held, here or by another process.
+    Busy,
+    /// The file is held as this other resource.
+    HeldAs(ResourceId),
+    /// The name leaves the lockspace's directory.
+    Leaves,
+    /// Files of the default lockspace are disks: they are not deleted.
+    DefaultLockspace,
+    /// The file could not be opened, made or removed.
+    File(Errno),
+    /// The file could not be locked.
+    Lock(Errno),
+}
+
+impl From<Unreachable> for Refusal {
+    fn from(reason: Unreachable) -> Refusal {
+        match reason {
+            Unreachable::Leaves => Refusal::Leaves,
+            Unreachable::System(errno) => Refusal::File(errno),
+        }
+    }
+}
+
+impl Keeper {
+    /// A keeper of nothing but the default lockspace.
+    pub fn new() -> Keeper {
+        Keeper::default()
+    }
+
+    /// What is held, to look at.
+    pub fn table(&self) -> &Table<Lease> {
+        &self.table
+    }
+
+    /// The directories of the lockspaces, the default one not among them.
+    pub fn lockspaces(&self) -> impl Iterator<Item = &[u8]> {
+        self.lockspaces.iter().map(|directory| &**directory)
+    }
+
+    /// Whether there is such a lockspace. The default one, with the empty path, always is.
+    pub fn has_lockspace(&self, directory: &[u8]) -> bool {
+        directory.is_empty() || self.lockspaces.contains(directory)
+    }
+
+    /// Makes a lockspace and, if it is missing, its directory.
+    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+        lockspace::make_directory(directory)?;
+        self.add_lockspace(directory);
+        Ok(())
+    }
+
+    /// Enters a lockspace whose directory is known to be there.
+    pub fn add_lockspace(&mut self, directory: &[u8]) {
+        self.lockspaces.insert(directory.into());
+    }
+
+    /// Whether an acquire in an unknown lockspace may open it: libvirt makes its lockspaces only
+    /// once, when libvirtd starts, and a daemon that started later must serve it all the same.
+    pub fn can_open_lockspace(&self, directory: &[u8]) -> bool {
+        lockspace::is_directory(directory)
+    }
+
+    /// Takes a resource for `owner`.
+    pub fn acquire(
+        &mut self,
+        owner: &Owner,
+        place: Place<'_>,
+        mode: Mode,
+        autocreate: bool,
+    ) -> Result<Acquired, Refusal> {
+        if !self.has_lockspace(place.lockspace) {
+            return Err(Refusal::NoLockspace);
+        }
+        match self.table.decide(place.lockspace, place.name, mode) {
+            Decision::Busy(_) => return Err(Refusal::Busy),
+            Decision::Join(id) => {
+                self.table.join(id, owner);
+                return Ok(Acquired::Joined(id));
+            }
+            Decision::Open => (),
+        }
+        let acquisition = Acquisition {
+            place,
+            mode,
+            autocreate,
+            care: self.care(),
+        };
+        let table = &self.table;
+        let (lease, identity) = acquisition
+            .run(|identity| table.find_file(identity).is_some())
+            .map_err(|refused| self.refusal(refused))?;
+        let Place { lockspace, name } = place;
+        let granted = Granted {
+            lockspace,
+            name,
+            identity,
+            mode,
+            autocreate,
+            lease,
+        };
+        Ok(Acquired::Granted(self.table.grant(owner, granted)))
+    }
+
+    fn care(&self) -> Care {
+        if self.process_locks == 0 {
+            Care::None
+        } else {
+            Care::LookFirst
+        }
+    }
+
+    fn refusal(&self, refused: Refused) -> Refusal {
+        match refused {
+            Refused::Busy => Refusal::Busy,
+            Refused::Held(identity) => self
+                .table
+                .find_file(identity)
+                .map_or(Refusal::Busy, Refusal::HeldAs),
+            Refused::Leaves => Refusal::Leaves,
+            Refused::Open(errno) => Refusal::File(errno),
+            Refused::Lock(errno) => Refusal::Lock(errno),
+        }
+    }
+
+    /// Gives back one holding of `pid`. When this returns, the kernel has let go of what nobody
+    /// holds any more.
+    pub fn release(&mut self, place: Place<'_>, pid: Pid) -> Result<(), NotReleased> {
+        match self.table.release(place.lockspace, place.name, pid)? {
+            Released::StillHeld => (),
+            Released::Ended(ended) => self.end(*ended),
+        }
+        Ok(())
+    }
+
+    /// Gives back everything that `pid` holds. How many resources became free.
+    pub fn end_owner(&mut self, pid: Pid) -> usize {
+        let ended = self.table.end_owner(pid);
+        let count = ended.len();
+        for resource in ended {
+            self.end(resource);
+        }
+        count
+    }
+
+    fn end(&mut self, ended: Ended<Lease>) {
+        let Ended {
+            mut resource,
+            same_file,
+        } = ended;
+        if let LockKind::Process { parked } = &mut resource.lease.kind {
+            self.process_locks = self.process_locks.saturating_sub(1);
+            // The same file is held under another name: that name's lock would go with ours.
+            if let Some(LockKind::Process { parked: theirs }) = same_file
+                .and_then(|id| self.table.get_mut(id))
+                .map(|held| &mut held.lease.kind)
+            {
+                theirs.append(parked);
+                theirs.push(resource.lease.descriptor);
+                return;
+            }
+        }
+        let at_end = at_end(&resource);
+        let (lockspace, name) = (resource.lockspace().to_vec(), resource.name().to_vec());
+        let place = Place {
+            lockspace: &lockspace,
+            name: &name,
+        };
+        resource.lease.end(place, resource.identity, at_end);
+    }
+
+    /// Makes the file of a resource, if it is missing. A file that is there is not even opened: it
+    /// might be somebody's disk, or a FIFO that would make us wait.
+    pub fn create(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        self.known_and_free(place)?;
+        match place.reach(file::create) {
+            Ok(_) => return Ok(()),
+            Err(Unreachable::System(Errno::EEXIST)) => (),
+            Err(reason) => return Err(reason.into()),
+        }
+        match place.reach(file::look_up) {
+            Ok(found) if found.is_directory => Err(Refusal::File(Errno::EISDIR)),
+            Ok(_) => Ok(()),
+            // A symbolic link that leads to nothing: what it leads to is made.
+            Err(Unreachable::System(Errno::ENOENT)) => place
+                .reach(file::open_or_create)
+                .map(drop)
+                .map_err(Refusal::from),
+            Err(reason) => Err(reason.into()),
+        }
+    }
+
+    /// Removes the file of a resource, in a directory lockspace and while nobody holds it under
+    /// any name. One that is not there is fine.
+    pub fn delete(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        self.known_and_free(place)?;
+        if place.is_default() {
+            return Err(Refusal::DefaultLockspace);
+        }
+        if let Ok(found) = place.reach(file::look_up)
+            && let Some(holder) = self.table.find_file(found.identity)
+        {
+            return Err(Refusal::HeldAs(holder));
+        }
+        match place.reach(file::unlink) {
+            Ok(()) | Err(Unreachable::System(Errno::ENOENT)) => Ok(()),
+            Err(reason) => Err(reason.into()),
+        }
+    }
+
+    fn known_and_free(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        if !self.has_lockspace(place.lockspace) {
+            return Err(Refusal::NoLockspace);
+        }
+        match self.table.find(place.lockspace, place.name) {
+            Some(_) => Err(Refusal::Busy),
+            None => Ok(()),
+        }
+    }
+}
+
+/// In a lockspace's directory a file that was wanted with AUTOCREATE is a lock file and nothing
+/// else: it goes. In the default lockspace it may be a disk: only what the daemon made goes.
+fn at_end(resource: &Resource<Lease>) -> AtEnd {
+    let ours = !resource.lockspace().is_empty() || resource.lease.created;
+    if resource.autocreate && ours {
+        AtEnd::Remove(resource.mode)
+    } else {
+        AtEnd::Keep
+    }
+}

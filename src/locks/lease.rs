@@ -1,0 +1,229 @@
+//! One kernel lock on one file: open, compare, lock, verify; and at the end unlink, unlock, close.
+//!
+//! New locks are open-file-description locks on byte 0, length 1. They conflict with the POSIX
+//! record locks of other daemons and hosts, but belong to the open file: closing another descriptor
+//! of the file does not drop them, and a second open of it conflicts also within this process.
+//! Locks taken over from the C daemon may be POSIX locks and stay so, because there is no way to
+//! change the kind of an exclusive lock without a moment in which nobody has it. A POSIX lock is
+//! lost when *any* descriptor of its file is closed; see [`Care`].
+
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+
+use super::place::{Place, Unreachable};
+use super::table::Mode;
+use crate::host::file::{self, FileIdentity, LockType, Start};
+
+/// What kind of lock a lease is.
+#[derive(Debug)]
+pub enum LockKind {
+    /// An open-file-description lock.
+    OpenFile,
+    /// A POSIX record lock of this process.
+    Process {
+        /// Other descriptors of the same file, kept open because closing one would drop the lock.
+        parked: Vec<OwnedFd>,
+    },
+}
+
+/// A lock that the kernel holds for us.
+#[derive(Debug)]
+pub struct Lease {
+    /// The locked file.
+    pub descriptor: OwnedFd,
+    /// How it is locked.
+    pub kind: LockKind,
+    /// Whether the daemon made the file for this lease.
+    pub created: bool,
+}
+
+/// How to open files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Care {
+    /// Opening and closing a file that is held harms nothing.
+    None,
+    /// Some held files have POSIX locks: find out which file it is before opening it.
+    LookFirst,
+}
+
+/// Why a file could not be locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Another process or host has a lock on it.
+    Busy,
+    /// It is a file that the table knows to be held.
+    Held(FileIdentity),
+    /// Its name leaves the lockspace.
+    Leaves,
+    /// It could not be opened.
+    Open(Errno),
+    /// It was opened and could not be locked.
+    Lock(Errno),
+}
+
+impl From<Unreachable> for Refused {
+    fn from(reason: Unreachable) -> Refused {
+        match reason {
+            Unreachable::Leaves => Refused::Leaves,
+            Unreachable::System(errno) => Refused::Open(errno),
+        }
+    }
+}
+
+/// A file to be opened and locked: decided on, not done yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Acquisition<'a> {
+    /// Which file.
+    pub place: Place<'a>,
+    /// Alone or with others.
+    pub mode: Mode,
+    /// Whether to make it if it is missing.
+    pub autocreate: bool,
+    /// How to open it.
+    pub care: Care,
+}
+
+/// How often a file may be replaced under our hands before we call it busy.
+const ROUNDS: u32 = 32;
+
+impl Acquisition<'_> {
+    /// Opens and locks the file. `held` says of a file whether it is held under some name.
+    pub fn run(
+        &self,
+        held: impl Fn(FileIdentity) -> bool,
+    ) -> Result<(Lease, FileIdentity), Refused> {
+        let lock_type = match self.mode {
+            Mode::Exclusive => LockType::Write,
+            Mode::Shared => LockType::Read,
+        };
+        for _ in 0..ROUNDS {
+            let (descriptor, created) = self.open(&held)?;
+            let identity = file::identity(&descriptor).map_err(Refused::Open)?;
+            if held(identity) {
+                return Err(Refused::Held(identity));
+            }
+            match file::lock_open_file(&descriptor, lock_type) {
+                Ok(()) => (),
+                Err(Errno::EAGAIN | Errno::EACCES) => return Err(Refused::Busy),
+                Err(errno) => return Err(Refused::Lock(errno)),
+            }
+            let lease = Lease {
+                descriptor,
+                kind: LockKind::OpenFile,
+                created,
+            };
+            // The last owner of a made file removes it: between our open and our lock it may have
+            // gone, and then we hold a lock on a file that nobody else will ever find.
+            if !self.autocreate || leads_to(self.place, identity) {
+                return Ok((lease, identity));
+            }
+        }
+        Err(Refused::Busy)
+    }
+
+    fn open(&self, held: impl Fn(FileIdentity) -> bool) -> Result<(OwnedFd, bool), Refused> {
+        if self.care == Care::LookFirst {
+            match self.place.reach(file::handle) {
+                Ok(handle) => {
+                    let identity = file::identity(&handle).map_err(Refused::Open)?;
+                    if held(identity) {
+                        return Err(Refused::Held(identity));
+                    }
+                    return file::open_handle(&handle)
+                        .map(|descriptor| (descriptor, false))
+                        .map_err(Refused::Open);
+                }
+                // Missing: nobody can hold it, and what is made below is new.
+                Err(Unreachable::System(Errno::ENOENT)) if self.autocreate => {
+                    return Ok((self.place.reach(file::create)?, true));
+                }
+                Err(reason) => return Err(reason.into()),
+            }
+        }
+        if !self.autocreate {
+            return Ok((self.place.reach(file::open_existing)?, false));
+        }
+        if !self.place.is_default() {
+            return Ok((self.place.reach(file::open_or_create)?, false));
+        }
+        // In the default lockspace it matters who made the file: only that is ever removed.
+        match self.place.reach(file::open_existing) {
+            Err(Unreachable::System(Errno::ENOENT)) => match self.place.reach(file::create) {
+                Ok(descriptor) => Ok((descriptor, true)),
+                // Made by somebody else just now, or a symbolic link that leads to nothing.
+                Err(Unreachable::System(Errno::EEXIST)) => {
+                    Ok((self.place.reach(file::open_or_create)?, false))
+                }
+                Err(reason) => Err(reason.into()),
+            },
+            result => Ok((result?, false)),
+        }
+    }
+}
+
+/// Whether a name leads to this very file.
+fn leads_to(place: Place<'_>, identity: FileIdentity) -> bool {
+    place
+        .reach(file::look_up)
+        .is_ok_and(|found| found.identity == identity)
+}
+
+/// What becomes of the file when its lease ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtEnd {
+    /// It stays: a disk, or a file that was there before.
+    Keep,
+    /// It goes, if this was the last owner anywhere.
+    Remove(Mode),
+}
+
+impl Lease {
+    /// Removes the file if that is asked for, then unlocks and closes it: FUSE file systems do not
+    /// reliably unlock on close alone.
+    pub fn end(self, place: Place<'_>, identity: FileIdentity, at_end: AtEnd) {
+        if let AtEnd::Remove(mode) = at_end
+            && self.is_last(mode)
+        {
+            remove(place, identity);
+        }
+        // Nothing can be done about a failure here, and closing unlocks all the same.
+        let _ = match self.kind {
+            LockKind::OpenFile => file::lock_open_file(&self.descriptor, LockType::Unlock),
+            LockKind::Process { .. } => file::lock_process(&self.descriptor, LockType::Unlock),
+        };
+    }
+
+    /// Whether nobody on another host or in another daemon shares the lock: then it can be made
+    /// exclusive.
+    fn is_last(&self, mode: Mode) -> bool {
+        let upgraded = match (mode, &self.kind) {
+            (Mode::Exclusive, _) => return true,
+            (Mode::Shared, LockKind::OpenFile) => {
+                file::lock_open_file(&self.descriptor, LockType::Write)
+            }
+            (Mode::Shared, LockKind::Process { .. }) => {
+                file::lock_process(&self.descriptor, LockType::Write)
+            }
+        };
+        upgraded.is_ok()
+    }
+}
+
+/// Removes a lock file, if its name still leads to the file that was locked.
+fn remove(place: Place<'_>, identity: FileIdentity) {
+    let result = place.reach(|start: Start<'_>, path: &[u8]| {
+        if file::look_up(start, path)?.identity == identity {
+            file::unlink(start, path)?;
+        }
+        Ok(())
+    });
+    match result {
+        Ok(()) | Err(Unreachable::System(Errno::ENOENT)) => (),
+        Err(reason) => tracing::warn!(
+            target: "locking.lockspace",
+            "The lock file {} of a released lock could not be removed: {reason:?}",
+            String::from_utf8_lossy(&place.path())
+        ),
+    }
+}

@@ -1,0 +1,40 @@
+//! The directory of a lockspace.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+
+use crate::host::errno;
+
+/// Why there is no lockspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotMade {
+    /// Something else has the directory's name.
+    NotADirectory,
+    /// It could not be made.
+    System(Errno),
+}
+
+/// Whether there is a directory with this path.
+pub fn is_directory(path: &[u8]) -> bool {
+    Path::new(OsStr::from_bytes(path)).is_dir()
+}
+
+/// Makes sure that there is a directory: one that exists is used as it is, a missing one is made
+/// with its parents, mode 0700.
+pub fn make_directory(path: &[u8]) -> Result<(), NotMade> {
+    let path = Path::new(OsStr::from_bytes(path));
+    match path.metadata() {
+        Ok(found) if found.is_dir() => return Ok(()),
+        Ok(_) => return Err(NotMade::NotADirectory),
+        Err(_) => (),
+    }
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| NotMade::System(errno::of(&error)))
+}
