@@ -77,11 +77,28 @@ pub fn start_time(pid: i32) -> Option<u64> {
 }
 
 fn parse_start_time(stat: &[u8]) -> Option<u64> {
+    field(stat, 22)?.parse().ok()
+}
+
+/// The field with this number of a line of `/proc/PID/stat`, from the third one on.
+fn field(stat: &[u8], number: usize) -> Option<&str> {
     // The second field is the program's name in parentheses, which may hold blanks and
     // parentheses itself: count from the last one.
     let end_of_name = stat.iter().rposition(|byte| *byte == b')')?;
     let after_name = std::str::from_utf8(stat.get(end_of_name..)?).ok()?;
-    after_name.split_ascii_whitespace().nth(20)?.parse().ok()
+    after_name
+        .split_ascii_whitespace()
+        .nth(number.checked_sub(2)?)
+}
+
+/// Whether a process is on its way out already, so that a signal would change nothing: the kernel
+/// closes the sockets of a process before it calls it dead. (PF_EXITING in the flags, field 9.)
+pub fn is_exiting(pid: i32) -> bool {
+    const PF_EXITING: u32 = 0x4;
+    std::fs::read(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| field(&stat, 9)?.parse::<u32>().ok())
+        .is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
 #[cfg(test)]

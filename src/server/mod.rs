@@ -1,2 +1,20 @@
-//! Placeholder.
+//! The reactor and what it serves.
+//!
+//! [`reactor`] is the loop; [`daemon`] is everything the loop turns over, and what happens to it:
+//! clients come, call and go. A call goes one straight way: [`conversation`] cuts a frame out of
+//! the bytes, [`dispatch`] finds the procedure, [`lock_service`] or [`admin_service`] carries it
+//! out and appends the reply to the bytes that go back.
 #![forbid(unsafe_code)]
+
+pub mod accept;
+pub mod admin_service;
+pub mod clients;
+pub mod connection;
+pub mod conversation;
+pub mod daemon;
+pub mod deadlines;
+pub mod dispatch;
+pub mod fence;
+pub mod lock_service;
+pub mod reactor;
+pub mod token;

@@ -1,0 +1,246 @@
+//! New connections: who may connect, whether there is room, and what becomes of those for whom
+//! there is none. Nobody is left without an answer.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+
+use super::connection::{Connection, NoRoom, Phase, Service};
+use super::daemon::Daemon;
+use super::deadlines::Deadline;
+use super::dispatch;
+use super::token::Source;
+use crate::host::clock::Moment;
+use crate::host::stream::Peer;
+use crate::host::{process, stream};
+use crate::wire::error::Error;
+
+/// How many connections one turn takes from one listening socket.
+const BUDGET: usize = 64;
+/// How many refused clients may be waiting for their refusal at a time.
+const REFUSED_LIMIT: usize = 64;
+/// How long a refused client has to make the call that its refusal answers, milliseconds.
+const REFUSED_MS: u64 = 10_000;
+
+/// A socket that clients connect to.
+#[derive(Debug)]
+pub struct Listener {
+    /// The listening socket.
+    pub socket: OwnedFd,
+    /// Its file, if the daemon made it and removes it at the end.
+    pub path: Option<PathBuf>,
+    /// Which program its clients want.
+    pub service: Service,
+    /// There may be a connection waiting.
+    pub readable: bool,
+    /// It is in the reactor's list already.
+    pub queued: bool,
+}
+
+/// Descriptors that are kept open for nothing, to be closed when there is no other one left and
+/// one is needed to refuse a client or to fence an owner.
+#[derive(Debug, Default)]
+pub struct Reserve {
+    kept: Vec<OwnedFd>,
+}
+
+impl Reserve {
+    const SIZE: usize = 16;
+
+    /// Opens what is missing, as far as that is possible.
+    pub fn refill(&mut self) {
+        while self.kept.len() < Self::SIZE {
+            match crate::host::file::open_directory(b"/") {
+                Ok(descriptor) => self.kept.push(descriptor),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Closes one, if there is one.
+    pub fn give_up_one(&mut self) -> bool {
+        self.kept.pop().is_some()
+    }
+}
+
+/// The refused clients, in the order they came.
+pub type RefusedQueue = VecDeque<(usize, u64)>;
+
+impl Daemon {
+    /// Takes in waiting connections. Whether there may be more.
+    pub fn accept(&mut self, number: usize) -> bool {
+        for _ in 0..BUDGET {
+            let Some(listener) = self.listeners.get_mut(number) else {
+                return false;
+            };
+            let service = listener.service;
+            match stream::accept(listener.socket.as_fd()) {
+                Ok(socket) => {
+                    let room = self.clients(service).has_room();
+                    let phase = if room {
+                        Phase::Served
+                    } else {
+                        Phase::Refused(NoRoom::Limit)
+                    };
+                    self.connected(socket, service, phase);
+                }
+                Err(Errno::EAGAIN) => {
+                    listener.readable = false;
+                    return false;
+                }
+                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
+                    if !self.accept_to_refuse(number, service) {
+                        // Tried again when a connection has ended.
+                        return false;
+                    }
+                }
+                // The client is gone before it was let in, or was interrupted: the next one.
+                Err(_) => (),
+            }
+        }
+        true
+    }
+
+    /// No descriptor is left: one of the reserve is spent on telling the client so.
+    fn accept_to_refuse(&mut self, number: usize, service: Service) -> bool {
+        if !self.reserve.give_up_one() {
+            return false;
+        }
+        let Some(listener) = self.listeners.get_mut(number) else {
+            return false;
+        };
+        match stream::accept(listener.socket.as_fd()) {
+            Ok(socket) => {
+                self.connected(socket, service, Phase::Refused(NoRoom::Descriptors));
+                true
+            }
+            Err(_) => {
+                self.reserve.refill();
+                false
+            }
+        }
+    }
+
+    /// A new connection: checked, numbered, and watched.
+    fn connected(&mut self, socket: OwnedFd, service: Service, phase: Phase) {
+        let id = self.clients_mut(service).take_id();
+        let peer = match stream::peer(&socket) {
+            Ok(peer) => peer,
+            Err(errno) => {
+                tracing::error!(
+                    target: "rpc.netsocket",
+                    "A client of the {} server is turned away: who it is cannot be read: {}",
+                    service.name(), crate::host::errno::text(errno)
+                );
+                return;
+            }
+        };
+        if !self.may_connect(peer) {
+            tracing::error!(
+                target: "rpc.netserver", domain = 7, code = 29,
+                "operation forbidden: Disallowing client {} with uid {}", peer.pid, peer.uid
+            );
+            return;
+        }
+        let mut connection = Connection::new(socket, service, id, peer, phase);
+        connection.connected_at = seconds_now();
+        if !self.names_processes {
+            connection.start_time = process::start_time(peer.pid);
+        }
+        let place = self.connections.insert(connection);
+        if let Err(error) = self.watch(place) {
+            tracing::error!(
+                target: "rpc.netserver",
+                "Client {} of the {} server is turned away: it cannot be watched: {error}",
+                peer.pid, service.name()
+            );
+            self.connections.try_remove(place);
+            return;
+        }
+        match phase {
+            Phase::Refused(reason) => self.refuse(place, id, reason),
+            _ => {
+                self.clients_mut(service).by_id.insert(id, place);
+            }
+        }
+    }
+
+    fn may_connect(&self, peer: Peer) -> bool {
+        peer.uid == self.user
+    }
+
+    fn refuse(&mut self, place: usize, id: u64, reason: NoRoom) {
+        let Some(connection) = self.connections.get(place) else {
+            return;
+        };
+        let error = dispatch::no_room(reason, self.clients(connection.service).limit);
+        tracing::error!(
+            target: "rpc.netserver", domain = error.domain.number(), code = error.code.number(),
+            "{} (client of the {} server, pid {})",
+            String::from_utf8_lossy(&error.message()), connection.service.name(),
+            connection.peer.pid
+        );
+        self.deadlines
+            .set(Deadline::Refused(place), Moment::now().plus_ms(REFUSED_MS));
+        self.refused.push_back((place, id));
+        while self.refused.len() > REFUSED_LIMIT {
+            if let Some((place, id)) = self.refused.pop_front()
+                && self.is_refused(place, id)
+            {
+                self.end_connection(place);
+            }
+        }
+    }
+
+    fn is_refused(&self, place: usize, id: u64) -> bool {
+        self.connections.get(place).is_some_and(|connection| {
+            connection.id == id && matches!(connection.phase, Phase::Refused(_))
+        })
+    }
+
+    /// A refused client makes its first call: it is served after all if there is room by now.
+    pub fn admit(&mut self, place: usize, reason: NoRoom) -> Result<(), Error> {
+        self.deadlines.unset(Deadline::Refused(place));
+        let Some(connection) = self.connections.get_mut(place) else {
+            return Ok(());
+        };
+        let (service, id) = (connection.service, connection.id);
+        self.refused.retain(|entry| *entry != (place, id));
+        if reason == NoRoom::Limit && self.clients(service).has_room() {
+            self.clients_mut(service).by_id.insert(id, place);
+            if let Some(connection) = self.connections.get_mut(place) {
+                connection.phase = Phase::Served;
+            }
+            return Ok(());
+        }
+        Err(dispatch::no_room(reason, self.clients(service).limit))
+    }
+
+    /// A connection that was refused has ended.
+    pub fn forget_refused(&mut self, place: usize, id: u64) {
+        self.deadlines.unset(Deadline::Refused(place));
+        self.refused.retain(|entry| *entry != (place, id));
+    }
+
+    /// Has the reactor told what happens on a connection.
+    pub fn watch(&mut self, place: usize) -> std::io::Result<()> {
+        let Some(connection) = self.connections.get(place) else {
+            return Ok(());
+        };
+        self.registry.register(
+            &mut mio::unix::SourceFd(&std::os::fd::AsRawFd::as_raw_fd(&connection.socket)),
+            Source::Connection(place).token(),
+            mio::Interest::READABLE,
+        )
+    }
+}
+
+fn seconds_now() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,635 @@
+//! Everything that the reactor turns over, and what happens to it: clients are served and go,
+//! owners are fenced, the daemon ends. Each step here is short; what can be long is cut into
+//! pieces that wait in `ending` and `dead` for their turn.
+
+use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
+
+use mio::Interest;
+use mio::unix::SourceFd;
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use slab::Slab;
+
+use super::accept::{Listener, RefusedQueue, Reserve};
+use super::clients::Clients;
+use super::connection::{Connection, Phase, Sent, Service};
+use super::conversation::{Flow, Taken};
+use super::deadlines::{Deadline, Deadlines};
+use super::dispatch;
+use super::fence::{Fence, Fences, GRACE_MS, OVERDUE_MS, Stage};
+use super::lock_service::uuid_text;
+use super::token::Source;
+use crate::host::clock::Moment;
+use crate::host::process::{self, Process};
+use crate::host::stream;
+use crate::locks::keeper::Keeper;
+use crate::locks::table::Pid;
+use crate::wire::{frame, lock};
+
+/// How many frames of one connection are worked on before others have their turn.
+const FRAMES_A_TURN: usize = 32;
+/// How many times one connection is read from before others have their turn.
+const READS_A_TURN: usize = 4;
+/// The most that one read takes.
+pub const READ_SIZE: usize = 64 * 1024;
+/// How long the daemon waits at its end for owners to die, milliseconds.
+const STOP_MS: u64 = 30_000;
+
+/// What the daemon is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It serves.
+    Serving,
+    /// It ends when the owners it fences are dead, or at a deadline.
+    Stopping,
+    /// It has ended.
+    Ended,
+}
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    /// What it is doing.
+    pub state: State,
+    /// All connections.
+    pub connections: Slab<Connection>,
+    /// The sockets that clients connect to.
+    pub listeners: Vec<Listener>,
+    /// Who holds what.
+    pub keeper: Keeper,
+    /// Owners that are to die.
+    pub fences: Fences,
+    /// What happens when.
+    pub deadlines: Deadlines,
+    /// Clients that there is no room for.
+    pub refused: RefusedQueue,
+    /// Descriptors for the time when there are no others.
+    pub reserve: Reserve,
+    /// Who may connect, beside the daemon's own: the effective user id.
+    pub user: u32,
+    /// Whether the kernel names the process of a peer itself (SO_PEERPIDFD).
+    pub names_processes: bool,
+    /// After how long without clients and locks the daemon ends, seconds; 0 for never.
+    pub idle_timeout_s: u32,
+    /// Where readiness is asked for.
+    pub registry: mio::Registry,
+    /// Connections with something to do.
+    pub ready: VecDeque<usize>,
+    /// Connections that are over and not cleared away yet.
+    pub ending: VecDeque<usize>,
+    /// Owners that died and whose locks are not free yet.
+    pub dead: VecDeque<Pid>,
+    lock_clients: Clients,
+    admin_clients: Clients,
+    input: Vec<u8>,
+    output: Vec<u8>,
+}
+
+impl Daemon {
+    /// A daemon with nothing to do yet.
+    pub fn new(registry: mio::Registry, lock_clients: u32, admin_clients: u32) -> Daemon {
+        let mut reserve = Reserve::default();
+        reserve.refill();
+        Daemon {
+            state: State::Serving,
+            connections: Slab::new(),
+            listeners: Vec::new(),
+            keeper: Keeper::new(),
+            fences: Fences::default(),
+            deadlines: Deadlines::default(),
+            refused: RefusedQueue::new(),
+            reserve,
+            user: nix::unistd::geteuid().as_raw(),
+            names_processes: stream::peer_process_is_known(),
+            idle_timeout_s: 0,
+            registry,
+            ready: VecDeque::new(),
+            ending: VecDeque::new(),
+            dead: VecDeque::new(),
+            lock_clients: Clients::new(lock_clients),
+            admin_clients: Clients::new(admin_clients),
+            input: vec![0; READ_SIZE],
+            output: Vec::new(),
+        }
+    }
+
+    /// The clients of one of the two servers.
+    pub fn clients(&self, service: Service) -> &Clients {
+        match service {
+            Service::Lock => &self.lock_clients,
+            Service::Admin => &self.admin_clients,
+        }
+    }
+
+    /// The clients of one of the two servers, to change them.
+    pub fn clients_mut(&mut self, service: Service) -> &mut Clients {
+        match service {
+            Service::Lock => &mut self.lock_clients,
+            Service::Admin => &mut self.admin_clients,
+        }
+    }
+
+    /// Puts a connection in the list of those with something to do.
+    pub fn enqueue(&mut self, place: usize) {
+        if let Some(connection) = self.connections.get_mut(place)
+            && !connection.queued
+        {
+            connection.queued = true;
+            self.ready.push_back(place);
+        }
+    }
+
+    /// One connection's turn: what it sent is read, worked on and answered, up to a bound.
+    pub fn serve(&mut self, place: usize) {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return;
+        };
+        connection.queued = false;
+        if connection.phase == Phase::Over {
+            return;
+        }
+        let mut frames = 0;
+        let mut reads = 0;
+        loop {
+            let Some(connection) = self.connections.get_mut(place) else {
+                return;
+            };
+            match connection.send_rest() {
+                Sent::All => (),
+                Sent::Blocked => return self.wait_to_send(place, true),
+                Sent::Failed => return self.end_connection(place),
+            }
+            if connection.phase == Phase::Closing {
+                return self.end_connection(place);
+            }
+            let bytes = if connection.paused {
+                0..0
+            } else if !connection.readable {
+                return self.wait_to_send(place, false);
+            } else if reads == READS_A_TURN {
+                return self.enqueue(place);
+            } else {
+                reads = reads.saturating_add(1);
+                match receive(connection, &mut self.input) {
+                    Read::Some { bytes, descriptors } => {
+                        let taken = self.take_in(place, 0..bytes, descriptors, &mut frames);
+                        if self.answer(place, taken) {
+                            continue;
+                        } else {
+                            return;
+                        }
+                    }
+                    Read::Nothing => continue,
+                    Read::End => return self.end_connection(place),
+                }
+            };
+            if frames >= FRAMES_A_TURN {
+                return self.enqueue(place);
+            }
+            let taken = self.take_in(place, bytes, false, &mut frames);
+            if !self.answer(place, taken) {
+                return;
+            }
+        }
+    }
+
+    /// Works on the frames of what was read.
+    fn take_in(
+        &mut self,
+        place: usize,
+        bytes: std::ops::Range<usize>,
+        descriptors: bool,
+        frames: &mut usize,
+    ) -> Taken {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return Taken::Close;
+        };
+        let longest = match connection.service {
+            Service::Lock => lock::LONGEST_FRAME,
+            Service::Admin => frame::LONGEST,
+        };
+        let mut conversation = std::mem::take(&mut connection.conversation);
+        let input = std::mem::take(&mut self.input);
+        let mut output = std::mem::take(&mut self.output);
+        let taken = conversation.take_in(
+            input.get(bytes).unwrap_or_default(),
+            descriptors,
+            longest,
+            |header, payload| {
+                *frames = frames.saturating_add(1);
+                let flow = dispatch::dispatch(self, place, header, payload, &mut output);
+                if flow == Flow::Continue && *frames >= FRAMES_A_TURN {
+                    Flow::Pause
+                } else {
+                    flow
+                }
+            },
+        );
+        self.input = input;
+        self.output = output;
+        if let Some(connection) = self.connections.get_mut(place) {
+            connection.conversation = conversation;
+            connection.paused = taken == Taken::Paused && !connection.conversation.is_empty();
+        }
+        taken
+    }
+
+    /// Sends the replies of this turn. Whether the turn goes on.
+    fn answer(&mut self, place: usize, taken: Taken) -> bool {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return false;
+        };
+        let sent = connection.send(&self.output);
+        self.output.clear();
+        // One long reply is no reason to keep so much memory for ever.
+        self.output.shrink_to(READ_SIZE);
+        if taken == Taken::Close && connection.phase != Phase::Over {
+            connection.phase = Phase::Closing;
+        }
+        match (sent, connection.phase) {
+            (Sent::Failed, _) | (Sent::All, Phase::Closing) => {
+                self.end_connection(place);
+                false
+            }
+            (Sent::Blocked, _) => {
+                self.wait_to_send(place, true);
+                false
+            }
+            (_, Phase::Over) => false,
+            (Sent::All, _) => true,
+        }
+    }
+
+    /// Asks to be told, or no longer to be told, when the socket takes bytes again.
+    fn wait_to_send(&mut self, place: usize, waits: bool) {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return;
+        };
+        if connection.waits_to_send == waits {
+            return;
+        }
+        connection.waits_to_send = waits;
+        let mut interest = Interest::READABLE;
+        if waits {
+            interest |= Interest::WRITABLE;
+        }
+        let token = Source::Connection(place).token();
+        let descriptor = connection.socket.as_raw_fd();
+        if let Err(error) = self
+            .registry
+            .reregister(&mut SourceFd(&descriptor), token, interest)
+        {
+            tracing::error!(
+                target: "rpc.netserverclient",
+                "A client is closed because it cannot be watched: {error}"
+            );
+            self.end_connection(place);
+        }
+    }
+
+    /// A connection is over. It is cleared away when the reactor comes to it.
+    pub fn end_connection(&mut self, place: usize) {
+        if let Some(connection) = self.connections.get_mut(place)
+            && connection.phase != Phase::Over
+        {
+            connection.phase = Phase::Over;
+            self.ending.push_back(place);
+        }
+    }
+
+    /// Clears away a connection that is over. An owner that leaves with its last word unspoken is
+    /// fenced, or its locks are freed if it is dead already.
+    pub fn clear_away(&mut self, place: usize) {
+        let Some(connection) = self.connections.try_remove(place) else {
+            return;
+        };
+        // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
+        let _ = self
+            .registry
+            .deregister(&mut SourceFd(&connection.socket.as_raw_fd()));
+        self.clients_mut(connection.service)
+            .by_id
+            .remove(&connection.id);
+        self.forget_refused(place, connection.id);
+        if let Some(pid) = self.ends_with(&connection) {
+            self.owner_left(pid, &connection);
+        }
+        drop(connection);
+        self.reserve.refill();
+        for number in 0..self.listeners.len() {
+            // One that could not accept for want of descriptors tries again.
+            self.enqueue_listener(number);
+        }
+    }
+
+    /// The owner whose life this connection stood for: the one that made it itself, and holds
+    /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
+    fn ends_with(&self, connection: &Connection) -> Option<Pid> {
+        let pid = connection.session.owner()?.pid;
+        let is_peer = pid > 0 && pid == connection.peer.pid;
+        (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
+    }
+
+    fn owner_left(&mut self, pid: Pid, connection: &Connection) {
+        if self.fences.of(pid).is_some() {
+            return;
+        }
+        // Process 1 of a host or container cannot be fenced: it goes with everything else.
+        if pid == 1 {
+            self.free(pid);
+            return;
+        }
+        match self.process_of(connection) {
+            Ok(process) if !process.is_dead() => self.fence(pid, process),
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free(pid),
+            Err(errno) => tracing::error!(
+                target: "locking.lock_daemon",
+                "{} closed its connection but cannot be fenced, because its process cannot be \
+                 reached: {}. Its locks stay until the daemon ends: stop the process by hand",
+                self.owner_text(pid), crate::host::errno::text(errno)
+            ),
+        }
+    }
+
+    /// The process that made a connection. ESRCH or EINVAL if it has been reaped.
+    fn process_of(&mut self, connection: &Connection) -> Result<Process, Errno> {
+        loop {
+            let result = if self.names_processes {
+                stream::peer_process(&connection.socket)
+            } else {
+                match connection.start_time {
+                    Some(start_time) => Process::open(connection.peer.pid, start_time),
+                    None => Err(Errno::ESRCH),
+                }
+            };
+            match result {
+                Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
+                result => return result,
+            }
+        }
+    }
+
+    /// Begins to fence an owner.
+    fn fence(&mut self, pid: Pid, process: Process) {
+        let text = self.owner_text(pid);
+        if process::is_exiting(pid) {
+            tracing::info!(target: "locking.lock_daemon", "{text} is ending");
+        } else {
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "{text} closed its connection while it holds locks: it is sent SIGTERM now, and \
+                 SIGKILL if it has not ended within 1.6 s; its locks are kept until it is dead"
+            );
+        }
+        match process.signal(Signal::SIGTERM) {
+            Ok(()) => (),
+            Err(Errno::ESRCH) => return self.free(pid),
+            Err(errno) => tracing::error!(
+                target: "locking.lock_daemon",
+                "{text} could not be sent SIGTERM: {}", crate::host::errno::text(errno)
+            ),
+        }
+        let kill_at = Moment::now().plus_ms(GRACE_MS);
+        self.follow(
+            Fence {
+                pid,
+                process,
+                stage: Stage::Asked,
+            },
+            kill_at,
+        );
+    }
+
+    /// Waits for the death of a process, or for the time to do more about it.
+    pub fn follow(&mut self, fence: Fence, next_step: Moment) {
+        let (pid, stage, descriptor) = (fence.pid, fence.stage, fence.process.pidfd().as_raw_fd());
+        let place = self.fences.insert(fence);
+        let token = Source::Fence(place).token();
+        let interest = Interest::READABLE;
+        if let Err(error) = self
+            .registry
+            .register(&mut SourceFd(&descriptor), token, interest)
+        {
+            // The deadlines still look whether it is dead.
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The death of process {pid} cannot be waited for: {error}"
+            );
+        }
+        let deadline = match stage {
+            Stage::Asked => Deadline::Kill(pid),
+            Stage::Killed => Deadline::StillAlive(pid),
+        };
+        self.deadlines.set(deadline, next_step);
+    }
+
+    /// A process that is being fenced gave a sign.
+    pub fn look_at_fence(&mut self, place: usize) {
+        if let Some(fence) = self.fences.get(place)
+            && fence.process.is_dead()
+        {
+            self.dead.push_back(fence.pid);
+        }
+    }
+
+    /// The grace of an owner is over.
+    fn kill(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        let Some(fence) = self.fences.of_mut(pid) else {
+            return;
+        };
+        if fence.process.is_dead() {
+            self.dead.push_back(pid);
+            return;
+        }
+        fence.stage = Stage::Killed;
+        match fence.process.signal(Signal::SIGKILL) {
+            Ok(()) => tracing::warn!(
+                target: "locking.lock_daemon",
+                "{text} did not end on SIGTERM: it is sent SIGKILL"
+            ),
+            Err(errno) => tracing::error!(
+                target: "locking.lock_daemon",
+                "{text} could not be sent SIGKILL: {}", crate::host::errno::text(errno)
+            ),
+        }
+        self.deadlines
+            .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+    }
+
+    fn still_alive(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        let Some(fence) = self.fences.of(pid) else {
+            return;
+        };
+        if fence.process.is_dead() {
+            self.dead.push_back(pid);
+            return;
+        }
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "{text} is still alive {} s after SIGKILL, probably stuck in the kernel: its locks \
+             are kept until it is dead", OVERDUE_MS / 1000
+        );
+        self.deadlines
+            .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+    }
+
+    /// A fenced owner is dead: its locks go.
+    pub fn fenced(&mut self, pid: Pid) {
+        let Some(fence) = self.fences.remove(pid) else {
+            return;
+        };
+        self.deadlines.unset(Deadline::Kill(pid));
+        self.deadlines.unset(Deadline::StillAlive(pid));
+        let _ = self
+            .registry
+            .deregister(&mut SourceFd(&fence.process.pidfd().as_raw_fd()));
+        self.free(pid);
+    }
+
+    /// Frees the locks of an owner that is dead.
+    fn free(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        let count = self.keeper.end_owner(pid);
+        tracing::info!(
+            target: "locking.lock_daemon",
+            "{text} is dead: {count} of its locks are free"
+        );
+    }
+
+    /// An owner as an operator reads it.
+    pub fn owner_text(&self, pid: Pid) -> String {
+        match self.keeper.table().owner(pid) {
+            Some(owner) => format!(
+                "Domain '{}' (uuid {}, pid {pid})",
+                String::from_utf8_lossy(&owner.name),
+                uuid_text(&owner.uuid)
+            ),
+            None => format!("Process {pid}"),
+        }
+    }
+
+    /// Does what has come due.
+    pub fn pass_deadline(&mut self, deadline: Deadline) {
+        match deadline {
+            Deadline::Kill(pid) => self.kill(pid),
+            Deadline::StillAlive(pid) => self.still_alive(pid),
+            Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Idle => {
+                tracing::info!(
+                    target: "rpc.netdaemon",
+                    "No client and no lock for {} s: the daemon ends", self.idle_timeout_s
+                );
+                self.stop();
+            }
+            Deadline::Stop => {
+                for (_, fence) in self.fences.iter() {
+                    tracing::error!(
+                        target: "locking.lock_daemon",
+                        "{} could not be fenced within {} s and loses its locks while it lives",
+                        self.owner_text(fence.pid), STOP_MS / 1000
+                    );
+                }
+                self.state = State::Ended;
+            }
+            Deadline::Successor => (),
+        }
+    }
+
+    /// Begins the end: no new clients, every connection closed, every owner that holds something
+    /// over its own connection fenced.
+    pub fn stop(&mut self) {
+        if self.state != State::Serving {
+            return;
+        }
+        self.state = State::Stopping;
+        self.deadlines.unset(Deadline::Idle);
+        self.deadlines
+            .set(Deadline::Stop, Moment::now().plus_ms(STOP_MS));
+        for listener in std::mem::take(&mut self.listeners) {
+            let _ = self
+                .registry
+                .deregister(&mut SourceFd(&listener.socket.as_raw_fd()));
+            if let Some(path) = &listener.path {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        let places: Vec<usize> = self.connections.iter().map(|(place, _)| place).collect();
+        for place in places {
+            self.end_connection(place);
+        }
+    }
+
+    /// The last step of the end, when there is nobody left to fence: locks of owners that had no
+    /// connection of their own go too, and with them the files that were made for them.
+    pub fn finish(&mut self) {
+        if self.state == State::Stopping
+            && self.connections.is_empty()
+            && self.fences.is_empty()
+            && self.dead.is_empty()
+        {
+            let pids: Vec<Pid> = self
+                .keeper
+                .table()
+                .owners()
+                .map(|owner| owner.pid)
+                .collect();
+            for pid in pids {
+                self.keeper.end_owner(pid);
+            }
+            self.state = State::Ended;
+        }
+    }
+
+    /// Whether nobody needs the daemon: no client of either server, no lock.
+    pub fn is_idle(&self) -> bool {
+        self.connections.is_empty() && self.keeper.table().is_empty()
+    }
+
+    /// Starts or stops the clock of the idle timeout.
+    pub fn watch_idleness(&mut self) {
+        if self.idle_timeout_s == 0 || self.state != State::Serving || !self.is_idle() {
+            self.deadlines.unset(Deadline::Idle);
+        } else if self.deadlines.get(Deadline::Idle).is_none() {
+            let timeout = u64::from(self.idle_timeout_s).saturating_mul(1000);
+            self.deadlines
+                .set(Deadline::Idle, Moment::now().plus_ms(timeout));
+        }
+    }
+
+    /// Puts a listening socket in the list of things to do, if it may have a connection waiting.
+    pub fn enqueue_listener(&mut self, number: usize) {
+        if let Some(listener) = self.listeners.get_mut(number) {
+            listener.queued = listener.readable;
+        }
+    }
+}
+
+enum Read {
+    Some { bytes: usize, descriptors: bool },
+    Nothing,
+    End,
+}
+
+/// Reads once. A short read means that the socket is empty: the next bytes, and the end of the
+/// stream, come with an event of their own. Unless the end was announced already, or descriptors
+/// cut the read short.
+fn receive(connection: &mut Connection, buffer: &mut [u8]) -> Read {
+    use std::os::fd::AsFd;
+    match stream::receive(connection.socket.as_fd(), buffer) {
+        Ok(received) if received.bytes == 0 => Read::End,
+        Ok(stream::Received { bytes, descriptors }) => {
+            let is_short = bytes < buffer.len() && !descriptors;
+            connection.readable = connection.hung_up || !is_short;
+            Read::Some { bytes, descriptors }
+        }
+        Err(Errno::EAGAIN) => {
+            connection.readable = false;
+            Read::Nothing
+        }
+        Err(Errno::EINTR) => Read::Nothing,
+        Err(_) => Read::End,
+    }
+}

@@ -1,0 +1,87 @@
+//! What is to happen when, in one ordered set that the daemon's only timer follows.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::host::clock::Moment;
+use crate::locks::table::Pid;
+
+/// Something that happens at a moment, unless it is called off before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Deadline {
+    /// An owner had its time to end by itself.
+    Kill(Pid),
+    /// An owner should long be dead.
+    StillAlive(Pid),
+    /// A client that was refused has still not made the call that the refusal would answer.
+    Refused(usize),
+    /// Nothing was served for as long as the daemon was told to wait for work.
+    Idle,
+    /// The end of the daemon must not take longer.
+    Stop,
+    /// The check of the successor must not take longer.
+    Successor,
+}
+
+/// The deadlines; at most one of each.
+#[derive(Debug, Default)]
+pub struct Deadlines {
+    in_order: BTreeSet<(Moment, Deadline)>,
+    moments: HashMap<Deadline, Moment>,
+}
+
+impl Deadlines {
+    /// Sets a deadline, in the place of an earlier setting of the same.
+    pub fn set(&mut self, deadline: Deadline, at: Moment) {
+        self.unset(deadline);
+        self.moments.insert(deadline, at);
+        self.in_order.insert((at, deadline));
+    }
+
+    /// Calls a deadline off.
+    pub fn unset(&mut self, deadline: Deadline) {
+        if let Some(at) = self.moments.remove(&deadline) {
+            self.in_order.remove(&(at, deadline));
+        }
+    }
+
+    /// When a deadline is, if it is set.
+    pub fn get(&self, deadline: Deadline) -> Option<Moment> {
+        self.moments.get(&deadline).copied()
+    }
+
+    /// The earliest deadline's moment.
+    pub fn first(&self) -> Option<Moment> {
+        self.in_order.first().map(|(at, _)| *at)
+    }
+
+    /// Takes out a deadline that has passed.
+    pub fn take_due(&mut self, now: Moment) -> Option<Deadline> {
+        let (at, deadline) = *self.in_order.first()?;
+        if at > now {
+            return None;
+        }
+        self.unset(deadline);
+        Some(deadline)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_come_due_in_order_and_can_be_moved_and_called_off() {
+        let mut deadlines = Deadlines::default();
+        deadlines.set(Deadline::Kill(7), Moment(50));
+        deadlines.set(Deadline::Idle, Moment(10));
+        deadlines.set(Deadline::Kill(7), Moment(20));
+        deadlines.set(Deadline::Stop, Moment(5));
+        deadlines.unset(Deadline::Stop);
+        assert_eq!(deadlines.first(), Some(Moment(10)));
+        assert_eq!(deadlines.take_due(Moment(9)), None);
+        assert_eq!(deadlines.take_due(Moment(60)), Some(Deadline::Idle));
+        assert_eq!(deadlines.take_due(Moment(60)), Some(Deadline::Kill(7)));
+        assert_eq!(deadlines.take_due(Moment(60)), None);
+        assert_eq!(deadlines.first(), None);
+    }
+}

@@ -1,0 +1,205 @@
+//! From a frame to the procedure that it calls: the checks of `wire.md` section 3, in their order.
+
+use super::connection::{Connection, NoRoom, Phase, Service};
+use super::conversation::Flow;
+use super::daemon::Daemon;
+use super::lock_service::{self, Session};
+use crate::wire::error::{Code, Domain, Error};
+use crate::wire::frame::{self, Header, Kind};
+use crate::wire::keepalive;
+use crate::wire::lock::{self, Call, Procedure, Target};
+
+/// Replies of one turn are sent before more are made: a client that reads nothing can make the
+/// daemon hold this many bytes and one reply, not more.
+const ENOUGH_OUTPUT: usize = 64 * 1024;
+
+/// Works on one frame of a connection; the reply is appended to `out`.
+pub fn dispatch(
+    daemon: &mut Daemon,
+    place: usize,
+    header: Header,
+    payload: &[u8],
+    out: &mut Vec<u8>,
+) -> Flow {
+    let Some(connection) = daemon.connections.get_mut(place) else {
+        return Flow::Close;
+    };
+    if keepalive::is_ours(&header) {
+        if header.procedure == keepalive::PING {
+            keepalive::pong(out);
+        }
+        return flow(out);
+    }
+    if !matches!(header.kind, Kind::Call | Kind::CallWithDescriptors) {
+        return Flow::Continue;
+    }
+    if let Phase::Refused(reason) = connection.phase
+        && let Err(error) = daemon.admit(place, reason)
+    {
+        error.encode_reply(out, header);
+        return Flow::Close;
+    }
+    let Some(connection) = daemon.connections.get_mut(place) else {
+        return Flow::Close;
+    };
+    if let Err(error) = check_program(connection.service, header) {
+        log_refused(connection, "a call", &error);
+        error.encode_reply(out, header);
+        return flow(out);
+    }
+    match connection.service {
+        Service::Lock => {
+            connection.has_called = true;
+            match lock_call(daemon, place, header, payload) {
+                Ok(()) => lock::encode_success(out, header),
+                Err(error) => error.encode_reply(out, header),
+            }
+            flow(out)
+        }
+        Service::Admin => super::admin_service::dispatch(daemon, place, header, payload, out),
+    }
+}
+
+/// Whether to go on with the next frame at once.
+pub fn flow(out: &[u8]) -> Flow {
+    if out.len() >= ENOUGH_OUTPUT {
+        Flow::Pause
+    } else {
+        Flow::Continue
+    }
+}
+
+fn check_program(service: Service, header: Header) -> Result<(), Error> {
+    let (program, version) = match service {
+        Service::Lock => (lock::PROGRAM, lock::VERSION),
+        Service::Admin => (crate::wire::admin::PROGRAM, crate::wire::admin::VERSION),
+    };
+    if (header.program, header.version) != (program, version) {
+        let detail = format!(
+            "Cannot find program {} version {}",
+            header.program.cast_signed(),
+            header.version.cast_signed()
+        );
+        return Err(rpc(detail));
+    }
+    if header.status != frame::STATUS_OK {
+        return Err(rpc(format!(
+            "Unexpected message status {}",
+            header.status.cast_unsigned()
+        )));
+    }
+    Ok(())
+}
+
+/// An error of the framing and dispatching itself.
+pub fn rpc(detail: impl Into<Vec<u8>>) -> Error {
+    Error::new(Code::Rpc, Domain::Rpc, detail)
+}
+
+/// The error for a procedure number that means nothing.
+pub fn unknown_procedure(number: i32) -> Error {
+    rpc(format!("unknown procedure: {number}"))
+}
+
+/// The error for arguments that do not decode.
+pub fn undecodable() -> Error {
+    rpc("Unable to decode message payload")
+}
+
+fn lock_call(
+    daemon: &mut Daemon,
+    place: usize,
+    header: Header,
+    payload: &[u8],
+) -> Result<(), Error> {
+    let Some(connection) = daemon.connections.get_mut(place) else {
+        return Err(undecodable());
+    };
+    let Some(procedure) = Procedure::from_number(header.procedure) else {
+        let error = unknown_procedure(header.procedure);
+        log_refused(connection, "a call", &error);
+        return Err(error);
+    };
+    let Ok(call) = lock::decode(procedure, payload) else {
+        let error = undecodable();
+        log_refused(connection, &format!("{procedure:?}"), &error);
+        return Err(error);
+    };
+    let result = lock_service::call(&mut connection.session, &mut daemon.keeper, &call);
+    match &result {
+        Ok(()) => tracing::debug!(
+            target: "locking.lock_daemon",
+            "{} for {}: done", describe(&call), caller(connection)
+        ),
+        Err(error) => log_refused(connection, &describe(&call), error),
+    }
+    result
+}
+
+fn log_refused(connection: &Connection, what: &str, error: &Error) {
+    tracing::error!(
+        target: "rpc.netserverclient",
+        domain = error.domain.number(),
+        code = error.code.number(),
+        "{} ({what}, for {})", String::from_utf8_lossy(&error.message()), caller(connection)
+    );
+}
+
+/// A call as an operator reads it: what, on which file.
+fn describe(call: &Call<'_>) -> String {
+    let procedure = call.procedure();
+    match *call {
+        Call::CreateResource { target, .. }
+        | Call::DeleteResource { target, .. }
+        | Call::AcquireResource { target, .. }
+        | Call::ReleaseResource { target, .. } => {
+            format!("{procedure:?} of {}", target_text(target))
+        }
+        Call::New { path, .. } | Call::CreateLockspace { path } => {
+            format!("{procedure:?} of '{}'", String::from_utf8_lossy(path))
+        }
+        Call::Register { .. } | Call::Restrict { .. } => format!("{procedure:?}"),
+    }
+}
+
+fn target_text(target: Target<'_>) -> String {
+    let name = String::from_utf8_lossy(target.name);
+    if target.lockspace.is_empty() {
+        format!("'{name}'")
+    } else {
+        format!(
+            "'{name}' in lockspace '{}'",
+            String::from_utf8_lossy(target.lockspace)
+        )
+    }
+}
+
+/// Who calls, as an operator reads it.
+pub fn caller(connection: &Connection) -> String {
+    match &connection.session {
+        Session::Unregistered => format!(
+            "a client that has not registered, pid {}",
+            connection.peer.pid
+        ),
+        Session::Registered(owner) | Session::Restricted(owner) => {
+            format!(
+                "domain '{}', pid {}",
+                String::from_utf8_lossy(&owner.name),
+                owner.pid
+            )
+        }
+    }
+}
+
+/// The error for a client that there is no room for.
+pub fn no_room(reason: NoRoom, limit: u32) -> Error {
+    match reason {
+        NoRoom::Limit => rpc(format!(
+            "Too many clients: the limit of {limit} is reached; raise max_clients or try again later"
+        )),
+        NoRoom::Descriptors => rpc(
+            "Too many open files: the lock daemon has no descriptors left for another client; \
+             raise its limit of open files or try again later",
+        ),
+    }
+}

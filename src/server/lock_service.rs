@@ -1,0 +1,366 @@
+//! The lock program: a decoded call is checked, carried out, and answered with nothing or an error.
+//! The checks come in the order of `behaviour.md` section 8.
+
+use crate::locks::keeper::{Keeper, Refusal};
+use crate::locks::lockspace::NotMade;
+use crate::locks::place::Place;
+use crate::locks::table::{Mode, NotReleased, Owner, ResourceId};
+use crate::wire::error::{Code, Domain, Error};
+use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
+
+/// What a connection to the lock socket may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Session {
+    /// It has not said who the owner is.
+    #[default]
+    Unregistered,
+    /// Its calls are made for this owner.
+    Registered(Box<Owner>),
+    /// It asked to be allowed nothing more; its end is still the owner's end.
+    Restricted(Box<Owner>),
+}
+
+impl Session {
+    /// The registered owner.
+    pub fn owner(&self) -> Option<&Owner> {
+        match self {
+            Session::Unregistered => None,
+            Session::Registered(owner) | Session::Restricted(owner) => Some(owner),
+        }
+    }
+}
+
+/// Carries out a call.
+pub fn call(session: &mut Session, keeper: &mut Keeper, call: &Call<'_>) -> Result<(), Error> {
+    let procedure = call.procedure();
+    check_flags(procedure, call)?;
+    if let Session::Restricted(_) = session {
+        let detail = "lock manager connection has been restricted";
+        return Err(Error::new(Code::OperationDenied, Domain::Rpc, detail));
+    }
+    match *call {
+        Call::Register {
+            uuid,
+            name,
+            id,
+            pid,
+            ..
+        } => {
+            if id == 0 {
+                return Err(not_registered());
+            }
+            let owner = Owner {
+                pid,
+                id,
+                name: name.to_vec(),
+                uuid: *uuid,
+            };
+            *session = Session::Registered(Box::new(owner));
+            Ok(())
+        }
+        Call::Restrict { .. } => {
+            let owner = registered(session)?.clone();
+            *session = Session::Restricted(Box::new(owner));
+            Ok(())
+        }
+        Call::New { path, .. } => {
+            registered(session)?;
+            new_lockspace(keeper, path)
+        }
+        Call::CreateLockspace { path } => {
+            if keeper.has_lockspace(path) {
+                Ok(())
+            } else {
+                make_lockspace(keeper, path)
+            }
+        }
+        Call::CreateResource { target, .. } => {
+            registered(session)?;
+            let place = place(target);
+            keeper.create(place).map_err(|refusal| {
+                let what = [b"cannot create file '", place.path().as_slice(), b"'"].concat();
+                refused(keeper, place, refusal, Domain::None, &what)
+            })
+        }
+        Call::DeleteResource { target, .. } => {
+            registered(session)?;
+            let place = place(target);
+            keeper.delete(place).map_err(|refusal| {
+                let what = [
+                    b"Unable to delete lockspace resource ",
+                    place.path().as_slice(),
+                ]
+                .concat();
+                refused(keeper, place, refusal, Domain::Lockspace, &what)
+            })
+        }
+        Call::AcquireResource { target, flags } => {
+            acquire(registered(session)?, keeper, place(target), flags)
+        }
+        Call::ReleaseResource { target, .. } => {
+            release(registered(session)?, keeper, place(target))
+        }
+    }
+}
+
+fn place(target: Target<'_>) -> Place<'_> {
+    Place {
+        lockspace: target.lockspace,
+        name: target.name,
+    }
+}
+
+fn check_flags(procedure: Procedure, call: &Call<'_>) -> Result<(), Error> {
+    let (flags, known) = match *call {
+        Call::Register { flags, .. }
+        | Call::Restrict { flags }
+        | Call::New { flags, .. }
+        | Call::CreateResource { flags, .. }
+        | Call::DeleteResource { flags, .. }
+        | Call::ReleaseResource { flags, .. } => (flags, 0),
+        Call::AcquireResource { flags, .. } => (flags, SHARED | AUTOCREATE),
+        Call::CreateLockspace { .. } => (0, 0),
+    };
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(Error::flags(Domain::Rpc, procedure.function(), unknown)),
+    }
+}
+
+fn registered(session: &Session) -> Result<&Owner, Error> {
+    session.owner().ok_or_else(not_registered)
+}
+
+fn not_registered() -> Error {
+    let detail = "lock owner details have not been registered";
+    Error::new(Code::OperationInvalid, Domain::Rpc, detail)
+}
+
+fn new_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
+    if path.is_empty() {
+        let detail = "the default lockspace already exists";
+        return Err(Error::new(Code::OperationInvalid, Domain::Rpc, detail));
+    }
+    if keeper.has_lockspace(path) {
+        let detail = [b"Lockspace for path ", path, b" already exists"].concat();
+        return Err(Error::new(Code::InternalError, Domain::Rpc, detail));
+    }
+    make_lockspace(keeper, path)
+}
+
+fn make_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
+    keeper.make_lockspace(path).map_err(|reason| match reason {
+        NotMade::NotADirectory => {
+            let detail = [
+                b"Lockspace location ",
+                path,
+                b" exists, but is not a directory",
+            ]
+            .concat();
+            Error::new(Code::InternalError, Domain::Lockspace, detail)
+        }
+        NotMade::System(errno) => {
+            let what = [b"Unable to create lockspace ", path].concat();
+            Error::system(Domain::Lockspace, &what, errno)
+        }
+    })
+}
+
+fn acquire(owner: &Owner, keeper: &mut Keeper, place: Place<'_>, flags: u32) -> Result<(), Error> {
+    let mode = if flags & SHARED == 0 {
+        Mode::Exclusive
+    } else {
+        Mode::Shared
+    };
+    let autocreate = flags & AUTOCREATE != 0;
+    if !keeper.has_lockspace(place.lockspace) && keeper.can_open_lockspace(place.lockspace) {
+        keeper.add_lockspace(place.lockspace);
+        tracing::info!(
+            target: "locking.lock_daemon",
+            "Lockspace {} is opened on its first use: it was not made on this daemon",
+            String::from_utf8_lossy(place.lockspace)
+        );
+    }
+    match keeper.acquire(owner, place, mode, autocreate) {
+        Ok(_) => Ok(()),
+        Err(refusal) => {
+            let verb = if autocreate { "open/create" } else { "open" };
+            let what = [
+                format!("Unable to {verb} resource ").as_bytes(),
+                &place.path(),
+            ]
+            .concat();
+            Err(refused(keeper, place, refusal, Domain::Lockspace, &what))
+        }
+    }
+}
+
+fn release(owner: &Owner, keeper: &mut Keeper, place: Place<'_>) -> Result<(), Error> {
+    if !keeper.has_lockspace(place.lockspace) {
+        return Err(no_lockspace(place));
+    }
+    keeper
+        .release(place, owner.pid)
+        .map_err(|reason| match reason {
+            NotReleased::NotHeld => resource_error(place, b"' is not locked"),
+            NotReleased::NotYours => {
+                let detail = format!("owner {} does not hold the resource lock", owner.pid);
+                Error::new(Code::InternalError, Domain::Lockspace, detail)
+            }
+        })
+}
+
+fn no_lockspace(place: Place<'_>) -> Error {
+    let detail = [b"Lockspace for path ", place.lockspace, b" does not exist"].concat();
+    Error::new(Code::InternalError, Domain::Rpc, detail)
+}
+
+fn resource_error(place: Place<'_>, state: &[u8]) -> Error {
+    let detail = [b"Lockspace resource '", place.name, state].concat();
+    Error::new(Code::ResourceBusy, Domain::Lockspace, detail)
+}
+
+/// The error of a refused call; where a system call failed, `what` was attempted.
+fn refused(
+    keeper: &Keeper,
+    place: Place<'_>,
+    refusal: Refusal,
+    domain: Domain,
+    what: &[u8],
+) -> Error {
+    match refusal {
+        Refusal::NoLockspace => no_lockspace(place),
+        Refusal::Busy => resource_error(place, b"' is locked"),
+        Refusal::HeldAs(holder) => {
+            let state = [b"' is locked", holder_text(keeper, holder).as_slice()].concat();
+            resource_error(place, &state)
+        }
+        Refusal::Leaves => {
+            let detail = [
+                b"resource name '",
+                place.name,
+                b"' leaves lockspace directory '",
+                place.lockspace,
+                b"'",
+            ];
+            Error::new(Code::InvalidArgument, Domain::Lockspace, detail.concat())
+        }
+        Refusal::DefaultLockspace => {
+            let detail = [
+                b"resource '",
+                place.name,
+                b"' of the default lockspace is not deleted",
+            ];
+            Error::new(Code::OperationDenied, Domain::Lockspace, detail.concat())
+        }
+        Refusal::File(errno) => Error::system(domain, what, errno),
+        Refusal::Lock(errno) => {
+            let what = [
+                b"Unable to acquire lock on '",
+                place.path().as_slice(),
+                b"'",
+            ]
+            .concat();
+            Error::system(Domain::Lockspace, &what, errno)
+        }
+    }
+}
+
+/// Who holds a file that was asked for under another name, and under which.
+fn holder_text(keeper: &Keeper, holder: ResourceId) -> Vec<u8> {
+    let (Some(resource), Some(owner)) =
+        (keeper.table().get(holder), keeper.table().an_owner(holder))
+    else {
+        return Vec::new();
+    };
+    let place = Place {
+        lockspace: resource.lockspace(),
+        name: resource.name(),
+    };
+    [
+        b": domain '",
+        owner.name.as_slice(),
+        format!(
+            "' (uuid {}, pid {}) holds the same file as '",
+            uuid_text(&owner.uuid),
+            owner.pid
+        )
+        .as_bytes(),
+        &place.path(),
+        b"'",
+    ]
+    .concat()
+}
+
+/// A uuid as libvirt writes it.
+pub fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (position, byte) in uuid.iter().enumerate() {
+        if matches!(position, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(session: &mut Session, asked: &Call<'_>) -> Error {
+        call(session, &mut Keeper::new(), asked).unwrap_err()
+    }
+
+    fn register(id: u32) -> Call<'static> {
+        Call::Register {
+            uuid: &[1; 16],
+            name: b"guest",
+            id,
+            pid: 4242,
+            flags: 0,
+        }
+    }
+
+    #[test]
+    fn flags_are_checked_before_anything_else() {
+        let target = Target {
+            lockspace: b"",
+            name: b"x",
+        };
+        let mut session = Session::default();
+        let asked = Call::AcquireResource {
+            target,
+            flags: 0x13,
+        };
+        let error = error_of(&mut session, &asked);
+        assert!(
+            error
+                .message()
+                .starts_with(b"unsupported flags (0x10) in function")
+        );
+        assert_eq!(
+            error_of(&mut session, &Call::Restrict { flags: 0 }),
+            not_registered()
+        );
+        assert_eq!(error_of(&mut session, &register(0)), not_registered());
+    }
+
+    #[test]
+    fn a_restricted_session_is_allowed_nothing_more_and_keeps_its_owner() {
+        let mut session = Session::default();
+        let mut keeper = Keeper::new();
+        call(&mut session, &mut keeper, &register(7)).unwrap();
+        call(&mut session, &mut keeper, &Call::Restrict { flags: 0 }).unwrap();
+        let error = error_of(&mut session, &register(7));
+        let text = b"operation forbidden: lock manager connection has been restricted";
+        assert_eq!(error.message(), text);
+        assert_eq!(session.owner().unwrap().pid, 4242);
+    }
+
+    #[test]
+    fn a_uuid_is_written_in_five_groups() {
+        let uuid: [u8; 16] = std::array::from_fn(|position| 0x10 + position as u8);
+        assert_eq!(uuid_text(&uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
+    }
+}

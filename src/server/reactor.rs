@@ -1,0 +1,227 @@
+//! The loop.
+//!
+//! Five things can wake it: a signal, a deadline, a listening socket, a connection, and the death
+//! of an owner that is being fenced. The kernel reports each change once (edge-triggered), so what
+//! it said is kept in lists of things to do, and worked off in bounded pieces: a poll between any
+//! two pieces lets newcomers in. Nothing here ever waits, except in the poll when there is nothing
+//! to do.
+
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll};
+use nix::sys::signal::Signal;
+
+use super::daemon::{Daemon, State};
+use super::token::Source;
+use crate::host::clock::Moment;
+use crate::host::signals::Signals;
+use crate::host::timer::Timer;
+
+/// How many connections have their turn between two polls.
+const CONNECTIONS_A_TURN: usize = 64;
+/// How many connections are cleared away, and how many dead owners' locks freed, between two polls:
+/// each may cost a dozen system calls, and clients that are alive come first.
+const ENDS_A_TURN: usize = 8;
+/// How many events one poll reports.
+const EVENTS: usize = 256;
+
+/// What a configuration file can change while the daemon runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Clients of the lock server.
+    pub max_clients: u32,
+    /// Clients of the admin server.
+    pub admin_max_clients: u32,
+}
+
+/// Reads the configuration again and applies its log settings; the limits in it, or a sentence
+/// about what is wrong with it.
+pub type Reload = Box<dyn FnMut() -> Result<Limits, String>>;
+
+/// The poll and what it watches.
+pub struct Reactor {
+    poll: Poll,
+    signals: Signals,
+    timer: Timer,
+    reload: Reload,
+    /// Everything else.
+    pub daemon: Daemon,
+}
+
+impl Reactor {
+    /// A reactor that watches signals and the timer; listeners are added with
+    /// [`Reactor::listen`].
+    pub fn new(limits: Limits, reload: Reload) -> std::io::Result<Reactor> {
+        let poll = Poll::new()?;
+        let signals = Signals::open()?;
+        let timer = Timer::new()?;
+        let registry = poll.registry().try_clone()?;
+        watch(&registry, signals.as_raw_fd(), Source::Signals)?;
+        watch(&registry, timer.as_raw_fd(), Source::Timer)?;
+        let daemon = Daemon::new(registry, limits.max_clients, limits.admin_max_clients);
+        Ok(Reactor {
+            poll,
+            signals,
+            timer,
+            reload,
+            daemon,
+        })
+    }
+
+    /// Adds a listening socket.
+    pub fn listen(&mut self, listener: super::accept::Listener) -> std::io::Result<()> {
+        let number = self.daemon.listeners.len();
+        watch(
+            self.poll.registry(),
+            listener.socket.as_raw_fd(),
+            Source::Listener(number),
+        )?;
+        self.daemon.listeners.push(listener);
+        Ok(())
+    }
+
+    /// Runs until the daemon has ended.
+    pub fn run(&mut self) -> std::io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS);
+        while self.daemon.state != State::Ended {
+            self.daemon.watch_idleness();
+            self.timer.set(self.daemon.deadlines.first())?;
+            let wait = if self.has_work() {
+                Some(Duration::ZERO)
+            } else {
+                None
+            };
+            match self.poll.poll(&mut events, wait) {
+                Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error),
+                _ => (),
+            }
+            for event in &events {
+                self.note(event);
+            }
+            self.work();
+            self.daemon.finish();
+        }
+        Ok(())
+    }
+
+    fn has_work(&self) -> bool {
+        let daemon = &self.daemon;
+        !daemon.ready.is_empty()
+            || !daemon.ending.is_empty()
+            || !daemon.dead.is_empty()
+            || daemon.listeners.iter().any(|listener| listener.queued)
+    }
+
+    /// Keeps what an event said for the time when it can be acted on.
+    fn note(&mut self, event: &mio::event::Event) {
+        match Source::of(event.token()) {
+            Some(Source::Connection(place)) => {
+                if let Some(connection) = self.daemon.connections.get_mut(place) {
+                    connection.readable |= event.is_readable();
+                    connection.hung_up |= event.is_read_closed() || event.is_error();
+                    self.daemon.enqueue(place);
+                }
+            }
+            Some(Source::Listener(number)) => {
+                if let Some(listener) = self.daemon.listeners.get_mut(number) {
+                    listener.readable = true;
+                    listener.queued = true;
+                }
+            }
+            Some(Source::Fence(place)) => self.daemon.look_at_fence(place),
+            Some(Source::Signals) => self.take_signals(),
+            Some(Source::Timer) => self.pass_deadlines(),
+            Some(Source::Successor) | None => (),
+        }
+    }
+
+    /// One bounded piece of everything there is to do.
+    fn work(&mut self) {
+        let daemon = &mut self.daemon;
+        for _ in 0..CONNECTIONS_A_TURN {
+            let Some(place) = daemon.ready.pop_front() else {
+                break;
+            };
+            daemon.serve(place);
+        }
+        for number in 0..daemon.listeners.len() {
+            if daemon
+                .listeners
+                .get(number)
+                .is_some_and(|listener| listener.queued)
+            {
+                let more = daemon.accept(number);
+                if let Some(listener) = daemon.listeners.get_mut(number) {
+                    listener.queued = more;
+                }
+            }
+        }
+        for _ in 0..ENDS_A_TURN {
+            let Some(place) = daemon.ending.pop_front() else {
+                break;
+            };
+            daemon.clear_away(place);
+        }
+        for _ in 0..ENDS_A_TURN {
+            let Some(pid) = daemon.dead.pop_front() else {
+                break;
+            };
+            daemon.fenced(pid);
+        }
+    }
+
+    fn pass_deadlines(&mut self) {
+        self.timer.clear();
+        let now = Moment::now();
+        while let Some(deadline) = self.daemon.deadlines.take_due(now) {
+            self.daemon.pass_deadline(deadline);
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Some(signal) = self.signals.next() {
+            match signal {
+                Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM => {
+                    tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
+                    self.daemon.stop();
+                }
+                Signal::SIGHUP => self.reload_configuration(),
+                Signal::SIGUSR1 => tracing::warn!(
+                    target: "rpc.netdaemon",
+                    "SIGUSR1 is ignored: this version cannot replace itself while it runs"
+                ),
+                _ => (),
+            }
+        }
+    }
+
+    fn reload_configuration(&mut self) {
+        use super::connection::Service;
+        match (self.reload)() {
+            Ok(limits) => {
+                self.daemon
+                    .clients_mut(Service::Lock)
+                    .set_limit(limits.max_clients);
+                self.daemon
+                    .clients_mut(Service::Admin)
+                    .set_limit(limits.admin_max_clients);
+                tracing::info!(target: "rpc.netdaemon", "SIGHUP: the configuration was read again");
+            }
+            Err(reason) => tracing::error!(
+                target: "rpc.netdaemon",
+                "SIGHUP: the settings stay as they are, because the configuration cannot be \
+                 used: {reason}"
+            ),
+        }
+    }
+}
+
+fn watch(registry: &mio::Registry, descriptor: i32, source: Source) -> std::io::Result<()> {
+    registry.register(
+        &mut SourceFd(&descriptor),
+        source.token(),
+        Interest::READABLE,
+    )
+}
