@@ -58,7 +58,11 @@ const MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
 /// Opens without ever waiting: not for the other end of a FIFO, not for a lease to be given back.
 fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
-    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let mut flags = flags | OFlag::O_CLOEXEC;
+    // O_PATH waits for nothing, and openat2(2) allows no other flags with it.
+    if !flags.contains(OFlag::O_PATH) {
+        flags |= OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    }
     match start {
         Start::Anywhere => fcntl::open(path, flags, MODE),
         Start::Beneath(directory) => {
@@ -233,4 +237,91 @@ pub fn adopt(number: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: it is open, and the caller adopts each number of the state it was given once; no
     // other part of this young process knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::{Path, PathBuf};
+
+    /// A directory of this test's own, removed at its end.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Scratch {
+            let path =
+                std::env::temp_dir().join(format!("virtlockd-{}-{name}", std::process::id()));
+            std::fs::create_dir(&path).unwrap();
+            Scratch(path)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn bytes(path: &Path) -> &[u8] {
+        path.as_os_str().as_bytes()
+    }
+
+    #[test]
+    fn nothing_above_a_directory_is_reached_from_below_it() {
+        let scratch = Scratch::new("beneath");
+        let below = scratch.0.join("below");
+        std::fs::create_dir(&below).unwrap();
+        std::fs::write(scratch.0.join("disk"), "precious").unwrap();
+        std::os::unix::fs::symlink("../disk", below.join("link")).unwrap();
+        std::os::unix::fs::symlink("..", below.join("up")).unwrap();
+        let directory = open_directory(bytes(&below)).unwrap();
+        let start = Start::Beneath(directory.as_fd());
+        for path in [&b"../disk"[..], b"link", b"up/disk"] {
+            assert_eq!(open_existing(start, path).err(), Some(Errno::EXDEV));
+            assert_eq!(open_or_create(start, path).err(), Some(Errno::EXDEV));
+            assert_eq!(look_up(start, path).err(), Some(Errno::EXDEV));
+        }
+        assert_eq!(unlink(start, b"up/disk"), Err(Errno::EXDEV));
+        unlink(start, b"link").unwrap();
+        assert!(scratch.0.join("disk").exists());
+        let made = open_or_create(start, b"made").unwrap();
+        assert_eq!(
+            look_up(start, b"made").unwrap().identity,
+            identity(&made).unwrap()
+        );
+    }
+
+    #[test]
+    fn an_open_files_lock_survives_the_closing_of_another_descriptor_and_excludes_it() {
+        let scratch = Scratch::new("lock");
+        let path = scratch.0.join("disk");
+        std::fs::write(&path, "").unwrap();
+        let first = open_existing(Start::Anywhere, bytes(&path)).unwrap();
+        lock_open_file(&first, LockType::Write).unwrap();
+        for _ in 0..2 {
+            let second = open_existing(Start::Anywhere, bytes(&path)).unwrap();
+            assert_eq!(lock_open_file(&second, LockType::Read), Err(Errno::EAGAIN));
+            assert_eq!(conflict(&second, LockType::Read), Ok(Conflict::OpenFile));
+        }
+        lock_open_file(&first, LockType::Unlock).unwrap();
+        let second = open_existing(Start::Anywhere, bytes(&path)).unwrap();
+        assert_eq!(conflict(&second, LockType::Write), Ok(Conflict::None));
+        lock_process(&second, LockType::Write).unwrap();
+        let own_pid = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(
+            conflict(&second, LockType::Write),
+            Ok(Conflict::Process(own_pid))
+        );
+    }
+
+    #[test]
+    fn opening_a_fifo_does_not_wait_for_its_other_end() {
+        let scratch = Scratch::new("fifo");
+        let path = scratch.0.join("fifo");
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        open_existing(Start::Anywhere, bytes(&path)).unwrap();
+        open_or_create(Start::Anywhere, bytes(&path)).unwrap();
+    }
 }
