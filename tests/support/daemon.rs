@@ -1,0 +1,219 @@
+//! A running lock daemon: ours, or libvirt's to compare with.
+
+use super::client::Client;
+use super::namespace::Namespace;
+use super::{DEADLINE, TempDir, wait_for};
+use std::ffi::OsStr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+
+/// Where a root daemon listens, inside its namespace.
+pub const LOCK_SOCKET: &str = "/run/libvirt/virtlockd-sock";
+/// Where a root daemon's admin service listens.
+pub const ADMIN_SOCKET: &str = "/run/libvirt/virtlockd-admin-sock";
+
+/// The daemon under test: the one just built, or the program named by `VIRTLOCKD_UNDER_TEST`.
+pub fn program() -> PathBuf {
+    match std::env::var_os("VIRTLOCKD_UNDER_TEST") {
+        Some(path) => PathBuf::from(path),
+        None => PathBuf::from(env!("CARGO_BIN_EXE_virtlockd")),
+    }
+}
+
+/// Libvirt's own daemon, where it is installed.
+pub fn c_daemon() -> Option<PathBuf> {
+    let path = PathBuf::from("/usr/sbin/virtlockd");
+    path.exists().then_some(path)
+}
+
+/// A daemon in the foreground. It is killed (SIGKILL) when dropped.
+pub struct Daemon {
+    child: Child,
+    lock_socket: PathBuf,
+    admin_socket: PathBuf,
+    files: TempDir,
+}
+
+impl Daemon {
+    /// Starts [`program`] in `namespace` and waits until its lock socket answers.
+    pub fn start(namespace: &Namespace, args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        Daemon::start_program(&program(), namespace, args, env)
+    }
+
+    /// As [`Daemon::start`], with any program.
+    pub fn start_program(
+        program: &Path,
+        namespace: &Namespace,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Daemon {
+        let mut daemon = Daemon::spawn(program, namespace, args, env);
+        let socket = daemon.lock_socket.clone();
+        daemon.wait_for_socket(&socket);
+        daemon
+    }
+
+    /// As [`Daemon::start_program`] with a configuration file of this text.
+    pub fn start_configured(program: &Path, namespace: &Namespace, config: &str) -> Daemon {
+        let inside = "/run/virtlockd-test.conf";
+        std::fs::write(namespace.path(inside), config).expect("write the configuration file");
+        Daemon::start_program(program, namespace, &["-f", inside], &[])
+    }
+
+    /// Starts the program and waits for nothing.
+    ///
+    /// The environment is this process's without whatever could change what a daemon does; `env`
+    /// is added to it.
+    pub fn spawn(
+        program: &Path,
+        namespace: &Namespace,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Daemon {
+        let files = TempDir::new();
+        let create =
+            |name| std::fs::File::create(files.path().join(name)).expect("make a log file");
+        let mut command = namespace.command(program);
+        for (name, _) in std::env::vars_os() {
+            if changes_a_daemon(&name) {
+                command.env_remove(name);
+            }
+        }
+        let child = command
+            .args(args)
+            .env("LC_ALL", "C")
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(create("stdout"))
+            .stderr(create("stderr"))
+            .spawn()
+            .expect("start nsenter with the daemon");
+        Daemon {
+            child,
+            lock_socket: namespace.path(LOCK_SOCKET),
+            admin_socket: namespace.path(ADMIN_SOCKET),
+            files,
+        }
+    }
+
+    /// Waits until somebody listens on `socket`. The probe is a client of the daemon, so client
+    /// ids on that socket go on from 2.
+    pub fn wait_for_socket(&mut self, socket: &Path) {
+        let what = format!("an answer on {}", socket.display());
+        wait_for(DEADLINE, &what, || {
+            if let Some(status) = self.ended() {
+                panic!(
+                    "the daemon ended at its start ({status}); stderr:\n{}",
+                    self.stderr()
+                );
+            }
+            UnixStream::connect(socket).ok().map(drop)
+        });
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is an i32")
+    }
+
+    /// The lock socket, as reached from outside of the namespace.
+    pub fn lock_socket(&self) -> &Path {
+        &self.lock_socket
+    }
+
+    /// The admin socket, as reached from outside of the namespace.
+    pub fn admin_socket(&self) -> &Path {
+        &self.admin_socket
+    }
+
+    /// A new connection to the lock socket.
+    pub fn client(&self) -> Client {
+        Client::connect(&self.lock_socket)
+    }
+
+    /// A new connection to the admin socket.
+    pub fn admin_client(&self) -> Client {
+        Client::connect(&self.admin_socket)
+    }
+
+    /// Sends a signal to the daemon.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal)
+            .expect("send a signal to the daemon");
+    }
+
+    /// The exit status if it has ended already.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child
+            .try_wait()
+            .expect("ask for the daemon's exit status")
+    }
+
+    /// Waits for the daemon's end.
+    pub fn wait_end(&mut self) -> ExitStatus {
+        wait_for(DEADLINE, "the end of the daemon", || self.ended())
+    }
+
+    /// Ends the daemon as an administrator would (SIGTERM).
+    pub fn stop(&mut self) -> ExitStatus {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.wait_end()
+    }
+
+    /// Ends the daemon at once (SIGKILL).
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// What it wrote to stderr so far.
+    pub fn stderr(&self) -> String {
+        self.output("stderr")
+    }
+
+    /// What it wrote to stdout so far.
+    pub fn stdout(&self) -> String {
+        self.output("stdout")
+    }
+
+    fn output(&self, name: &str) -> String {
+        let bytes = std::fs::read(self.files.path().join(name)).expect("read the daemon's output");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .expect("list the daemon's descriptors")
+            .count()
+    }
+
+    /// A size in KiB out of `/proc/PID/status`, for example `VmRSS` or `VmSize`.
+    pub fn memory_kib(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .expect("read the daemon's status");
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+            .unwrap_or_else(|| panic!("no {field} in the daemon's status"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!(
+                "stderr of the daemon {}:\n{}",
+                self.child.id(),
+                self.stderr()
+            );
+        }
+    }
+}
+
+fn changes_a_daemon(name: &OsStr) -> bool {
+    let prefixes = ["LIBVIRT_", "LISTEN_", "NOTIFY_SOCKET", "LC_", "LANG", "XDG_"];
+    name.to_str().is_some_and(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
+}

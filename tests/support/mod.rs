@@ -1,0 +1,154 @@
+//! What every integration test stands on: skipping aloud, waiting with a deadline, temporary
+//! directories. Its parts start daemons in their own mount namespace ([`namespace`], [`daemon`]),
+//! speak the wire without the crate's own code, so that no mistake cancels itself out
+//! ([`client`]), and act as the process of a virtual machine ([`owner`]).
+
+// Every test file compiles its own copy of this module and uses a part of it.
+#![allow(dead_code)]
+
+pub mod client;
+pub mod daemon;
+pub mod namespace;
+pub mod owner;
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long a test waits for something that must happen. Generous, because a slow machine is not
+/// a failure; a passing test never waits that long.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Says aloud that a test does not run here. The caller returns after it.
+///
+/// The reason goes to stderr and, as a line, to the file named by `VIRTLOCKD_TEST_SKIPS`.
+/// Where `CI` is `true` everything has to run, so there a skip is a failure.
+pub fn skip(reason: &str) {
+    eprintln!("SKIPPED: {reason}");
+    if let Some(path) = std::env::var_os("VIRTLOCKD_TEST_SKIPS") {
+        let line = format!("{reason}\n");
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(line.as_bytes()))
+            .expect("note the skipped test in $VIRTLOCKD_TEST_SKIPS");
+    }
+    if std::env::var("CI").is_ok_and(|value| value == "true") {
+        panic!("a test was skipped where everything has to run: {reason}");
+    }
+}
+
+/// True for root. Anybody else gets a skip and false: mount namespaces need root.
+pub fn require_root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        skip("needs root to make mount namespaces");
+    }
+    root
+}
+
+/// Asks `answer` every millisecond until it gives a value; panics with `what` after `limit`.
+pub fn wait_for<T>(limit: Duration, what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(value) = answer() {
+            return value;
+        }
+        assert!(
+            Instant::now() < end,
+            "after {limit:?} still waiting for: {what}"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// [`wait_for`] a condition.
+pub fn wait_until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    wait_for(limit, what, || holds().then_some(()));
+}
+
+/// A directory of a test's own, removed with everything in it when dropped.
+pub struct TempDir {
+    path: PathBuf,
+}
+
+impl TempDir {
+    pub fn new() -> TempDir {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("virtlockd-test-{}-{count}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path)
+            .unwrap_or_else(|error| panic!("make the directory {}: {error}", path.display()));
+        TempDir { path }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        // A failure here must not hide the failure that unwinds through us.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+/// A lock on byte 0 of a file, as somebody outside of the daemon sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeenLock {
+    /// A write lock; otherwise a read lock.
+    pub exclusive: bool,
+    /// The holder's pid; -1 for an open-file-description lock, which no process owns.
+    pub pid: i32,
+}
+
+/// Who would stand in the way of an exclusive lock on byte 0 of `path`? `None`: nobody.
+///
+/// Only asks (`F_OFD_GETLK`); the file is opened for reading and nothing about it changes.
+pub fn lock_probe(path: &Path) -> Option<SeenLock> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .unwrap_or_else(|error| panic!("open {} to ask for its lock: {error}", path.display()));
+    let mut lock = byte_zero(libc::F_WRLCK);
+    nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_GETLK(&mut lock))
+        .unwrap_or_else(|error| panic!("F_OFD_GETLK on {}: {error}", path.display()));
+    (i32::from(lock.l_type) != libc::F_UNLCK).then(|| SeenLock {
+        exclusive: i32::from(lock.l_type) == libc::F_WRLCK,
+        pid: lock.l_pid,
+    })
+}
+
+/// Takes a lock on byte 0 as a stranger to the daemon would; it ends when the file is dropped.
+pub fn foreign_lock(path: &Path, exclusive: bool) -> std::fs::File {
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap_or_else(|error| panic!("open {} to lock it: {error}", path.display()));
+    let lock = byte_zero(if exclusive {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    });
+    nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))
+        .unwrap_or_else(|error| panic!("F_OFD_SETLK on {}: {error}", path.display()));
+    file
+}
+
+fn byte_zero(kind: i32) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 1,
+        l_pid: 0,
+    }
+}

@@ -1,0 +1,72 @@
+//! A mount namespace with an empty `/run`, so that a daemon under test uses its built-in paths and
+//! meets neither the host's daemon nor another test's.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// The namespace lives as long as its holder process, which this value owns.
+pub struct Namespace {
+    holder: Child,
+}
+
+impl Namespace {
+    /// A private copy of the mount table with a tmpfs on `/run` and an empty `/run/libvirt`.
+    pub fn new() -> Namespace {
+        // The holder is `cat` on a pipe of ours: if this process dies without dropping anything,
+        // the pipe closes and the holder ends as well.
+        let script = "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat";
+        let mut holder = Command::new("unshare")
+            .args(["-m", "--propagation", "private", "sh", "-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start unshare to make a mount namespace");
+        let stdout = holder
+            .stdout
+            .take()
+            .expect("stdout of the holder is a pipe");
+        let mut line = String::new();
+        BufReader::new(stdout)
+            .read_line(&mut line)
+            .expect("read from the namespace holder");
+        assert_eq!(
+            line, "made\n",
+            "the namespace holder did not mount its /run"
+        );
+        Namespace { holder }
+    }
+
+    /// How a file of the namespace is reached from outside of it.
+    pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
+        let inside = inside.as_ref();
+        let relative = inside
+            .strip_prefix("/")
+            .expect("a path inside a namespace is absolute");
+        PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(relative)
+    }
+
+    /// A command that runs `program` inside. It is executed in place: the child's pid is its pid.
+    /// Its working directory is `/`, because entering a mount namespace sets that.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg("-t")
+            .arg(self.holder.id().to_string())
+            .arg("-m")
+            .arg(program.as_ref());
+        command
+    }
+
+    /// The process whose mount namespace this is.
+    pub fn holder_pid(&self) -> u32 {
+        self.holder.id()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}

@@ -1,0 +1,200 @@
+//! The process of a virtual machine, as the daemon sees it: a process with a connection of its
+//! own, which can close that connection, ignore SIGTERM, or be killed.
+//!
+//! It is this very test program, started again to run the one helper "test" below. The test in
+//! front passes it messages through a pipe and gets the replies back.
+
+use super::client::{Call, Reply, register_as};
+use super::{DEADLINE, wait_for};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+
+const SOCKET_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_SOCKET";
+const MARK: &str = "answer> ";
+
+/// How the owner answers SIGTERM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnTerm {
+    Die,
+    /// As a hung QEMU does: only SIGKILL helps.
+    Ignore,
+}
+
+/// A process with a connection. It is killed when dropped, and ends by itself if the test dies.
+pub struct Owner {
+    child: Child,
+    orders: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Owner {
+    /// Starts the process; it is connected to `socket` when this returns.
+    pub fn connect(socket: &Path, on_term: OnTerm) -> Owner {
+        let program = std::env::current_exe().expect("the path of this test program");
+        let mut command = match on_term {
+            OnTerm::Die => Command::new(&program),
+            OnTerm::Ignore => {
+                // An ignored signal stays ignored over exec.
+                let mut command = Command::new("env");
+                command.arg("--ignore-signal=TERM").arg(&program);
+                command
+            }
+        };
+        let mut child = command
+            .args(["--ignored", "--exact", "--nocapture", "--test-threads=1"])
+            .arg("support::owner::the_owner_process")
+            .env(SOCKET_VARIABLE, socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start this program again as an owner process");
+        let answers = BufReader::new(child.stdout.take().expect("stdout is a pipe"));
+        let orders = child.stdin.take();
+        let mut owner = Owner {
+            child,
+            orders,
+            answers,
+        };
+        assert_eq!(
+            owner.answer(),
+            "connected",
+            "the owner process did not connect"
+        );
+        owner
+    }
+
+    /// [`Owner::connect`], then REGISTER as the domain `name` with the process's own pid.
+    pub fn register(socket: &Path, name: &str, on_term: OnTerm) -> Owner {
+        let mut owner = Owner::connect(socket, on_term);
+        owner.call(&register_as(name, owner.pid())).expect_ok();
+        owner
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is an i32")
+    }
+
+    /// A call over the owner's own connection.
+    #[track_caller]
+    pub fn call(&mut self, call: &Call) -> Reply {
+        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let answer = self.answer();
+        let hex = answer
+            .strip_prefix("reply ")
+            .unwrap_or_else(|| panic!("no reply: {answer}"));
+        Reply::parse(&from_hex(hex))
+    }
+
+    /// Closes the connection; the process lives on.
+    pub fn close_connection(&mut self) {
+        self.order("close");
+        assert_eq!(self.answer(), "closed");
+    }
+
+    /// Kills the process with SIGKILL, as a crash does. It stays a zombie until
+    /// [`Owner::wait_end`] or the drop of this value.
+    pub fn kill(&self) {
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.pid()),
+            nix::sys::signal::Signal::SIGKILL,
+        )
+        .expect("kill the owner process");
+    }
+
+    /// True until the process has ended. Reaps it.
+    pub fn is_alive(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("ask for the owner's end")
+            .is_none()
+    }
+
+    /// Waits for its end and reaps it.
+    pub fn wait_end(&mut self) -> ExitStatus {
+        wait_for(DEADLINE, "the end of the owner process", || {
+            self.child.try_wait().expect("ask for the owner's end")
+        })
+    }
+
+    /// Waits for its end; the signal that ended it.
+    pub fn wait_signal(&mut self) -> Option<i32> {
+        self.wait_end().signal()
+    }
+
+    fn order(&mut self, line: &str) {
+        let orders = self.orders.as_mut().expect("the owner still listens");
+        writeln!(orders, "{line}").expect("give an order to the owner process");
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            let count = self
+                .answers
+                .read_line(&mut line)
+                .expect("read from the owner process");
+            assert!(count > 0, "the owner process ended");
+            // The test harness of the child writes to the same pipe, even on the same line.
+            if let Some(at) = line.find(MARK) {
+                return line[at + MARK.len()..].trim_end().to_owned();
+            }
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Not a test: what [`Owner`] runs in its process.
+#[test]
+#[ignore = "a helper process that tests start themselves"]
+fn the_owner_process() {
+    let Some(socket) = std::env::var_os(SOCKET_VARIABLE) else {
+        return;
+    };
+    let answer = |text: &str| {
+        let mut out = std::io::stdout();
+        writeln!(out, "{MARK}{text}")
+            .and_then(|()| out.flush())
+            .expect("answer the test");
+    };
+    let mut stream = Some(UnixStream::connect(socket).expect("connect to the daemon"));
+    answer("connected");
+    for line in std::io::stdin().lines() {
+        let line = line.expect("read an order");
+        if line == "close" {
+            stream = None;
+            answer("closed");
+        } else if let Some(hex) = line.strip_prefix("call ") {
+            let stream = stream.as_mut().expect("the connection is open");
+            stream.write_all(&from_hex(hex)).expect("send the call");
+            let mut reply = vec![0; 4];
+            stream.read_exact(&mut reply).expect("read the length word");
+            let length = u32::from_be_bytes(reply[..4].try_into().expect("four bytes")) as usize;
+            reply.resize(length, 0);
+            stream.read_exact(&mut reply[4..]).expect("read the reply");
+            answer(&format!("reply {}", to_hex(&reply)));
+        }
+    }
+}
+
+pub fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn from_hex(text: &str) -> Vec<u8> {
+    assert!(text.len().is_multiple_of(2), "half a byte of hex: {text}");
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).expect("hex digits"))
+        .collect()
+}
