@@ -214,6 +214,14 @@ impl Drop for Daemon {
 }
 
 fn changes_a_daemon(name: &OsStr) -> bool {
-    let prefixes = ["LIBVIRT_", "LISTEN_", "NOTIFY_SOCKET", "LC_", "LANG", "XDG_"];
-    name.to_str().is_some_and(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
+    let prefixes = [
+        "LIBVIRT_",
+        "LISTEN_",
+        "NOTIFY_SOCKET",
+        "LC_",
+        "LANG",
+        "XDG_",
+    ];
+    name.to_str()
+        .is_some_and(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
 }
