@@ -10,6 +10,7 @@ pub mod client;
 pub mod daemon;
 pub mod namespace;
 pub mod owner;
+pub mod random;
 
 use std::io::Write;
 use std::os::fd::AsFd;
