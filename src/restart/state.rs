@@ -1,0 +1,212 @@
+//! Everything that a new image of the process needs to go on where the old one stopped, as plain
+//! data: no sockets, no locks, only their descriptors' numbers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::clock::Moment;
+use crate::host::file::FileIdentity;
+use crate::host::stream::Peer;
+use crate::locks::table::{Mode, Owner, Pid};
+
+/// Which of the two servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ServerName {
+    /// The lock server.
+    Lock,
+    /// The admin server.
+    Admin,
+}
+
+/// The state of a daemon.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// The lock server.
+    pub lock_server: ServerState,
+    /// The admin server.
+    pub admin_server: ServerState,
+    /// The sockets that clients connect to.
+    pub listeners: Vec<ListenerState>,
+    /// The connections, in the order of connecting.
+    pub clients: Vec<ClientState>,
+    /// The directories of the lockspaces.
+    pub lockspaces: Vec<Vec<u8>>,
+    /// What is held.
+    pub resources: Vec<ResourceState>,
+    /// Who is being fenced.
+    pub fences: Vec<FenceState>,
+    /// The process that was started.
+    pub process: ProcessState,
+}
+
+/// A server's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerState {
+    /// How many clients there may be.
+    pub limit: u32,
+    /// How many may be waiting for authentication.
+    pub unauthenticated_limit: u32,
+    /// The limit that the configuration gave when it was last read; `None` if it gave none. As
+    /// long as it gives the same, a limit that was set over the admin socket stays.
+    pub configured: Option<u32>,
+    /// The next client's number.
+    pub next_id: u64,
+    /// Thread pool numbers, for the admin socket to show: minimum, maximum, priority workers.
+    pub workers: [u32; 3],
+}
+
+impl Default for ServerState {
+    fn default() -> Self {
+        ServerState {
+            limit: 0,
+            unauthenticated_limit: 0,
+            configured: None,
+            next_id: 1,
+            workers: [0; 3],
+        }
+    }
+}
+
+/// A listening socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerState {
+    /// Which server's.
+    pub server: ServerName,
+    /// Its descriptor.
+    pub descriptor: i32,
+    /// Its file, if the daemon removes it at the end.
+    pub path: Option<Vec<u8>>,
+}
+
+/// A connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientState {
+    /// Its descriptor.
+    pub descriptor: i32,
+    /// Which server's client.
+    pub server: ServerName,
+    /// Its number there.
+    pub id: u64,
+    /// Who called connect(); `None` if only the kernel knows.
+    pub peer: Option<Peer>,
+    /// When that process started.
+    pub start_time: Option<u64>,
+    /// Seconds since the epoch.
+    pub connected_at: i64,
+    /// Whether it has made a call.
+    pub has_called: bool,
+    /// Whether it is only waiting to be told that there is no room.
+    pub refused: bool,
+    /// The registered owner.
+    pub owner: Option<Owner>,
+    /// Whether it may make no further call.
+    pub restricted: bool,
+    /// Bytes on their way.
+    pub traffic: Traffic,
+}
+
+/// Bytes that were read and not worked on, and replies that could not be sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Read and not worked on.
+    pub pending: Vec<u8>,
+    /// Descriptors came with the last byte of `pending`.
+    pub descriptors_at_end: bool,
+    /// How many descriptors of the call at the front of `pending` have arrived.
+    pub arrived: u32,
+    /// Replies not sent yet.
+    pub unsent: Vec<u8>,
+    /// Whether the connection ends when they are sent.
+    pub closing: bool,
+}
+
+impl Traffic {
+    /// Whether nothing is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.pending.is_empty() && self.unsent.is_empty() && !self.closing
+    }
+}
+
+/// How a resource's file is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKindState {
+    /// By an open-file-description lock.
+    OpenFile,
+    /// By a POSIX lock of this process.
+    Process,
+    /// The document does not say: the kernel must be asked.
+    Unknown,
+}
+
+/// A held resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResourceState {
+    /// The lockspace's directory; empty for the default one.
+    pub lockspace: Vec<u8>,
+    /// The name in it.
+    pub name: Vec<u8>,
+    /// The locked file's descriptor.
+    pub descriptor: i32,
+    /// The file; `None` if it must be asked.
+    pub identity: Option<FileIdentity>,
+    /// As the first owner took it.
+    pub mode: Mode,
+    /// Whether the first owner wanted the file made.
+    pub autocreate: bool,
+    /// Whether the daemon made the file.
+    pub created: bool,
+    /// How it is locked.
+    pub kind: LockKindState,
+    /// Further descriptors of the file that must stay open.
+    pub parked: Vec<i32>,
+    /// Who holds it, and how often.
+    pub holders: Vec<(Owner, u32)>,
+}
+
+/// An owner that is being fenced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FenceState {
+    /// Its number.
+    pub pid: Pid,
+    /// The pidfd.
+    pub descriptor: i32,
+    /// Whether it was sent SIGKILL.
+    pub killed: bool,
+    /// When something more is to be done about it.
+    pub next_step: Moment,
+}
+
+/// What belongs to the process rather than to what it serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessState {
+    /// The pid file, open and locked, and its path.
+    pub pid_file: Option<(i32, Vec<u8>)>,
+    /// The configuration file, if there is one.
+    pub config_file: Option<Vec<u8>>,
+    /// The program to start when the daemon is replaced.
+    pub program: Vec<u8>,
+    /// Seconds without clients and locks after which the daemon ends; 0 for never.
+    pub idle_timeout_s: u32,
+    /// Log level, filters and outputs, as text.
+    pub logging: LogState,
+}
+
+/// Log settings as they are in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogState {
+    /// 1 debug to 4 error.
+    pub level: u32,
+    /// As libvirt writes them.
+    pub filters: String,
+    /// As libvirt writes them.
+    pub outputs: String,
+}
+
+impl State {
+    /// One server's numbers.
+    pub fn server_mut(&mut self, name: ServerName) -> &mut ServerState {
+        match name {
+            ServerName::Lock => &mut self.lock_server,
+            ServerName::Admin => &mut self.admin_server,
+        }
+    }
+}
