@@ -3,7 +3,8 @@
 //!
 //! The map, from the top down; a module uses only what stands below it.
 //!
-//! * `main.rs`, [`cli`], [`config`]: options, `virtlockd.conf`, the order of a start.
+//! * `main.rs`, [`cli`], [`config`], [`exit`]: options, `virtlockd.conf`, the order of a start and
+//!   how it may end.
 //! * [`server`]: the reactor, one state machine a connection, the two programs it serves, and the
 //!   killing of owners that leave while they hold locks.
 //! * [`restart`]: the state that outlives a process image, and how it is passed on.
@@ -25,6 +26,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod exit;
 pub mod host;
 pub mod locks;
 pub mod restart;

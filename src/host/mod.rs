@@ -3,9 +3,15 @@
 #![allow(unsafe_code)]
 
 pub mod clock;
+pub mod daemonize;
 pub mod errno;
 pub mod file;
+pub mod limits;
+pub mod listen;
 pub mod memory;
+pub mod notify;
+pub mod paths;
+pub mod pid_file;
 pub mod process;
 pub mod signals;
 pub mod stream;

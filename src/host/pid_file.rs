@@ -1,0 +1,158 @@
+//! The pid file: the number of the running daemon, and a lock that keeps a second one away.
+//!
+//! The lock is a POSIX record lock on the first byte, because that is what the C daemon takes: each
+//! must see the other's. Such a lock belongs to the process and outlives an exec, as long as the
+//! descriptor is passed on and no other descriptor of the file is closed.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use super::errno;
+
+/// A pid file that this process holds.
+#[derive(Debug)]
+pub struct PidFile {
+    file: File,
+    path: PathBuf,
+}
+
+/// Why the pid file could not be taken.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PidFileError {
+    attempt: &'static str,
+    path: PathBuf,
+    error: Errno,
+}
+
+impl fmt::Display for PidFileError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            attempt,
+            path,
+            error,
+        } = self;
+        write!(
+            out,
+            "Failed to {attempt} '{}': {}",
+            path.display(),
+            errno::text(*error)
+        )
+    }
+}
+
+impl std::error::Error for PidFileError {}
+
+impl PidFile {
+    /// Opens the file, locks it and writes the number of this process into it. Never waits: a file
+    /// that another daemon has locked is an error at once.
+    pub fn acquire(path: &Path) -> Result<Self, PidFileError> {
+        let failed = |attempt, error| PidFileError {
+            attempt,
+            path: path.to_path_buf(),
+            error,
+        };
+        let file = loop {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o644)
+                .open(path)
+                .map_err(|error| failed("open pid file", errno::of(&error)))?;
+            lock(file.as_fd()).map_err(|error| failed("acquire pid file", error))?;
+            // The daemon before may have removed the file between the two calls: then this lock is
+            // on a file that nobody else will find.
+            let held = file
+                .metadata()
+                .map_err(|error| failed("check status of pid file", errno::of(&error)))?;
+            if is_at(path, &held) {
+                break file;
+            }
+        };
+        file.set_len(0)
+            .map_err(|error| failed("truncate pid file", errno::of(&error)))?;
+        (&file)
+            .write_all(std::process::id().to_string().as_bytes())
+            .map_err(|error| failed("write to pid file", errno::of(&error)))?;
+        Ok(Self {
+            file,
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// The pid file that the program before the exec held: the same process has its lock still.
+    pub fn inherited(descriptor: OwnedFd, path: PathBuf) -> Self {
+        Self {
+            file: File::from(descriptor),
+            path,
+        }
+    }
+
+    /// Where the file is, as it was named when it was taken.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the file: the end of a daemon that ends in order. A file that somebody else put in its
+    /// place stays.
+    pub fn remove(self) {
+        if let Ok(held) = self.file.metadata()
+            && is_at(&self.path, &held)
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(
+                "Failed to remove pid file '{}': {error}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+impl AsFd for PidFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn is_at(path: &Path, held: &std::fs::Metadata) -> bool {
+    std::fs::metadata(path)
+        .is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino()))
+}
+
+fn lock(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    let first_byte = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_SETLK(&first_byte)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_replaced_ours_is_not_removed() {
+        let path = std::env::temp_dir().join(format!("virtlockd-pid-test-{}", std::process::id()));
+        let ours = PidFile::acquire(&path).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            std::process::id().to_string()
+        );
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "other").unwrap();
+        ours.remove();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "other");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
