@@ -5,6 +5,7 @@
 pub mod clock;
 pub mod errno;
 pub mod file;
+pub mod log;
 pub mod memory;
 pub mod process;
 pub mod signals;
