@@ -104,7 +104,7 @@ impl Stream {
         let rest = std::mem::take(&mut self.rest);
         if !rest.is_empty() {
             match self.write(&rest) {
-                Ok(unwritten) if unwritten.is_empty() => {}
+                Ok([]) => {}
                 Ok(unwritten) => {
                     self.rest = unwritten.to_vec();
                     return false;
