@@ -142,7 +142,7 @@ impl Logger {
 impl State {
     fn take_outputs(&mut self, mut outputs: Vec<Output>) {
         for output in &mut outputs {
-            output.inherit_losses(&self.outputs);
+            output.succeed(&mut self.outputs);
         }
         self.outputs = outputs;
     }

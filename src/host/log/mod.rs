@@ -21,6 +21,9 @@ mod subscriber;
 #[cfg(test)]
 mod test_directory;
 
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -122,4 +125,19 @@ pub fn early_error(error: &SettingError) {
 pub fn journal_is_writable() -> bool {
     let journal = Services::default().journal;
     nix::unistd::access(&journal, nix::unistd::AccessFlags::W_OK).is_ok()
+}
+
+/// Makes the directory of the default log file with its parents, mode 0700. For a daemon that is
+/// not root's and whose default output is a file; root's directory belongs to the package.
+///
+/// # Errors
+/// Those of mkdir(2).
+pub fn make_log_directory(log_file: &Path) -> io::Result<()> {
+    match log_file.parent() {
+        Some(directory) => DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory),
+        None => Ok(()),
+    }
 }

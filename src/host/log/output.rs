@@ -74,12 +74,20 @@ impl Output {
         &self.setting
     }
 
-    /// Takes over the count of an output that this one replaces.
-    pub fn inherit_losses(&mut self, old: &[Output]) {
+    /// Takes over from the output of the same target that this one replaces: what it still had to
+    /// tell, and the rest of a line that its reader has seen only the beginning of.
+    pub fn succeed(&mut self, old: &mut [Output]) {
         let same = old
-            .iter()
+            .iter_mut()
             .find(|output| output.setting.target == self.setting.target);
-        self.lost = same.map_or(0, |output| output.lost);
+        if let Some(output) = same {
+            self.lost = output.lost;
+            if let (Destination::Stream(new), Destination::Stream(old)) =
+                (&mut self.destination, &mut output.destination)
+            {
+                new.finish_line_of(old);
+            }
+        }
     }
 
     /// Descriptor 2 has become another file.

@@ -92,6 +92,11 @@ impl Stream {
         })
     }
 
+    /// Takes the rest of the line that `old` has written in part to the same file.
+    pub fn finish_line_of(&mut self, old: &mut Stream) {
+        self.rest = std::mem::take(&mut old.rest);
+    }
+
     /// Whether the line was taken. A line of which a part went out counts as taken: its rest is
     /// written first at the next call.
     pub fn write_line(&mut self, line: &[u8]) -> bool {
@@ -301,6 +306,31 @@ mod tests {
         let stream = shared(writer);
         assert!(matches!(stream.channel, Channel::Own(_)));
         check_that_lines_stay_whole(stream, reader);
+    }
+
+    #[test]
+    fn a_line_that_went_out_in_part_is_finished_by_the_next_opening() {
+        let directory = TestDirectory::new();
+        let path = directory.join("fifo");
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).expect("mkfifo");
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .expect("reader");
+        let mut old = Stream::file(&path).expect("open");
+        let line = [b"x".repeat(6999), b"\n".to_vec()].concat();
+        let taken = fill(&mut old, &line);
+        let mut new = Stream::file(&path).expect("open");
+        new.finish_line_of(&mut old);
+        drop(old);
+        let mut received = vec![0; 1 << 20];
+        let length = reader.read(&mut received).expect("read");
+        assert_ne!(length % line.len(), 0, "the last line went out in part");
+        assert!(new.write_line(b"next\n"));
+        let more = reader.read(&mut received[length..]).expect("read");
+        let expected = [line.repeat(taken), b"next\n".to_vec()].concat();
+        assert_eq!(received[..length + more], expected);
     }
 
     #[test]
