@@ -8,10 +8,7 @@ pub mod errno;
 pub mod file;
 pub mod limits;
 pub mod listen;
-<<<<<<< HEAD
-=======
 pub mod log;
->>>>>>> 86b448f7ed18f4015573b81c1f4f6796156b1d11
 pub mod memory;
 pub mod notify;
 pub mod paths;
