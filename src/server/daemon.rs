@@ -23,7 +23,7 @@ use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::process::{self, Process};
-use crate::host::stream;
+use crate::host::{notify, stream};
 use crate::locks::keeper::Keeper;
 use crate::locks::table::Pid;
 use crate::restart::ledger::{Event, Ledger};
@@ -557,6 +557,7 @@ impl Daemon {
             return;
         }
         self.state = State::Stopping;
+        notify::stopping();
         self.deadlines.unset(Deadline::Idle);
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(STOP_MS));
