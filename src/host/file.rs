@@ -219,24 +219,32 @@ pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
     })
 }
 
-/// Sets or clears close-on-exec.
-pub fn set_close_on_exec(file: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
-    let flags = if on {
-        fcntl::FdFlag::FD_CLOEXEC
-    } else {
-        fcntl::FdFlag::empty()
-    };
-    fcntl::fcntl(file, FcntlArg::F_SETFD(flags)).map(drop)
+/// Sets or clears close-on-exec of the descriptor with this number. EBADF if it is not open.
+pub fn set_close_on_exec(number: i32, on: bool) -> Result<(), Errno> {
+    let flags = if on { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: F_SETFD takes two integers and touches no memory of ours.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags) }).map(drop)
 }
 
-/// Takes over a descriptor that the previous image of this process left open under `number`.
-/// EBADF if it is not open.
+/// Takes over a descriptor that the previous image of this process left open under `number`, and
+/// makes it close-on-exec. EBADF if it is not open.
 pub fn adopt(number: i32) -> Result<OwnedFd, Errno> {
-    // SAFETY: F_GETFD takes a number and answers EBADF if nothing is open there.
-    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    set_close_on_exec(number, true)?;
     // SAFETY: it is open, and the caller adopts each number of the state it was given once; no
     // other part of this young process knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Reads what a pipe holds now; 0 if it is empty or broken.
+pub fn read_now(number: i32, buffer: &mut [u8]) -> usize {
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: FIONREAD stores an int at the address, which is that of a living one.
+    if unsafe { libc::ioctl(number, libc::FIONREAD, &raw mut waiting) } != 0 || waiting <= 0 {
+        return 0;
+    }
+    // SAFETY: the buffer is as long as stated; there are bytes, so the call does not wait.
+    let count = unsafe { libc::read(number, buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(count).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -21,8 +21,8 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, umask};
 
-use super::errno;
 use super::paths::Paths;
+use super::{environment, errno};
 
 /// The sockets that the daemon accepts clients on. An activated daemon may have several of a kind,
 /// or none.
@@ -177,7 +177,7 @@ impl Listener {
         let bound = bind(socket.as_raw_fd(), &address);
         umask(before);
         bound.map_err(|error| ListenError::Bind(path.to_path_buf(), error))?;
-        start_listening(&socket).map_err(|error| ListenError::Listen(path.to_path_buf(), error))?;
+        widen_backlog(&socket).map_err(|error| ListenError::Listen(path.to_path_buf(), error))?;
         Ok(Self {
             socket,
             path: Some(path.to_path_buf()),
@@ -189,12 +189,13 @@ impl Listener {
         getsockname::<UnixAddr>(socket.as_raw_fd())
             .map_err(|error| ListenError::Inherited("get local socket name", error))?;
         set_flags(&socket).map_err(|error| ListenError::Inherited("set up socket", error))?;
-        start_listening(&socket)
+        widen_backlog(&socket)
             .map_err(|error| ListenError::Inherited("listen on socket", error))?;
         Ok(Self { socket, path: None })
     }
 
-    fn remove(self) {
+    /// Removes the socket of a daemon that ends, unless somebody else answers there by now.
+    pub fn remove(self) {
         drop(self.socket);
         let Some(path) = self.path else { return };
         // The C daemon may have taken the path over: then somebody still answers there.
@@ -209,7 +210,7 @@ impl Listener {
 /// The queue of connections not yet accepted is as long as the kernel allows
 /// (net.core.somaxconn): after a restart of the host all its machines connect at once, and a client
 /// that finds the queue full fails at once or waits.
-fn start_listening(socket: &OwnedFd) -> Result<(), Errno> {
+pub fn widen_backlog(socket: &OwnedFd) -> Result<(), Errno> {
     listen(socket, Backlog::MAXALLOWABLE)
 }
 
@@ -307,16 +308,11 @@ impl Activation {
     /// To be called once, by main, before the process opens any descriptor: it takes possession of
     /// the descriptors from 3 on.
     pub fn take() -> Self {
-        let variable = std::env::var_os;
         let (pid, count, names) = (
-            variable("LISTEN_PID"),
-            variable("LISTEN_FDS"),
-            variable("LISTEN_FDNAMES"),
+            environment::take("LISTEN_PID"),
+            environment::take("LISTEN_FDS"),
+            environment::take("LISTEN_FDNAMES"),
         );
-        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
-            // SAFETY: this program has no threads, so nobody reads the environment meanwhile.
-            unsafe { std::env::remove_var(name) };
-        }
         match plan(
             pid.as_deref(),
             count.as_deref(),

@@ -4,6 +4,7 @@
 
 pub mod clock;
 pub mod daemonize;
+pub mod environment;
 pub mod errno;
 pub mod file;
 pub mod limits;

@@ -317,6 +317,11 @@ impl Ledger {
         }
     }
 
+    /// It lacks something that could not be written.
+    pub fn lose(&mut self) {
+        self.is_stale = true;
+    }
+
     /// Whether it should be written anew.
     pub fn wants_compaction(&self) -> bool {
         self.is_stale || self.used > self.compact.saturating_mul(GROWTH).max(STEP)

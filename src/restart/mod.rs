@@ -5,5 +5,7 @@
 //! to the program that takes over.
 #![forbid(unsafe_code)]
 
+pub mod handover;
 pub mod ledger;
+pub mod libvirt_json;
 pub mod state;

@@ -217,6 +217,47 @@ pub struct LogState {
 }
 
 impl State {
+    /// The numbers of all descriptors that belong to the state.
+    pub fn descriptors(&self) -> Vec<i32> {
+        let resources = self
+            .resources
+            .iter()
+            .flat_map(|resource| resource.parked.iter().copied().chain([resource.descriptor]));
+        self.listeners
+            .iter()
+            .map(|listener| listener.descriptor)
+            .chain(self.clients.iter().map(|client| client.descriptor))
+            .chain(resources)
+            .chain(self.fences.iter().map(|fence| fence.descriptor))
+            .chain(
+                self.process
+                    .pid_file
+                    .iter()
+                    .map(|(descriptor, _)| *descriptor),
+            )
+            .collect()
+    }
+
+    /// Whether every descriptor belongs to one thing only, and none is standard input, output or
+    /// error: a state that says otherwise is damaged, and acting on it would close the wrong files.
+    pub fn check_descriptors(&self) -> Result<(), String> {
+        let mut numbers = self.descriptors();
+        numbers.sort_unstable();
+        if let Some(number) = numbers.iter().find(|number| **number <= 2) {
+            return Err(format!("the state is damaged: it uses descriptor {number}"));
+        }
+        let twice = numbers
+            .iter()
+            .zip(numbers.iter().skip(1))
+            .find(|(one, next)| one == next);
+        match twice {
+            Some((number, _)) => Err(format!(
+                "the state is damaged: it uses descriptor {number} twice"
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// One server's numbers.
     pub fn server(&self, name: Service) -> &ServerState {
         match name {
@@ -231,5 +272,28 @@ impl State {
             Service::Lock => &mut self.lock_server,
             Service::Admin => &mut self.admin_server,
         }
+    }
+}
+
+/// A uuid as libvirt writes it.
+pub fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (position, byte) in uuid.iter().enumerate() {
+        if matches!(position, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_written_in_five_groups() {
+        let uuid: [u8; 16] = std::array::from_fn(|position| 0x10 + position as u8);
+        assert_eq!(uuid_text(&uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 }

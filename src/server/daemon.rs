@@ -18,16 +18,16 @@ use super::conversation::{Flow, Taken};
 use super::deadlines::{Deadline, Deadlines};
 use super::dispatch;
 use super::fence::{Fence, Fences, GRACE_MS, OVERDUE_MS, Stage};
-use super::lock_service::uuid_text;
 use super::token::Source;
+use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::process::{self, Process};
-use crate::host::{notify, stream};
+use crate::host::{listen, notify, stream};
 use crate::locks::keeper::Keeper;
 use crate::locks::table::Pid;
 use crate::restart::ledger::{Event, Ledger};
-use crate::restart::state::ProcessState;
+use crate::restart::state::{ProcessState, uuid_text};
 use crate::wire::{frame, lock};
 
 /// How many frames of one connection are worked on before others have their turn.
@@ -79,6 +79,8 @@ pub struct Daemon {
     pub idle_timeout_s: u32,
     /// The process's own things, for the state that is passed on.
     pub process: ProcessState,
+    /// The replacement of the program, where it stands.
+    pub upgrade: Upgrade,
     /// Where readiness is asked for.
     pub registry: mio::Registry,
     /// Connections with something to do.
@@ -112,6 +114,7 @@ impl Daemon {
             names_processes: stream::peer_process_is_known(),
             idle_timeout_s: 0,
             process: ProcessState::default(),
+            upgrade: Upgrade::default(),
             registry,
             ready: VecDeque::new(),
             ending: VecDeque::new(),
@@ -546,7 +549,9 @@ impl Daemon {
                 }
                 self.state = State::Ended;
             }
-            Deadline::Ledger | Deadline::Successor => (),
+            Deadline::Ledger => (),
+            Deadline::Successor => self.successor_is_late(),
+            Deadline::Quiet => self.never_quiet(),
         }
     }
 
@@ -565,9 +570,11 @@ impl Daemon {
             let _ = self
                 .registry
                 .deregister(&mut SourceFd(&listener.socket.as_raw_fd()));
-            if let Some(path) = &listener.path {
-                let _ = std::fs::remove_file(path);
+            listen::Listener {
+                socket: listener.socket,
+                path: listener.path,
             }
+            .remove();
         }
         let places: Vec<usize> = self.connections.iter().map(|(place, _)| place).collect();
         for place in places {

@@ -22,6 +22,9 @@ pub enum Deadline {
     Ledger,
     /// The check of the successor must not take longer.
     Successor,
+    /// The moment without messages on their way, which libvirt's daemon needs to take over, must
+    /// have come by now.
+    Quiet,
 }
 
 /// The deadlines; at most one of each.

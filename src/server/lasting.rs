@@ -87,6 +87,14 @@ impl Daemon {
         self.ledger.note(&Event::IdleTimeout(self.idle_timeout_s));
     }
 
+    /// Writes the ledger anew: after a state was taken over, of which it knows nothing yet.
+    pub fn renew_ledger(&mut self) {
+        match Ledger::of(&self.state()) {
+            Ok(ledger) => self.ledger = ledger,
+            Err(_) => self.ledger.lose(),
+        }
+    }
+
     /// Writes the ledger anew if it has grown too long or lacks something.
     pub fn tend_ledger(&mut self) {
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
@@ -194,6 +202,7 @@ impl Daemon {
     /// can fail is done before anything is changed that the earlier program, started once more on
     /// the same state, could not find as it was.
     pub fn resume(&mut self, state: State) -> Result<(), String> {
+        state.check_descriptors()?;
         for service in Service::ALL {
             let numbers = *state.server(service);
             let clients = self.clients_mut(service);

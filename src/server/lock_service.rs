@@ -11,7 +11,7 @@ use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, ResourceId};
 use crate::restart::ledger::{Event, Ledger};
-use crate::restart::state::LockKindState;
+use crate::restart::state::{LockKindState, uuid_text};
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
 
@@ -387,18 +387,6 @@ fn holder_text(keeper: &Keeper, holder: ResourceId) -> Vec<u8> {
     .concat()
 }
 
-/// A uuid as libvirt writes it.
-pub fn uuid_text(uuid: &[u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (position, byte) in uuid.iter().enumerate() {
-        if matches!(position, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -464,11 +452,5 @@ mod tests {
         let text = b"operation forbidden: lock manager connection has been restricted";
         assert_eq!(error.message(), text);
         assert_eq!(session.owner().unwrap().pid, 4242);
-    }
-
-    #[test]
-    fn a_uuid_is_written_in_five_groups() {
-        let uuid: [u8; 16] = std::array::from_fn(|position| 0x10 + position as u8);
-        assert_eq!(uuid_text(&uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 }

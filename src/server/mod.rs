@@ -19,3 +19,4 @@ pub mod lasting;
 pub mod lock_service;
 pub mod reactor;
 pub mod token;
+pub mod upgrade;

@@ -88,6 +88,16 @@ impl Reactor {
         }
     }
 
+    /// Sets the limits that the configuration gives, where it gives others than before an upgrade.
+    pub fn configure_if_changed(&mut self, limits: Limits) {
+        self.daemon
+            .clients_mut(Service::Lock)
+            .configure_if_changed(limits.max_clients);
+        self.daemon
+            .clients_mut(Service::Admin)
+            .configure_if_changed(limits.admin_max_clients);
+    }
+
     /// Adds a listening socket.
     pub fn listen(&mut self, listener: super::accept::Listener) -> std::io::Result<()> {
         let number = self.daemon.listeners.len();
@@ -120,6 +130,7 @@ impl Reactor {
             }
             self.work();
             self.daemon.tend_ledger();
+            self.daemon.upgrade_if_ready();
             self.daemon.finish();
         }
         Ok(())
@@ -152,7 +163,8 @@ impl Reactor {
             Some(Source::Fence(place)) => self.daemon.look_at_fence(place),
             Some(Source::Signals) => self.take_signals(),
             Some(Source::Timer) => self.pass_deadlines(),
-            Some(Source::Successor) | None => (),
+            Some(Source::Successor) => self.daemon.look_at_successor(),
+            None => (),
         }
     }
 
@@ -207,10 +219,7 @@ impl Reactor {
                     self.daemon.stop();
                 }
                 Signal::SIGHUP => self.reload_configuration(),
-                Signal::SIGUSR1 => tracing::warn!(
-                    target: "rpc.netdaemon",
-                    "SIGUSR1 is ignored: this version cannot replace itself while it runs"
-                ),
+                Signal::SIGUSR1 => self.daemon.begin_upgrade(),
                 _ => (),
             }
         }

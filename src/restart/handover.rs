@@ -1,0 +1,250 @@
+//! The change of programs: is there one that can take over, and the exec itself.
+//!
+//! The successor is started once, beside the running daemon, with `--version` and the ledger as
+//! its standard input. That shows that it starts at all, which program it is, and whether it can
+//! read the state and its own configuration. Only then does the daemon replace itself.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use nix::errno::Errno;
+
+use crate::host::process::Process;
+use crate::host::{errno, file};
+
+/// Set in a program that is only to say whether it could take over: the ledger is its standard
+/// input.
+pub const CHECK_VARIABLE: &str = "VIRTLOCKD_CHECK_LEDGER";
+/// Set in a program that takes over: descriptor of the ledger, colon, process id.
+pub const HANDOVER_VARIABLE: &str = "VIRTLOCKD_HANDOVER";
+/// What a successor's second line of output begins with when it can read the ledger.
+pub const READABLE: &str = "ledger readable";
+
+/// Which program takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Successor {
+    /// This one, perhaps another version.
+    Ours,
+    /// libvirt's.
+    Libvirt,
+}
+
+/// The words that the daemon was started with, and where its program is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    /// The program: an absolute path, or a bare name that is looked up in PATH.
+    pub program: OsString,
+    /// The words, the program's name first.
+    pub words: Vec<OsString>,
+}
+
+impl CommandLine {
+    /// The command line of this process. A relative path is made absolute: the daemon may change
+    /// its working directory.
+    pub fn of_this_process() -> CommandLine {
+        let mut words: Vec<OsString> = std::env::args_os().collect();
+        let first = words
+            .first()
+            .cloned()
+            .unwrap_or_else(|| OsString::from("virtlockd"));
+        let is_bare = !first.as_bytes().contains(&b'/');
+        let program = match std::env::current_dir() {
+            Ok(directory) if !is_bare => directory.join(&first).into_os_string(),
+            _ => first,
+        };
+        if !is_bare && let Some(word) = words.first_mut() {
+            word.clone_from(&program);
+        }
+        CommandLine { program, words }
+    }
+
+    /// Where the program is now.
+    fn path(&self) -> Result<PathBuf, String> {
+        if self.program.as_bytes().contains(&b'/') {
+            return Ok(PathBuf::from(&self.program));
+        }
+        let path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/sbin:/usr/bin"));
+        std::env::split_paths(&path)
+            .map(|directory| directory.join(&self.program))
+            .find(|candidate| {
+                nix::unistd::access(candidate, nix::unistd::AccessFlags::X_OK).is_ok()
+            })
+            .ok_or_else(|| format!("there is no program {} in PATH", self.program.display()))
+    }
+}
+
+/// A successor that is being looked at.
+#[derive(Debug)]
+pub struct Check {
+    child: Child,
+    process: Process,
+}
+
+impl Check {
+    /// Starts the successor. It gets a copy of the ledger's descriptor.
+    pub fn begin(command_line: &CommandLine, ledger: &OwnedFd) -> Result<Check, String> {
+        let path = command_line.path()?;
+        let ledger = ledger.try_clone().map_err(|error| {
+            format!("the ledger cannot be shown to {}: {error}", path.display())
+        })?;
+        let (name, words) = match command_line.words.split_first() {
+            Some((name, words)) => (name.as_os_str(), words),
+            None => (OsStr::new("virtlockd"), [].as_slice()),
+        };
+        let child = Command::new(&path)
+            .arg0(name)
+            .arg("--version")
+            .args(words)
+            .env(CHECK_VARIABLE, "1")
+            .env_remove("NOTIFY_SOCKET")
+            .stdin(Stdio::from(ledger))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| {
+                let reason = errno::text(errno::of(&error));
+                format!("{} cannot be started: {reason}", path.display())
+            })?;
+        let pid = i32::try_from(child.id()).map_err(|_| "its process id is too great")?;
+        match Process::open_any(pid) {
+            Ok(process) => Ok(Check { child, process }),
+            Err(reason) => {
+                end(child);
+                Err(format!(
+                    "{} cannot be watched: {}",
+                    path.display(),
+                    errno::text(reason)
+                ))
+            }
+        }
+    }
+
+    /// Readable once the successor has said what it has to say and ended.
+    pub fn descriptor(&self) -> RawFd {
+        self.process.pidfd().as_raw_fd()
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.process.is_dead()
+    }
+
+    /// What became of it, once it is over.
+    pub fn verdict(mut self) -> Result<Successor, String> {
+        let status = match self.child.try_wait() {
+            Ok(Some(status)) => status,
+            _ => {
+                end(self.child);
+                return Err("it does not end".into());
+            }
+        };
+        // It has ended, so what it said is in the pipes; a child of its own may keep them open.
+        let said = said(self.child.stdout.as_ref());
+        let complained = said_text(self.child.stderr.as_ref());
+        let complaint = complained.lines().next_back().unwrap_or_default();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        if !status.success() {
+            return Err(format!(
+                "it ends with {status} when asked for its version: {complaint}"
+            ));
+        }
+        let mut lines = said.lines();
+        let version = lines.next().unwrap_or_default();
+        if version.contains("(libvirt)") {
+            return Ok(Successor::Libvirt);
+        }
+        if !version.contains("(virtlockd-rs)") {
+            return Err(format!("it is no lock daemon: its version is '{version}'"));
+        }
+        match lines.next() {
+            Some(line) if line.starts_with(READABLE) => Ok(Successor::Ours),
+            _ => Err(format!(
+                "'{version}' does not read the ledger of this daemon: {complaint}"
+            )),
+        }
+    }
+
+    /// Ends a successor that takes too long.
+    pub fn abandon(self) {
+        end(self.child);
+    }
+}
+
+fn end(mut child: Child) {
+    // Killed, it is over at once unless it is stuck in the kernel: then it is not waited for.
+    let _ = child.kill();
+    let _ = child.try_wait();
+}
+
+/// What is in a pipe now, at most 4 KiB.
+fn said(pipe: Option<&impl AsRawFd>) -> Vec<u8> {
+    let mut text = vec![0; 4096];
+    let count = pipe.map_or(0, |pipe| file::read_now(pipe.as_raw_fd(), &mut text));
+    text.truncate(count);
+    text
+}
+
+fn said_text(pipe: Option<&impl AsRawFd>) -> String {
+    String::from_utf8_lossy(&said(pipe)).into_owned()
+}
+
+/// Replaces this process by the successor. The descriptors in `kept` stay open under their
+/// numbers. Comes back only with the reason why it could not be done; then nothing has changed.
+pub fn replace(command_line: &CommandLine, kept: &[RawFd], variables: &[(&str, String)]) -> String {
+    let path = match command_line.path() {
+        Ok(path) => path,
+        Err(reason) => return reason,
+    };
+    let failed = |reason: Errno| {
+        format!(
+            "{} cannot be executed: {}",
+            path.display(),
+            errno::text(reason)
+        )
+    };
+    let text = |words: &[u8]| CString::new(words).map_err(|_| failed(Errno::EINVAL));
+    let words: Result<Vec<_>, _> = command_line
+        .words
+        .iter()
+        .map(|word| text(word.as_bytes()))
+        .collect();
+    let environment: Result<Vec<_>, _> = std::env::vars_os()
+        .map(|(name, value)| (name.into_vec(), value.into_vec()))
+        .chain(
+            variables
+                .iter()
+                .map(|(name, value)| (name.as_bytes().to_vec(), value.clone().into_bytes())),
+        )
+        .map(|(name, value)| text(&[&name[..], b"=", &value].concat()))
+        .collect();
+    let (program, words, environment) =
+        match (text(path.as_os_str().as_bytes()), words, environment) {
+            (Ok(program), Ok(words), Ok(environment)) => (program, words, environment),
+            (Err(reason), _, _) | (_, Err(reason), _) | (_, _, Err(reason)) => return reason,
+        };
+    let mut reason = None;
+    for descriptor in kept {
+        if let Err(error) = file::set_close_on_exec(*descriptor, false) {
+            reason = Some(format!(
+                "descriptor {descriptor} cannot be kept: {}",
+                errno::text(error)
+            ));
+            break;
+        }
+    }
+    let reason =
+        reason.unwrap_or_else(
+            || match nix::unistd::execve(&program, &words, &environment) {
+                Err(error) => failed(error),
+            },
+        );
+    for descriptor in kept {
+        // One that is not open cannot have been kept either.
+        let _ = file::set_close_on_exec(*descriptor, true);
+    }
+    reason
+}

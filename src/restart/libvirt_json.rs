@@ -1,0 +1,656 @@
+//! The C daemon's state document: what it writes before an exec, and reads after one
+//! (`behaviour.md` section 13). Hosts come to this program and leave it over this document, without
+//! stopping a single guest.
+//!
+//! Strings are bytes here: the C daemon writes names as they are, valid UTF-8 or not, and refuses
+//! to read those that are not; this program reads all that it may write.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::state::{
+    ClientState, ListenerState, LockKindState, ResourceState, ServerState, Service, State, Traffic,
+};
+use crate::locks::table::{Mode, Owner, Pid};
+
+/// The largest document that the C daemon reads, bytes.
+pub const LARGEST: usize = 10 * 1024 * 1024;
+
+/// Why a document is no state to go on with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unusable {
+    /// It was written by another process.
+    Foreign(String),
+    /// It is damaged or not such a document.
+    Damaged(String),
+}
+
+/// Bytes of a JSON string.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Text(Vec<u8>);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = Text;
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a string")
+            }
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Text, E> {
+                Ok(Text(bytes.to_vec()))
+            }
+        }
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
+/// A number that the C daemon keeps in a pid_t and may write with or without its sign.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PidNumber(Pid);
+
+impl<'de> Deserialize<'de> for PidNumber {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<PidNumber, D::Error> {
+        let number = serde_json::Number::deserialize(deserializer)?;
+        let bits = match (number.as_i64(), number.as_u64()) {
+            (Some(signed), _) => signed,
+            (None, Some(unsigned)) => unsigned.cast_signed(),
+            (None, None) => return Err(serde::de::Error::custom("a process id is no integer")),
+        };
+        // The lower half is the pid_t, whichever way it was widened.
+        Ok(PidNumber((bits & 0xffff_ffff) as u32 as i32))
+    }
+}
+
+#[derive(Deserialize)]
+struct DocumentIn {
+    magic: Option<Text>,
+    daemon: Option<ServerIn>,
+    server: Option<ServerIn>,
+    #[serde(rename = "defaultLockspace")]
+    default_lockspace: LockspaceIn,
+    lockspaces: Vec<LockspaceIn>,
+}
+
+/// A server; or, at the top, a daemon that has servers. The oldest documents have one server where
+/// later ones have the daemon, so this is both.
+#[derive(Deserialize)]
+struct ServerIn {
+    servers: Option<ServersIn>,
+    min_workers: Option<u32>,
+    max_workers: Option<u32>,
+    priority_workers: Option<u32>,
+    max_clients: Option<u32>,
+    max_anonymous_clients: Option<u32>,
+    next_client_id: Option<u64>,
+    services: Option<Vec<ServiceIn>>,
+    clients: Option<Vec<ClientIn>>,
+}
+
+/// By name; an array with one element is the lock server alone.
+struct ServersIn(Vec<(String, ServerIn)>);
+
+impl<'de> Deserialize<'de> for ServersIn {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ServersIn, D::Error> {
+        struct Servers;
+        impl<'de> Visitor<'de> for Servers {
+            type Value = ServersIn;
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("servers by name, or a list of one")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ServersIn, A::Error> {
+                let mut servers = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    servers.push(entry);
+                }
+                Ok(ServersIn(servers))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<ServersIn, A::Error> {
+                let mut servers = Vec::new();
+                while let Some(server) = list.next_element()? {
+                    servers.push((Service::Lock.name().to_owned(), server));
+                }
+                if servers.len() > 1 {
+                    return Err(serde::de::Error::custom("a list of several servers"));
+                }
+                Ok(ServersIn(servers))
+            }
+        }
+        deserializer.deserialize_any(Servers)
+    }
+}
+
+#[derive(Deserialize)]
+struct ServiceIn {
+    socks: Vec<SockIn>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SockIn {
+    fd: i32,
+    is_client: bool,
+    #[serde(rename = "unlinkUNIX")]
+    unlink_unix: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ClientIn {
+    id: Option<u64>,
+    #[serde(rename = "conn_time")]
+    conn_time: Option<i64>,
+    sock: SockIn,
+    private_data: Option<PrivateIn>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PrivateIn {
+    restricted: Option<bool>,
+    owner_pid: Option<PidNumber>,
+    owner_id: Option<u32>,
+    owner_name: Option<Text>,
+    #[serde(rename = "ownerUUID")]
+    owner_uuid: Option<Text>,
+}
+
+#[derive(Deserialize)]
+struct LockspaceIn {
+    directory: Option<Text>,
+    resources: Vec<ResourceIn>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ResourceIn {
+    name: Text,
+    #[serde(rename = "path")]
+    _path: Text,
+    fd: i32,
+    #[serde(rename = "lockHeld")]
+    _lock_held: bool,
+    flags: u32,
+    owners: Vec<PidNumber>,
+}
+
+const FLAG_SHARED: u32 = 1;
+const FLAG_AUTOCREATE: u32 = 2;
+
+/// Reads a document. `own_pid` is what its magic must say; `socket_path` tells where a listening
+/// socket is that the daemon removes at its end.
+pub fn read(
+    document: &[u8],
+    own_pid: u32,
+    socket_path: impl Fn(Service) -> Vec<u8>,
+) -> Result<State, Unusable> {
+    let damaged = |what: String| Unusable::Damaged(what);
+    let document: DocumentIn =
+        serde_json::from_slice(document).map_err(|error| damaged(error.to_string()))?;
+    let magic = document
+        .magic
+        .ok_or_else(|| damaged("it has no magic".into()))?;
+    if magic.0 != own_pid.to_string().as_bytes() {
+        return Err(Unusable::Foreign(
+            String::from_utf8_lossy(&magic.0).into_owned(),
+        ));
+    }
+    let daemon = document
+        .daemon
+        .or(document.server)
+        .ok_or_else(|| damaged("it has no daemon".into()))?;
+    let mut state = State::default();
+    let servers = match daemon.servers {
+        Some(ServersIn(servers)) => servers,
+        None => vec![(Service::Lock.name().to_owned(), daemon)],
+    };
+    for (name, server) in servers {
+        let service = Service::ALL
+            .into_iter()
+            .find(|service| service.name() == name)
+            .ok_or_else(|| damaged(format!("it has an unknown server '{name}'")))?;
+        read_server(&mut state, service, server, &socket_path).map_err(damaged)?;
+    }
+    let owners = owners_by_pid(&state);
+    read_lockspace(&mut state, &owners, document.default_lockspace);
+    for lockspace in document.lockspaces {
+        if lockspace.directory.is_none() {
+            return Err(damaged("a lockspace has no directory".into()));
+        }
+        read_lockspace(&mut state, &owners, lockspace);
+    }
+    Ok(state)
+}
+
+fn missing(key: &str) -> String {
+    format!("'{key}' is missing")
+}
+
+fn read_server(
+    state: &mut State,
+    service: Service,
+    server: ServerIn,
+    socket_path: impl Fn(Service) -> Vec<u8>,
+) -> Result<(), String> {
+    let limit = server.max_clients.ok_or_else(|| missing("max_clients"))?;
+    let workers = [
+        server.min_workers.ok_or_else(|| missing("min_workers"))?,
+        server.max_workers.ok_or_else(|| missing("max_workers"))?,
+        server
+            .priority_workers
+            .ok_or_else(|| missing("priority_workers"))?,
+    ];
+    let unauthenticated_limit = server.max_anonymous_clients.unwrap_or(limit);
+    if unauthenticated_limit > limit {
+        return Err("'max_anonymous_clients' is above 'max_clients'".into());
+    }
+    let mut next_id = server.next_client_id.unwrap_or(1);
+    for socket in server
+        .services
+        .ok_or_else(|| missing("services"))?
+        .iter()
+        .flat_map(|one| &one.socks)
+    {
+        let path = socket
+            .unlink_unix
+            .unwrap_or(!socket.is_client)
+            .then(|| socket_path(service));
+        let listener = ListenerState {
+            server: service,
+            descriptor: socket.fd,
+            path,
+        };
+        state.listeners.push(listener);
+    }
+    for client in server.clients.ok_or_else(|| missing("clients"))? {
+        let id = client.id.unwrap_or(next_id);
+        next_id = next_id.max(id.saturating_add(1));
+        state.clients.push(read_client(service, id, client)?);
+    }
+    *state.server_mut(service) = ServerState {
+        limit,
+        unauthenticated_limit,
+        configured: None,
+        next_id,
+        workers,
+    };
+    Ok(())
+}
+
+fn read_client(service: Service, id: u64, client: ClientIn) -> Result<ClientState, String> {
+    let mut owner = None;
+    let mut restricted = false;
+    if service == Service::Lock {
+        let data = client.private_data.ok_or_else(|| missing("privateData"))?;
+        restricted = data.restricted.ok_or_else(|| missing("restricted"))?;
+        let registered = Owner {
+            pid: data.owner_pid.ok_or_else(|| missing("ownerPid"))?.0,
+            id: data.owner_id.ok_or_else(|| missing("ownerId"))?,
+            name: data.owner_name.ok_or_else(|| missing("ownerName"))?.0,
+            uuid: read_uuid(&data.owner_uuid.ok_or_else(|| missing("ownerUUID"))?.0)?,
+        };
+        // An owner without an id has not been registered.
+        if registered.id != 0 {
+            owner = Some(registered);
+        }
+    }
+    Ok(ClientState {
+        descriptor: client.sock.fd,
+        server: service,
+        id,
+        peer: None,
+        start_time: None,
+        connected_at: client.conn_time.unwrap_or(0),
+        has_called: false,
+        refused: false,
+        owner,
+        restricted,
+        traffic: Traffic::default(),
+    })
+}
+
+fn read_uuid(text: &[u8]) -> Result<[u8; 16], String> {
+    let damaged = || format!("'{}' is no uuid", String::from_utf8_lossy(text));
+    let digits: String = text
+        .iter()
+        .filter(|byte| !matches!(byte, b'-' | b' '))
+        .map(|byte| char::from(*byte))
+        .collect();
+    if digits.len() != 32 || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(damaged());
+    }
+    let number = u128::from_str_radix(&digits, 16).map_err(|_| damaged())?;
+    Ok(number.to_be_bytes())
+}
+
+/// The document names owners of locks by their process only; who that is, is known from the
+/// connections.
+fn owners_by_pid(state: &State) -> HashMap<Pid, Owner> {
+    let registered = state
+        .clients
+        .iter()
+        .filter_map(|client| client.owner.clone());
+    registered.map(|owner| (owner.pid, owner)).collect()
+}
+
+fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: LockspaceIn) {
+    let directory = lockspace.directory.unwrap_or_default().0;
+    if !directory.is_empty() {
+        state.lockspaces.push(directory.clone());
+    }
+    for resource in lockspace.resources {
+        let mut times: BTreeMap<Pid, u32> = BTreeMap::new();
+        for PidNumber(pid) in resource.owners {
+            let count = times.entry(pid).or_insert(0);
+            *count = count.saturating_add(1);
+        }
+        let unknown = |pid| Owner {
+            pid,
+            id: 0,
+            name: Vec::new(),
+            uuid: [0; 16],
+        };
+        let holders = times
+            .into_iter()
+            .map(|(pid, times)| {
+                (
+                    owners.get(&pid).cloned().unwrap_or_else(|| unknown(pid)),
+                    times,
+                )
+            })
+            .collect();
+        let is_shared = resource.flags & FLAG_SHARED != 0;
+        state.resources.push(ResourceState {
+            lockspace: directory.clone(),
+            name: resource.name.0,
+            descriptor: resource.fd,
+            identity: None,
+            mode: if is_shared {
+                Mode::Shared
+            } else {
+                Mode::Exclusive
+            },
+            autocreate: resource.flags & FLAG_AUTOCREATE != 0,
+            // Nobody knows: so a file of the default lockspace is never removed.
+            created: false,
+            kind: LockKindState::Unknown,
+            parked: Vec::new(),
+            holders,
+        });
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct DocumentOut<'a> {
+    daemon: DaemonOut<'a>,
+    default_lockspace: LockspaceOut<'a>,
+    lockspaces: Vec<LockspaceOut<'a>>,
+    magic: String,
+}
+
+#[derive(Serialize)]
+struct DaemonOut<'a> {
+    servers: BTreeMap<&'static str, ServerOut<'a>>,
+}
+
+#[derive(Serialize)]
+struct ServerOut<'a> {
+    min_workers: u32,
+    max_workers: u32,
+    priority_workers: u32,
+    max_clients: u32,
+    max_anonymous_clients: u32,
+    #[serde(rename = "keepaliveInterval")]
+    keepalive_interval: u32,
+    #[serde(rename = "keepaliveCount")]
+    keepalive_count: u32,
+    next_client_id: u64,
+    services: Vec<ServiceOut>,
+    clients: Vec<ClientOut<'a>>,
+}
+
+#[derive(Serialize)]
+struct ServiceOut {
+    auth: i32,
+    readonly: bool,
+    nrequests_client_max: u32,
+    socks: Vec<SockOut>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct SockOut {
+    fd: i32,
+    errfd: i32,
+    pid: i32,
+    is_client: bool,
+    #[serde(rename = "unlinkUNIX")]
+    unlink_unix: bool,
+}
+
+#[derive(Serialize)]
+struct ClientOut<'a> {
+    id: u64,
+    auth: i32,
+    auth_pending: bool,
+    readonly: bool,
+    nrequests_max: u32,
+    conn_time: i64,
+    sock: SockOut,
+    #[serde(rename = "privateData")]
+    private_data: PrivateOut<'a>,
+}
+
+#[derive(Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PrivateOut<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    restricted: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner_pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner_id: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner_name: Option<&'a str>,
+    #[serde(rename = "ownerUUID", skip_serializing_if = "Option::is_none")]
+    owner_uuid: Option<String>,
+}
+
+#[derive(Serialize)]
+struct LockspaceOut<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    directory: Option<&'a str>,
+    resources: Vec<ResourceOut<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ResourceOut<'a> {
+    name: &'a str,
+    path: String,
+    fd: i32,
+    lock_held: bool,
+    flags: u32,
+    owners: Vec<u64>,
+}
+
+/// Writes the document for a C daemon that takes over as process `own_pid`. What it cannot say is
+/// an error: a sentence for the log.
+pub fn write(state: &State, own_pid: u32) -> Result<Vec<u8>, String> {
+    if !state.fences.is_empty() {
+        return Err("an owner is being fenced, which libvirt's daemon cannot go on with".into());
+    }
+    if state
+        .clients
+        .iter()
+        .any(|client| !client.refused && !client.traffic.is_empty())
+    {
+        return Err("a message is on its way, which libvirt's daemon would lose".into());
+    }
+    let mut servers = BTreeMap::new();
+    for service in Service::ALL {
+        servers.insert(service.name(), server_out(state, service)?);
+    }
+    let lockspaces: Result<_, String> = state
+        .lockspaces
+        .iter()
+        .map(|directory| lockspace_out(state, directory, Some(utf8(directory, "lockspace")?)))
+        .collect();
+    let document = DocumentOut {
+        daemon: DaemonOut { servers },
+        default_lockspace: lockspace_out(state, b"", None)?,
+        lockspaces: lockspaces?,
+        magic: own_pid.to_string(),
+    };
+    let text = serde_json::to_vec_pretty(&document)
+        .map_err(|error| format!("the state cannot be written as JSON: {error}"))?;
+    if text.len() >= LARGEST {
+        return Err(format!(
+            "its state would be {} bytes long, and libvirt's daemon reads less than {LARGEST}",
+            text.len()
+        ));
+    }
+    Ok(text)
+}
+
+fn utf8<'a>(name: &'a [u8], what: &str) -> Result<&'a str, String> {
+    std::str::from_utf8(name).map_err(|_| {
+        format!(
+            "the name of the {what} '{}' is not UTF-8, which libvirt's daemon refuses",
+            String::from_utf8_lossy(name)
+        )
+    })
+}
+
+fn server_out(state: &State, service: Service) -> Result<ServerOut<'_>, String> {
+    let numbers = state.server(service);
+    let socks = state
+        .listeners
+        .iter()
+        .filter(|listener| listener.server == service)
+        .map(|listener| sock_out(listener.descriptor, false, listener.path.is_some()))
+        .collect();
+    let clients: Result<_, String> = state
+        .clients
+        .iter()
+        // A client that there is no room for has not been let in yet: it is left out.
+        .filter(|client| client.server == service && !client.refused)
+        .map(client_out)
+        .collect();
+    let [min_workers, max_workers, priority_workers] = numbers.workers;
+    Ok(ServerOut {
+        min_workers,
+        max_workers,
+        priority_workers,
+        max_clients: numbers.limit,
+        max_anonymous_clients: numbers.unauthenticated_limit.min(numbers.limit),
+        keepalive_interval: u32::MAX,
+        keepalive_count: 0,
+        next_client_id: numbers.next_id,
+        services: vec![ServiceOut {
+            auth: 0,
+            readonly: false,
+            nrequests_client_max: 1,
+            socks,
+        }],
+        clients: clients?,
+    })
+}
+
+fn sock_out(fd: i32, is_client: bool, unlink_unix: bool) -> SockOut {
+    SockOut {
+        fd,
+        errfd: -1,
+        pid: 0,
+        is_client,
+        unlink_unix,
+    }
+}
+
+fn client_out(client: &ClientState) -> Result<ClientOut<'_>, String> {
+    let private_data = match (client.server, &client.owner) {
+        (Service::Admin, _) => PrivateOut::default(),
+        // The C daemon itself cannot write this and dies of it; it can read it, if there is a name.
+        (Service::Lock, None) => private_out(client.restricted, 0, 0, "", &[0; 16]),
+        (Service::Lock, Some(owner)) => {
+            let name = utf8(&owner.name, "domain")?;
+            private_out(client.restricted, owner.pid, owner.id, name, &owner.uuid)
+        }
+    };
+    Ok(ClientOut {
+        id: client.id,
+        auth: 0,
+        auth_pending: false,
+        readonly: false,
+        nrequests_max: 1,
+        conn_time: client.connected_at,
+        sock: sock_out(client.descriptor, true, false),
+        private_data,
+    })
+}
+
+fn private_out<'a>(
+    restricted: bool,
+    pid: Pid,
+    id: u32,
+    name: &'a str,
+    uuid: &[u8; 16],
+) -> PrivateOut<'a> {
+    PrivateOut {
+        restricted: Some(restricted),
+        owner_pid: Some(pid.cast_unsigned()),
+        owner_id: Some(id),
+        owner_name: Some(name),
+        owner_uuid: Some(super::state::uuid_text(uuid)),
+    }
+}
+
+fn lockspace_out<'a>(
+    state: &'a State,
+    lockspace: &[u8],
+    directory: Option<&'a str>,
+) -> Result<LockspaceOut<'a>, String> {
+    let resources: Result<_, String> = state
+        .resources
+        .iter()
+        .filter(|resource| resource.lockspace == lockspace)
+        .map(|resource| resource_out(resource, directory))
+        .collect();
+    Ok(LockspaceOut {
+        directory,
+        resources: resources?,
+    })
+}
+
+fn resource_out<'a>(
+    resource: &'a ResourceState,
+    directory: Option<&str>,
+) -> Result<ResourceOut<'a>, String> {
+    let name = utf8(&resource.name, "resource")?;
+    let is_shared = resource.mode == Mode::Shared;
+    let flags = if is_shared { FLAG_SHARED } else { 0 }
+        | if resource.autocreate {
+            FLAG_AUTOCREATE
+        } else {
+            0
+        };
+    let repeated = |(owner, times): &(Owner, u32)| {
+        let pid = i64::from(owner.pid).cast_unsigned();
+        (0..*times).map(move |_| pid).collect::<Vec<u64>>()
+    };
+    Ok(ResourceOut {
+        name,
+        path: directory.map_or_else(
+            || name.to_owned(),
+            |directory| format!("{directory}/{name}"),
+        ),
+        fd: resource.descriptor,
+        lock_held: true,
+        flags,
+        owners: resource.holders.iter().flat_map(repeated).collect(),
+    })
+}

@@ -1,0 +1,275 @@
+//! SIGUSR1: the daemon replaces its own program and keeps every lock and every client.
+//!
+//! The successor is checked first, beside the running reactor. Only when it has shown that it can
+//! take over, everything is handed to it in one turn: the state in a closed ledger (or, for
+//! libvirt's daemon, in its document), and all descriptors. Whatever goes wrong on the way, the
+//! daemon says so and goes on as if nothing had been asked.
+
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use mio::Interest;
+use mio::unix::SourceFd;
+
+use super::daemon::{Daemon, State};
+use super::deadlines::Deadline;
+use super::token::Source;
+use crate::host::clock::Moment;
+use crate::host::{notify, process};
+use crate::restart::handover::{self, Check, CommandLine, HANDOVER_VARIABLE, Successor};
+use crate::restart::ledger::Ledger;
+use crate::restart::libvirt_json;
+
+/// How long a successor may take to show that it can take over, milliseconds.
+const CHECK_MS: u64 = 10_000;
+/// How long to wait for a moment in which libvirt's daemon can take over, milliseconds.
+const QUIET_MS: u64 = 10_000;
+
+/// Where the replacement of the program stands.
+#[derive(Debug, Default)]
+pub enum Stage {
+    /// Nothing was asked.
+    #[default]
+    None,
+    /// The successor shows whether it can take over.
+    Checking(Check),
+    /// It can: it does at the end of this turn.
+    Ready(Successor),
+}
+
+/// The replacement of the program.
+#[derive(Debug, Default)]
+pub struct Upgrade {
+    /// Where it stands.
+    pub stage: Stage,
+    /// How the daemon was started.
+    pub command_line: Option<CommandLine>,
+    /// Where libvirt's daemon looks for its state.
+    pub document: PathBuf,
+    /// It was asked for again meanwhile: the program may have been replaced once more.
+    again: bool,
+    /// It was looked at once more for that reason. Not a third time: whoever sends SIGUSR1 without
+    /// end must not keep the upgrade from happening.
+    looked_again: bool,
+}
+
+impl Daemon {
+    /// SIGUSR1: begins to look at the successor.
+    pub fn begin_upgrade(&mut self) {
+        if self.state != State::Serving {
+            return;
+        }
+        if !matches!(self.upgrade.stage, Stage::None) {
+            self.upgrade.again = true;
+            return;
+        }
+        let Some(command_line) = &self.upgrade.command_line else {
+            return;
+        };
+        // What the successor is to read must be true.
+        let begun = match Ledger::of(&self.state()) {
+            Ok(ledger) => Check::begin(command_line, ledger.descriptor()),
+            Err(reason) => Err(format!(
+                "the state cannot be written: {}",
+                crate::host::errno::text(reason)
+            )),
+        };
+        let check = match begun {
+            Ok(check) => check,
+            Err(reason) => return self.upgrade_failed(&reason),
+        };
+        let descriptor = check.descriptor();
+        let token = Source::Successor.token();
+        let interest = Interest::READABLE;
+        if let Err(error) = self
+            .registry
+            .register(&mut SourceFd(&descriptor), token, interest)
+        {
+            check.abandon();
+            return self.upgrade_failed(&format!("the successor cannot be watched: {error}"));
+        }
+        self.deadlines
+            .set(Deadline::Successor, Moment::now().plus_ms(CHECK_MS));
+        self.upgrade.stage = Stage::Checking(check);
+    }
+
+    /// The successor may have ended.
+    pub fn look_at_successor(&mut self) {
+        let Stage::Checking(check) = &self.upgrade.stage else {
+            return;
+        };
+        if !check.is_over() {
+            return;
+        }
+        let Some(check) = self.end_check() else {
+            return;
+        };
+        match check.verdict() {
+            Ok(successor) => {
+                self.deadlines
+                    .set(Deadline::Quiet, Moment::now().plus_ms(QUIET_MS));
+                self.upgrade.stage = Stage::Ready(successor);
+            }
+            Err(reason) => self.upgrade_failed(&reason),
+        }
+    }
+
+    /// The successor takes too long.
+    pub fn successor_is_late(&mut self) {
+        if let Some(check) = self.end_check() {
+            check.abandon();
+            let reason = format!("it does not say its version within {} s", CHECK_MS / 1000);
+            self.upgrade_failed(&reason);
+        }
+    }
+
+    fn end_check(&mut self) -> Option<Check> {
+        self.deadlines.unset(Deadline::Successor);
+        match std::mem::take(&mut self.upgrade.stage) {
+            Stage::Checking(check) => {
+                let _ = self.registry.deregister(&mut SourceFd(&check.descriptor()));
+                Some(check)
+            }
+            Stage::None | Stage::Ready(_) => None,
+        }
+    }
+
+    fn upgrade_failed(&mut self, reason: &str) {
+        self.upgrade.stage = Stage::None;
+        self.upgrade.looked_again = false;
+        self.deadlines.unset(Deadline::Quiet);
+        tracing::error!(
+            target: "rpc.netdaemon",
+            "SIGUSR1: the daemon goes on as it is, because its successor cannot take over: {reason}"
+        );
+        if std::mem::take(&mut self.upgrade.again) {
+            self.begin_upgrade();
+        }
+    }
+
+    /// Hands over, if a successor is ready: at the end of a turn, when nothing is half done.
+    pub fn upgrade_if_ready(&mut self) {
+        let Stage::Ready(successor) = self.upgrade.stage else {
+            return;
+        };
+        if self.state != State::Serving {
+            return;
+        }
+        // It was asked for again since the check began: what was checked may not be what is there.
+        if std::mem::take(&mut self.upgrade.again) && !self.upgrade.looked_again {
+            self.upgrade.looked_again = true;
+            self.upgrade.stage = Stage::None;
+            self.deadlines.unset(Deadline::Quiet);
+            return self.begin_upgrade();
+        }
+        self.finish_endings();
+        match successor {
+            Successor::Ours => self.hand_over(),
+            Successor::Libvirt => self.hand_over_to_libvirt(),
+        }
+    }
+
+    /// Connections that are over and owners that are dead need not be handed over.
+    fn finish_endings(&mut self) {
+        while let Some(place) = self.ending.pop_front() {
+            self.clear_away(place);
+        }
+        while let Some(pid) = self.dead.pop_front() {
+            self.fenced(pid);
+        }
+    }
+
+    fn hand_over(&mut self) {
+        let state = self.state();
+        let mut ledger = match Ledger::of(&state) {
+            Ok(ledger) => ledger,
+            Err(reason) => {
+                let reason = crate::host::errno::text(reason);
+                return self.upgrade_failed(&format!("the state cannot be written: {reason}"));
+            }
+        };
+        ledger.close();
+        let mut kept = state.descriptors();
+        kept.push(ledger.descriptor().as_raw_fd());
+        let value = format!("{}:{}", ledger.descriptor().as_raw_fd(), std::process::id());
+        self.replace(&kept, &[(HANDOVER_VARIABLE, value)]);
+    }
+
+    fn hand_over_to_libvirt(&mut self) {
+        let mut state = self.state();
+        // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
+        state.process.pid_file = None;
+        let is_busy = !state.fences.is_empty()
+            || state
+                .clients
+                .iter()
+                .any(|client| !client.refused && !client.traffic.is_empty());
+        if is_busy {
+            // Tried again after the next turn, until the time for it is over.
+            return;
+        }
+        if let Some(reason) = self.gone_client() {
+            return self.upgrade_failed(&reason);
+        }
+        let written = libvirt_json::write(&state, std::process::id()).and_then(|document| {
+            write_document(&self.upgrade.document, &document)
+                .map_err(|error| format!("its state document cannot be written: {error}"))
+        });
+        if let Err(reason) = written {
+            return self.upgrade_failed(&reason);
+        }
+        state.clients.retain(|client| !client.refused);
+        self.replace(&state.descriptors(), &[]);
+        let _ = std::fs::remove_file(&self.upgrade.document);
+    }
+
+    /// The C daemon dies of a client whose process is gone while its connection lives on.
+    fn gone_client(&self) -> Option<String> {
+        self.connections.iter().find_map(|(_, connection)| {
+            process::start_time(connection.peer.pid).is_none().then(|| {
+                format!(
+                    "the process {} that made one of the connections is gone, which libvirt's \
+                     daemon does not survive ({})",
+                    connection.peer.pid,
+                    super::dispatch::caller(connection)
+                )
+            })
+        })
+    }
+
+    /// The moment for libvirt's daemon did not come.
+    pub fn never_quiet(&mut self) {
+        if matches!(self.upgrade.stage, Stage::Ready(_)) {
+            let reason = format!(
+                "for {} s there was always an owner being fenced or a message on its way, which \
+                 libvirt's daemon cannot go on with; try again",
+                QUIET_MS / 1000
+            );
+            self.upgrade_failed(&reason);
+        }
+    }
+
+    /// The exec. Comes back only if it failed.
+    fn replace(&mut self, kept: &[i32], variables: &[(&str, String)]) {
+        let Some(command_line) = &self.upgrade.command_line else {
+            return;
+        };
+        tracing::info!(target: "rpc.netdaemon", "SIGUSR1: the daemon hands over to its successor");
+        notify::reloading();
+        let reason = handover::replace(command_line, kept, variables);
+        notify::ready();
+        self.upgrade_failed(&reason);
+    }
+}
+
+fn write_document(path: &std::path::Path, document: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o700)
+        .open(path)?;
+    file.write_all(document)
+}
