@@ -204,11 +204,12 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
         if std::thread::panicking() {
-            eprintln!(
-                "stderr of the daemon {}:\n{}",
-                self.child.id(),
-                self.stderr()
-            );
+            let stderr = self.stderr();
+            let lines: Vec<&str> = stderr.lines().collect();
+            eprintln!("the last of the daemon {}'s stderr:", self.child.id());
+            for line in &lines[lines.len().saturating_sub(10)..] {
+                eprintln!("  {:.300}", line);
+            }
         }
     }
 }
