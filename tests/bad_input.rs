@@ -506,6 +506,51 @@ fn a_client_beyond_max_clients_is_told_so_and_the_next_is_served_when_one_leaves
     served_client(&daemon);
 }
 
+#[test]
+fn a_client_for_whom_no_descriptor_is_left_is_told_so_and_the_others_are_served() {
+    if !support::require_root() {
+        return;
+    }
+    const DESCRIPTORS: &str = "--nofile=64:64";
+    let namespace = Namespace::new();
+    std::fs::write(namespace.path("/run/disk"), "data").expect("write a disk");
+    let program = daemon::program();
+    let program = program.to_str().expect("a path in UTF-8");
+    let limited = Path::new("prlimit");
+    let daemon = Daemon::start_program(limited, &namespace, &[DESCRIPTORS, program], &[]);
+    let mut served = Vec::new();
+    let mut refused = support::wait_for(DEADLINE, "a client to be refused", || {
+        let mut client = daemon.client();
+        match client.call(&register(4242)) {
+            Reply::Ok { .. } => {
+                served.push(client);
+                None
+            }
+            Reply::Error(error) => {
+                assert_eq!((error.code, error.domain), (39, 7), "{error:?}");
+                assert!(error.message.contains("open files"), "{error:?}");
+                Some(client)
+            }
+        }
+    });
+    refused.expect_closed();
+    assert!(
+        served.len() > 8,
+        "only {} clients were served",
+        served.len()
+    );
+    // Whatever an acquire gets now, it is an answer.
+    let _ = served[0].call(&acquire("", "/run/disk", 0));
+    for client in &mut served {
+        client.ping();
+    }
+    served.truncate(served.len() / 2);
+    served.push(served_client(&daemon));
+    for client in &mut served {
+        client.ping();
+    }
+}
+
 /// A client whose REGISTER is granted, after those that are leaving have left.
 fn served_client(daemon: &Daemon) -> Client {
     support::wait_for(DEADLINE, "a new client to be served", || {

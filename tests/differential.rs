@@ -186,7 +186,8 @@ impl Known {
         };
         let acquires = matches!(call, Call::Acquire { .. });
         let default = lockspace.is_empty();
-        if !default && name.split(|&byte| byte == b'/').any(|part| part == b"..") {
+        let releases = matches!(call, Call::Release { .. });
+        if !default && !releases && climbs_out(name) {
             return Some(Rule::NameLeavesLockspace);
         }
         if !default && !self.lockspaces.contains(lockspace) {
@@ -281,6 +282,19 @@ impl Known {
             Call::CreateResource { .. } | Call::DeleteResource { .. } => {}
         }
     }
+}
+
+/// True if the name goes above the directory that it is relative to.
+fn climbs_out(name: &[u8]) -> bool {
+    let mut depth = 0;
+    name.split(|&byte| byte == b'/').any(|part| {
+        depth += match part {
+            b"" | b"." => 0,
+            b".." => -1,
+            _ => 1,
+        };
+        depth < 0
+    })
 }
 
 /// A string of the protocol ends at its first NUL for every use but its length.
@@ -608,6 +622,35 @@ fn c_program() -> Option<PathBuf> {
     program
 }
 
+#[test]
+fn a_path_longer_than_the_system_takes_gets_the_same_answer() {
+    let scene = |world: &World| {
+        let mut client = world.registered(4242);
+        let deep = format!("/run/diff{}", format!("/{}", "d".repeat(200)).repeat(20));
+        client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
+        client.call(&create_lockspace(&deep)).expect_ok();
+        // Too long as a whole, although no part of it is, nor the name behind the directory.
+        let name = "n".repeat(200);
+        // Too long as a whole, and its directory is missing: two errors to choose from.
+        let missing = format!("no/such{}", "n".repeat(5000));
+        let mut replies = Vec::new();
+        for (lockspace, name) in [(deep.as_str(), &name), ("/run/diff/ls1", &missing)] {
+            for flags in [0, AUTOCREATE] {
+                replies.push(client.call(&acquire(lockspace, name, flags)));
+            }
+            replies.push(client.call(&create_resource(lockspace, name)));
+            replies.push(client.call(&delete_resource(lockspace, name)));
+        }
+        replies
+    };
+    let Some([theirs, ours]) = in_both(scene) else {
+        return;
+    };
+    for (theirs, ours) in theirs.iter().zip(&ours) {
+        assert_eq!(theirs, ours);
+    }
+}
+
 /// Plays a scene with libvirt's daemon and with ours; both answers, libvirt's first.
 fn in_both<T>(scene: impl Fn(&World) -> T) -> Option<[T; 2]> {
     let c_program = c_program()?;
@@ -712,6 +755,24 @@ fn a_name_that_leaves_its_lockspace_directory_is_refused() {
             "invalid argument: resource name '../c' leaves lockspace directory '/run/diff/ls1'"
         );
     }
+}
+
+#[test]
+fn a_symlink_that_leaves_its_lockspace_directory_is_refused() {
+    let scene = |world: &World| {
+        std::os::unix::fs::symlink("../c", world.path("/run/diff/ls1/out")).unwrap();
+        let mut client = world.registered(4242);
+        client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
+        client.call(&acquire("/run/diff/ls1", "out", 0))
+    };
+    let Some([theirs, ours]) = in_both(scene) else {
+        return;
+    };
+    theirs.expect_ok();
+    assert_eq!(
+        ours.expect_error(8, 51),
+        "invalid argument: resource name 'out' leaves lockspace directory '/run/diff/ls1'"
+    );
 }
 
 #[test]
