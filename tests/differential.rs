@@ -39,7 +39,7 @@ struct World {
 
 impl World {
     fn new(program: &Path) -> World {
-        let namespace = Namespace::new();
+        let namespace = Namespace::sealed();
         let at = |name: &str| namespace.path(BASE).join(name);
         for directory in ["", "sub", "ls1", "ls1/sub", "ls3", "ls3/sub"] {
             std::fs::create_dir(at(directory)).expect("make a directory");

@@ -177,7 +177,7 @@ fn replay_file(group: &str) {
     if !support::require_root() {
         return;
     }
-    let namespace = Namespace::new();
+    let namespace = Namespace::sealed();
     let exact = is_libvirts(&namespace);
     let mut wrong = Vec::new();
     for vector in load(group) {
@@ -206,7 +206,7 @@ fn replay_difference(group: &str, name: &str) {
     if !support::require_root() {
         return;
     }
-    let namespace = Namespace::new();
+    let namespace = Namespace::sealed();
     if is_libvirts(&namespace) {
         support::skip("libvirt's own daemon is under test: it has no differences from itself");
         return;
