@@ -495,6 +495,94 @@ fn a_length_word_allocates_nothing_by_itself() {
 }
 
 #[test]
+fn a_client_that_registers_again_and_again_costs_nothing_more() {
+    if !support::require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let mut client = scene.daemon.client();
+    let call = Call::Register {
+        uuid: [7; 16],
+        name: vec![b'n'; 60_000],
+        id: 7,
+        pid: 5555,
+        flags: 0,
+    };
+    client.call(&call).expect_ok();
+    let before = scene.daemon.memory_kib("VmRSS");
+    for _ in 0..1000 {
+        client.call(&call).expect_ok();
+    }
+    // Kept names would be 58 MiB.
+    let grown = scene.daemon.memory_kib("VmRSS").saturating_sub(before);
+    assert!(grown < 4 * 1024, "1000 registrations cost {grown} KiB");
+    drop(client);
+    scene.check_nothing_left();
+}
+
+#[test]
+fn connections_that_are_gone_leave_no_memory_behind() {
+    if !support::require_root() {
+        return;
+    }
+    const ROUNDS: usize = 12;
+    let mut scene = Scene::new();
+    let long = Call::Acquire {
+        path: vec![b'p'; 65_000],
+        name: vec![b'n'; 65_000],
+        flags: 0,
+    };
+    let mut sizes = Vec::new();
+    for _ in 0..ROUNDS {
+        let mut clients: Vec<Client> = (0..40).map(|_| scene.daemon.client()).collect();
+        for (number, client) in clients.iter_mut().enumerate() {
+            client.call(&register(5555)).expect_ok();
+            // Half of them stop in the middle of a message; the others never read their replies,
+            // each of which repeats the name that was asked for.
+            if number % 2 == 0 {
+                client.send(&long.frame(1)[..100_000]);
+            } else {
+                client.send(&long.frame(1));
+            }
+        }
+        scene.bystander.ping();
+        drop(clients);
+        scene.check_nothing_left();
+        sizes.push(scene.daemon.memory_kib("VmRSS"));
+    }
+    // The allocator needs some rounds to find its size.
+    let grown = sizes[ROUNDS - 1].saturating_sub(sizes[ROUNDS / 2]);
+    assert!(
+        grown < 1024,
+        "half of the rounds cost {grown} KiB: {sizes:?}"
+    );
+}
+
+#[test]
+fn refused_clients_that_never_call_use_few_descriptors() {
+    if !support::require_root() {
+        return;
+    }
+    const CLIENTS: usize = 300;
+    const KEPT_AT_MOST: usize = 100;
+    let namespace = Namespace::sealed();
+    let daemon = Daemon::start_configured(&daemon::program(), &namespace, "max_clients = 1\n");
+    let mut first = served_client(&daemon);
+    let before = daemon.descriptors();
+    let mut silent: Vec<Client> = (0..CLIENTS).map(|_| daemon.client()).collect();
+    // Refused ones that are too many are closed, the oldest first.
+    silent[0].expect_closed();
+    wait_until(DEADLINE, "refused clients to be bounded", || {
+        daemon.descriptors() < before + KEPT_AT_MOST
+    });
+    first.ping();
+    // The youngest is still told why.
+    let refused = silent[CLIENTS - 1].call(&register(5555));
+    refused.expect_error(39, 7);
+    silent[CLIENTS - 1].expect_closed();
+}
+
+#[test]
 fn a_client_beyond_max_clients_is_told_so_and_the_next_is_served_when_one_leaves() {
     if !support::require_root() {
         return;
