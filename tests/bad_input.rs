@@ -343,6 +343,7 @@ fn announced_descriptors_that_never_come_are_waited_for_without_harm() {
     client.send(&frame(LOCK_PROGRAM, 1, 1, CALL_WITH_FDS, 0, 0, &payload));
     client.send_descriptors(&[null.as_fd(); 31]).unwrap();
     scene.check_bystander();
+    scene.daemon.wait_until_asleep();
     drop(client);
     scene.check_nothing_left();
 }
@@ -439,6 +440,7 @@ fn flood_is_bounded(bytes: &[u8]) {
         assert!(taken < MOST, "the daemon goes on reading: {taken} bytes");
         scene.check_bystander();
     }
+    scene.daemon.wait_until_asleep();
     let grown = scene.daemon.memory_kib("VmRSS").saturating_sub(before);
     assert!(
         grown < ALLOWED_GROWTH_KIB,
@@ -576,6 +578,7 @@ fn refused_clients_that_never_call_use_few_descriptors() {
         daemon.descriptors() < before + KEPT_AT_MOST
     });
     first.ping();
+    daemon.wait_until_asleep();
     // The youngest is still told why.
     let refused = silent[CLIENTS - 1].call(&register(5555));
     refused.expect_error(39, 7);
@@ -638,11 +641,19 @@ fn a_client_for_whom_no_descriptor_is_left_is_told_so_and_the_others_are_served(
         "only {} clients were served",
         served.len()
     );
+    daemon.wait_until_asleep();
     // Whatever an acquire gets now, it is an answer.
     let _ = served[0].call(&acquire("", "/run/disk", 0));
     for client in &mut served {
         client.ping();
     }
+    // More than there is a reserve for: those wait, and nobody waits for them.
+    let silent: Vec<Client> = (0..40).map(|_| daemon.client()).collect();
+    daemon.wait_until_asleep();
+    for client in &mut served {
+        client.ping();
+    }
+    drop(silent);
     served.truncate(served.len() / 2);
     served.push(served_client(&daemon));
     for client in &mut served {
