@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use support::client::{
     AUTOCREATE, Call, Client, Reply, SHARED, UUID, acquire, create_lockspace, create_resource,
     delete_resource, new_lockspace, register, release,
@@ -22,6 +23,7 @@ use support::daemon::{self, Daemon};
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner};
 use support::random::Random;
+use support::{DEADLINE, wait_until};
 
 const BASE: &str = "/run/diff";
 const SEQUENCES: u64 = 60;
@@ -39,7 +41,7 @@ struct World {
 
 impl World {
     fn new(program: &Path) -> World {
-        let namespace = Namespace::new();
+        let namespace = Namespace::sealed();
         let at = |name: &str| namespace.path(BASE).join(name);
         for directory in ["", "sub", "ls1", "ls1/sub", "ls3", "ls3/sub"] {
             std::fs::create_dir(at(directory)).expect("make a directory");
@@ -186,7 +188,8 @@ impl Known {
         };
         let acquires = matches!(call, Call::Acquire { .. });
         let default = lockspace.is_empty();
-        if !default && name.split(|&byte| byte == b'/').any(|part| part == b"..") {
+        let releases = matches!(call, Call::Release { .. });
+        if !default && !releases && climbs_out(name) {
             return Some(Rule::NameLeavesLockspace);
         }
         if !default && !self.lockspaces.contains(lockspace) {
@@ -223,6 +226,28 @@ impl Known {
             }
             _ => None,
         }
+    }
+
+    /// The owner holds it shared and takes it again: at its end, libvirt's daemon keeps one of the
+    /// two for ever. A rule that only matters where owners end.
+    fn takes_again(&self, session: usize, call: &Call) -> bool {
+        let Call::Acquire { path, name, .. } = call else {
+            return false;
+        };
+        let key = (until_nul(path).to_vec(), until_nul(name).to_vec());
+        let pid = self.sessions[session].pid.unwrap_or_default();
+        self.held
+            .get(&key)
+            .is_some_and(|held| held.owners.contains(&pid))
+    }
+
+    /// An owner has ended.
+    fn forget(&mut self, session: usize) {
+        let pid = self.sessions[session].pid.take();
+        for held in self.held.values_mut() {
+            held.owners.retain(|owner| Some(*owner) != pid);
+        }
+        self.held.retain(|_, held| !held.owners.is_empty());
     }
 
     fn new_rule(&self, world: &World, path: &[u8]) -> Option<Rule> {
@@ -281,6 +306,19 @@ impl Known {
             Call::CreateResource { .. } | Call::DeleteResource { .. } => {}
         }
     }
+}
+
+/// True if the name goes above the directory that it is relative to.
+fn climbs_out(name: &[u8]) -> bool {
+    let mut depth = 0;
+    name.split(|&byte| byte == b'/').any(|part| {
+        depth += match part {
+            b"" | b"." => 0,
+            b".." => -1,
+            _ => 1,
+        };
+        depth < 0
+    })
 }
 
 /// A string of the protocol ends at its first NUL for every use but its length.
@@ -568,6 +606,129 @@ fn run_sequence(seed: u64, c_program: &Path, avoided: &mut HashMap<Rule, usize>)
     granted
 }
 
+const OWNER_SEQUENCES: u64 = 8;
+const OWNERS: usize = 3;
+const CALLS_BEFORE_AN_END: usize = 25;
+
+#[test]
+fn owners_that_end_leave_the_same_locks_and_the_same_files() {
+    let Some(c_program) = c_program() else { return };
+    let seed = Random::seed_from("VIRTLOCKD_DIFFERENTIAL_SEED");
+    println!("VIRTLOCKD_DIFFERENTIAL_SEED={seed}");
+    for sequence in 0..OWNER_SEQUENCES {
+        run_owner_sequence(seed.wrapping_add(sequence), &c_program);
+    }
+}
+
+/// Owners take and release locks over their own connections until each of them has been killed, or
+/// has closed its connection and is fenced for that.
+fn run_owner_sequence(seed: u64, c_program: &Path) {
+    let mut random = Random::new(seed);
+    let worlds = [World::new(c_program), World::new(&daemon::program())];
+    let mut known = Known::default();
+    let mut history = Vec::new();
+    let mut owners: Vec<[Owner; 2]> = (0..OWNERS)
+        .map(|_| {
+            let start =
+                |world: &World| Owner::register(world.daemon.lock_socket(), "guest", OnTerm::Die);
+            worlds.each_ref().map(start)
+        })
+        .collect();
+    for at in 0..OWNERS {
+        // The two worlds have other pids: here a number stands for both.
+        known.sessions[at].pid = Some(at as u32);
+        // Each holds something, so that each is fenced.
+        let own = acquire("", &format!("/run/diff/own{at}"), AUTOCREATE);
+        owner_call(
+            &worlds,
+            &mut known,
+            &mut owners,
+            at,
+            &own,
+            &mut history,
+            seed,
+        );
+    }
+    for directory in ["/run/diff/ls1", "/run/diff/ls2"] {
+        let call = create_lockspace(directory);
+        owner_call(
+            &worlds,
+            &mut known,
+            &mut owners,
+            0,
+            &call,
+            &mut history,
+            seed,
+        );
+    }
+    for ending in 0..OWNERS {
+        let mut sent = 0;
+        while sent < CALLS_BEFORE_AN_END {
+            let at = ending + random.below(OWNERS - ending);
+            let call = random_call(&mut random);
+            let of_owner = matches!(call, Call::Register { .. } | Call::Restrict { .. });
+            let left_out = of_owner
+                || known.rule(&worlds[0], at, &call).is_some()
+                || known.takes_again(at, &call);
+            if !left_out {
+                sent += 1;
+                owner_call(
+                    &worlds,
+                    &mut known,
+                    &mut owners,
+                    at,
+                    &call,
+                    &mut history,
+                    seed,
+                );
+            }
+        }
+        let killed = random.percent(50);
+        history.push(format!("owner {ending} ends; killed: {killed}"));
+        for owner in &mut owners[ending] {
+            if killed {
+                owner.kill()
+            } else {
+                owner.close_connection()
+            }
+            owner.wait_end();
+        }
+        known.forget(ending);
+        // An owner's end is not answered: it has begun when its own file is gone, and it has to
+        // come to the same result.
+        let own = Path::new(BASE).join(format!("own{ending}"));
+        for world in &worlds {
+            let file = world.namespace.path(&own);
+            wait_until(DEADLINE, "an owner's end to be handled", || !file.exists());
+        }
+        let deadline = Instant::now() + DEADLINE;
+        while worlds[0].look() != worlds[1].look() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        compare_looks(&worlds, seed, &history);
+    }
+}
+
+fn owner_call(
+    worlds: &[World; 2],
+    known: &mut Known,
+    owners: &mut [[Owner; 2]],
+    at: usize,
+    call: &Call,
+    history: &mut Vec<String>,
+    seed: u64,
+) {
+    let pids = owners[at].each_ref().map(Owner::pid);
+    let [theirs, ours] = owners[at].each_mut().map(|owner| owner.call(call));
+    history.push(format!("owner {at}: {call:?}\n    -> {theirs:?}"));
+    let without_pid =
+        |reply: &Reply, pid: i32| format!("{reply:?}").replace(&format!("owner {pid} "), "");
+    if without_pid(&theirs, pids[0]) != without_pid(&ours, pids[1]) {
+        fail(seed, history, &format!("ours: {ours:?}"));
+    }
+    known.learn(&worlds[0], at, call, &theirs);
+}
+
 fn compare_looks(worlds: &[World; 2], seed: u64, history: &[String]) {
     let [theirs, ours] = worlds.each_ref().map(World::look);
     if theirs != ours {
@@ -606,6 +767,35 @@ fn c_program() -> Option<PathBuf> {
         support::skip("libvirt's own virtlockd is not installed: nothing to compare with");
     }
     program
+}
+
+#[test]
+fn a_path_longer_than_the_system_takes_gets_the_same_answer() {
+    let scene = |world: &World| {
+        let mut client = world.registered(4242);
+        let deep = format!("/run/diff{}", format!("/{}", "d".repeat(200)).repeat(20));
+        client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
+        client.call(&create_lockspace(&deep)).expect_ok();
+        // Too long as a whole, although no part of it is, nor the name behind the directory.
+        let name = "n".repeat(200);
+        // Too long as a whole, and its directory is missing: two errors to choose from.
+        let missing = format!("no/such{}", "n".repeat(5000));
+        let mut replies = Vec::new();
+        for (lockspace, name) in [(deep.as_str(), &name), ("/run/diff/ls1", &missing)] {
+            for flags in [0, AUTOCREATE] {
+                replies.push(client.call(&acquire(lockspace, name, flags)));
+            }
+            replies.push(client.call(&create_resource(lockspace, name)));
+            replies.push(client.call(&delete_resource(lockspace, name)));
+        }
+        replies
+    };
+    let Some([theirs, ours]) = in_both(scene) else {
+        return;
+    };
+    for (theirs, ours) in theirs.iter().zip(&ours) {
+        assert_eq!(theirs, ours);
+    }
 }
 
 /// Plays a scene with libvirt's daemon and with ours; both answers, libvirt's first.
@@ -715,6 +905,24 @@ fn a_name_that_leaves_its_lockspace_directory_is_refused() {
 }
 
 #[test]
+fn a_symlink_that_leaves_its_lockspace_directory_is_refused() {
+    let scene = |world: &World| {
+        std::os::unix::fs::symlink("../c", world.path("/run/diff/ls1/out")).unwrap();
+        let mut client = world.registered(4242);
+        client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
+        client.call(&acquire("/run/diff/ls1", "out", 0))
+    };
+    let Some([theirs, ours]) = in_both(scene) else {
+        return;
+    };
+    theirs.expect_ok();
+    assert_eq!(
+        ours.expect_error(8, 51),
+        "invalid argument: resource name 'out' leaves lockspace directory '/run/diff/ls1'"
+    );
+}
+
+#[test]
 fn a_deleted_name_that_leaves_its_lockspace_directory_is_refused_and_the_file_stays() {
     let scene = |world: &World| {
         let mut client = world.registered(4242);
@@ -812,7 +1020,7 @@ fn a_shared_lock_taken_twice_by_one_owner_is_free_when_the_owner_is_dead() {
         owner.call(&acquire("", "/run/diff/b", 0)).expect_ok();
         owner.kill();
         owner.wait_end();
-        support::wait_until(
+        wait_until(
             support::DEADLINE,
             "the end of the owner to be handled",
             || support::lock_probe(&world.path("/run/diff/b")).is_none(),

@@ -67,7 +67,7 @@ struct Scene {
 impl Scene {
     /// Disks of every kind that a name may lead to, and a daemon.
     fn new() -> Scene {
-        let namespace = Namespace::new();
+        let namespace = Namespace::sealed();
         let at = |name: &str| namespace.path(DISKS).join(name);
         std::fs::create_dir(at("")).expect("make the directory of the disks");
         std::fs::write(at("small"), "boot sector").expect("write a disk");

@@ -58,7 +58,7 @@ const fn keepalive(procedure: u8) -> [u8; 28] {
 }
 
 /// A call of the lock program. Strings are bytes: the protocol does not ask for UTF-8.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Call {
     Register {
         uuid: [u8; 16],
@@ -159,6 +159,50 @@ pub fn release(path: &str, name: &str) -> Call {
         path: path.into(),
         name: name.into(),
         flags: 0,
+    }
+}
+
+/// For the text of a failure: the strings as text, long ones cut.
+impl std::fmt::Debug for Call {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Call::Register {
+                name,
+                id,
+                pid,
+                flags,
+                ..
+            } => {
+                let name = shortened(name);
+                write!(
+                    out,
+                    "REGISTER(name {name}, id {id}, pid {pid}, flags {flags:#x})"
+                )
+            }
+            Call::Restrict { flags } => write!(out, "RESTRICT(flags {flags:#x})"),
+            Call::New { path, flags } => write!(out, "NEW({}, flags {flags:#x})", shortened(path)),
+            Call::CreateLockspace { path } => write!(out, "CREATE_LOCKSPACE({})", shortened(path)),
+            Call::CreateResource { path, name, flags }
+            | Call::DeleteResource { path, name, flags }
+            | Call::Acquire { path, name, flags }
+            | Call::Release { path, name, flags } => {
+                let procedures = ["CREATE_RESOURCE", "DELETE_RESOURCE", "ACQUIRE", "RELEASE"];
+                let procedure = procedures[self.procedure() as usize - 4];
+                let (path, name) = (shortened(path), shortened(name));
+                write!(
+                    out,
+                    "{procedure}(lockspace {path}, name {name}, flags {flags:#x})"
+                )
+            }
+        }
+    }
+}
+
+fn shortened(bytes: &[u8]) -> String {
+    const MOST: usize = 120;
+    match bytes.get(..MOST) {
+        Some(start) => format!("\"{}\"... of {} bytes", start.escape_ascii(), bytes.len()),
+        None => format!("\"{}\"", bytes.escape_ascii()),
     }
 }
 
@@ -275,7 +319,7 @@ pub enum Reply {
 }
 
 /// What a refused call gets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct ErrorObject {
     pub code: i32,
     pub domain: i32,
@@ -285,6 +329,31 @@ pub struct ErrorObject {
     pub str2: Option<String>,
     pub int1: i32,
     pub int2: i32,
+}
+
+/// For the text of a failure: one line, a long message cut.
+impl std::fmt::Debug for ErrorObject {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |text: &Option<String>| {
+            text.as_ref()
+                .map_or("none".into(), |text| shortened(text.as_bytes()))
+        };
+        let message = shortened(self.message.as_bytes());
+        let (str1, str2) = (text(&self.str1), text(&self.str2));
+        let ErrorObject {
+            code,
+            domain,
+            level,
+            int1,
+            int2,
+            ..
+        } = self;
+        write!(
+            out,
+            "code {code}, domain {domain}, level {level}, {message}, "
+        )?;
+        write!(out, "str1 {str1}, str2 {str2}, int1 {int1}, int2 {int2}")
+    }
 }
 
 impl Reply {

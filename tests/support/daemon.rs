@@ -2,11 +2,12 @@
 
 use super::client::Client;
 use super::namespace::Namespace;
-use super::{DEADLINE, TempDir, wait_for};
+use super::{DEADLINE, TempDir, wait_for, wait_until};
 use std::ffi::OsStr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
+use std::time::Duration;
 
 /// Where a root daemon listens, inside its namespace.
 pub const LOCK_SOCKET: &str = "/run/libvirt/virtlockd-sock";
@@ -188,6 +189,21 @@ impl Daemon {
             .count()
     }
 
+    /// Waits until the daemon does nothing at all: it has not run for a tenth of a second. One that
+    /// goes round and round over something it cannot finish never gets there.
+    pub fn wait_until_asleep(&self) {
+        let runs = || {
+            // Time on a processor in nanoseconds, time waited for one, number of times it ran.
+            std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid()))
+                .expect("read how often the daemon ran")
+        };
+        wait_until(DEADLINE, "the daemon to have nothing to do", || {
+            let before = runs();
+            std::thread::sleep(Duration::from_millis(100));
+            before == runs()
+        });
+    }
+
     /// A size in KiB out of `/proc/PID/status`, for example `VmRSS` or `VmSize`.
     pub fn memory_kib(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
@@ -204,11 +220,12 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
         if std::thread::panicking() {
-            eprintln!(
-                "stderr of the daemon {}:\n{}",
-                self.child.id(),
-                self.stderr()
-            );
+            let stderr = self.stderr();
+            let lines: Vec<&str> = stderr.lines().collect();
+            eprintln!("the last of the daemon {}'s stderr:", self.child.id());
+            for line in &lines[lines.len().saturating_sub(10)..] {
+                eprintln!("  {:.300}", line);
+            }
         }
     }
 }

@@ -13,11 +13,22 @@ pub struct Namespace {
 impl Namespace {
     /// A private copy of the mount table with a tmpfs on `/run` and an empty `/run/libvirt`.
     pub fn new() -> Namespace {
+        Namespace::with_root("true")
+    }
+
+    /// As [`Namespace::new`], and the root file system cannot be written in it: for calls with
+    /// names that nobody has looked at before.
+    pub fn sealed() -> Namespace {
+        Namespace::with_root("mount -o remount,bind,ro /")
+    }
+
+    fn with_root(prepare: &str) -> Namespace {
         // The holder is `cat` on a pipe of ours: if this process dies without dropping anything,
         // the pipe closes and the holder ends as well.
-        let script = "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat";
+        let run = "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat";
+        let script = format!("{prepare} && {run}");
         let mut holder = Command::new("unshare")
-            .args(["-m", "--propagation", "private", "sh", "-c", script])
+            .args(["-m", "--propagation", "private", "sh", "-c", &script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
