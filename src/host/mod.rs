@@ -8,6 +8,7 @@ pub mod errno;
 pub mod file;
 pub mod limits;
 pub mod listen;
+pub mod log;
 pub mod memory;
 pub mod notify;
 pub mod paths;
