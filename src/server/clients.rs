@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use super::admin_service::Workers;
+
 /// Limits and clients of a server.
 #[derive(Debug)]
 pub struct Clients {
@@ -15,6 +17,8 @@ pub struct Clients {
     pub unauthenticated_limit: u32,
     /// The number of the next connection, refused ones counted as well.
     pub next_id: u64,
+    /// Numbers of a thread pool that nobody needs, for the admin socket.
+    pub workers: Workers,
 }
 
 impl Clients {
@@ -25,6 +29,7 @@ impl Clients {
             limit,
             unauthenticated_limit: limit,
             next_id: 1,
+            workers: Workers::default(),
         }
     }
 

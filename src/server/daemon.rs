@@ -21,6 +21,7 @@ use super::fence::{Fence, Fences, GRACE_MS, OVERDUE_MS, Stage};
 use super::lock_service::uuid_text;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::names::Names;
 use crate::host::process::{self, Process};
 use crate::host::stream;
 use crate::locks::keeper::Keeper;
@@ -35,6 +36,9 @@ const READS_A_TURN: usize = 4;
 pub const READ_SIZE: usize = 64 * 1024;
 /// How long the daemon waits at its end for owners to die, milliseconds.
 const STOP_MS: u64 = 30_000;
+/// How much may be kept of frames that are not whole yet, over all admin clients, bytes. The
+/// protocol allows each of them 32 MiB.
+const UNFINISHED_ADMIN: usize = 64 * 1024 * 1024;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +76,8 @@ pub struct Daemon {
     pub names_processes: bool,
     /// After how long without clients and locks the daemon ends, seconds; 0 for never.
     pub idle_timeout_s: u32,
+    /// The names of users and groups that the admin socket was asked for.
+    pub names: Names,
     /// Where readiness is asked for.
     pub registry: mio::Registry,
     /// Connections with something to do.
@@ -82,6 +88,8 @@ pub struct Daemon {
     pub dead: VecDeque<Pid>,
     lock_clients: Clients,
     admin_clients: Clients,
+    /// Bytes that wait in the conversations of admin clients.
+    unfinished_admin: usize,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -103,12 +111,14 @@ impl Daemon {
             user: nix::unistd::geteuid().as_raw(),
             names_processes: stream::peer_process_is_known(),
             idle_timeout_s: 0,
+            names: Names::default(),
             registry,
             ready: VecDeque::new(),
             ending: VecDeque::new(),
             dead: VecDeque::new(),
             lock_clients: Clients::new(lock_clients),
             admin_clients: Clients::new(admin_clients),
+            unfinished_admin: 0,
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -209,7 +219,9 @@ impl Daemon {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
         };
+        let is_admin = connection.service == Service::Admin;
         let mut conversation = std::mem::take(&mut connection.conversation);
+        let waiting_before = conversation.waiting();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
         let taken = conversation.take_in(
@@ -228,11 +240,30 @@ impl Daemon {
         );
         self.input = input;
         self.output = output;
+        if is_admin {
+            let others = self.unfinished_admin.saturating_sub(waiting_before);
+            if others.saturating_add(conversation.waiting()) > UNFINISHED_ADMIN {
+                self.unfinished_admin = others;
+                self.log_too_much_unfinished(place);
+                return Taken::Close;
+            }
+            self.unfinished_admin = others.saturating_add(conversation.waiting());
+        }
         if let Some(connection) = self.connections.get_mut(place) {
             connection.conversation = conversation;
             connection.paused = taken == Taken::Paused && !connection.conversation.is_empty();
         }
         taken
+    }
+
+    fn log_too_much_unfinished(&self, place: usize) {
+        let pid = self.connections.get(place).map(|c| c.peer.pid);
+        tracing::error!(
+            target: "rpc.netserverclient",
+            "The admin client with pid {} is closed: the unfinished messages of all admin clients \
+             together would take more than {} MiB",
+            pid.unwrap_or_default(), UNFINISHED_ADMIN >> 20
+        );
     }
 
     /// Sends the replies of this turn. Whether the turn goes on.
@@ -312,11 +343,17 @@ impl Daemon {
             .by_id
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
+        if connection.service == Service::Admin {
+            let waited = connection.conversation.waiting();
+            self.unfinished_admin = self.unfinished_admin.saturating_sub(waited);
+        }
         if let Some(pid) = self.ends_with(&connection) {
             self.owner_left(pid, &connection);
         }
+        let service = connection.service;
         drop(connection);
         self.reserve.refill();
+        self.admit_waiting(service);
         for number in 0..self.listeners.len() {
             // One that could not accept for want of descriptors tries again.
             self.enqueue_listener(number);
@@ -325,7 +362,7 @@ impl Daemon {
 
     /// The owner whose life this connection stood for: the one that made it itself, and holds
     /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
-    fn ends_with(&self, connection: &Connection) -> Option<Pid> {
+    pub fn ends_with(&self, connection: &Connection) -> Option<Pid> {
         let pid = connection.session.owner()?.pid;
         let is_peer = pid > 0 && pid == connection.peer.pid;
         (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)

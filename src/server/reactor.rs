@@ -207,6 +207,9 @@ impl Reactor {
                 self.daemon
                     .clients_mut(Service::Admin)
                     .set_limit(limits.admin_max_clients);
+                for service in Service::ALL {
+                    self.daemon.admit_waiting(service);
+                }
                 tracing::info!(target: "rpc.netdaemon", "SIGHUP: the configuration was read again");
             }
             Err(reason) => tracing::error!(
