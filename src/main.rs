@@ -1,4 +1,352 @@
-//! The program: options, configuration, start, run.
+//! The program: the order of a start. Each step is a function that says what it needs and how it
+//! can fail; `main` alone prints why a start failed.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process;
+
+use virtlockd::cli::{self, Options, Outcome};
+use virtlockd::config::{self, Config};
+use virtlockd::exit::{ExitCode, StartError, status_text};
+use virtlockd::host::daemonize::{self, Background, Started, StatusPipe};
+use virtlockd::host::listen::{Activation, Listener, Listeners};
+use virtlockd::host::log::{self, SettingError};
+use virtlockd::host::paths::{self, Paths};
+use virtlockd::host::pid_file::PidFile;
+use virtlockd::host::{errno, limits, notify, signals};
+use virtlockd::server::accept;
+use virtlockd::server::connection::Service;
+use virtlockd::server::reactor::{Limits, Reactor};
+
+/// Admin clients that may be connected at a time, unless the configuration says otherwise.
+const ADMIN_CLIENTS: u32 = 5000;
+/// Lock clients that may always be connected, even on a host with few descriptors: libvirt's
+/// default for all hosts.
+const LOCK_CLIENTS_LEAST: u32 = 1024;
+
+/// Why the program ends before its time.
+enum Failed {
+    /// To be logged.
+    Error(StartError),
+    /// The log itself cannot be set up.
+    Log(SettingError),
+}
+
+impl From<StartError> for Failed {
+    fn from(error: StartError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<SettingError> for Failed {
+    fn from(error: SettingError) -> Self {
+        Self::Log(error)
+    }
+}
+
+fn main() -> process::ExitCode {
+    // Before anything else: a signal must find either nobody or the reactor.
+    let blocked = signals::block();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let outcome = cli::parse(&arguments, nix::unistd::geteuid().is_root());
+    if let Outcome::Exit {
+        exit,
+        stdout,
+        stderr,
+    } = &outcome
+    {
+        // A caller that does not want to read the text wants the exit code all the same.
+        let _ = std::io::stdout().write_all(stdout);
+        let _ = std::io::stderr().write_all(stderr);
+        return exit.number().into();
+    }
+    let ended = blocked
+        .map_err(|error| StartError::new(ExitCode::Signals, errno::text(error)))
+        .map_err(Failed::from)
+        .and_then(|()| {
+            let program = arguments
+                .first()
+                .map_or(OsStr::new("virtlockd"), OsString::as_os_str);
+            start(outcome, program)
+        });
+    let exit = match ended {
+        Ok(exit) => exit,
+        Err(Failed::Error(error)) => {
+            tracing::error!("{error}");
+            error.exit
+        }
+        Err(Failed::Log(error)) => {
+            log::early_error(&error);
+            ExitCode::Failure
+        }
+    };
+    exit.number().into()
+}
+
+/// From the options to the end of the daemon, or to the end of the process that started it.
+fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
+    let activation = match &outcome {
+        // First of all, because it takes descriptors that nobody else may have opened. A daemon in
+        // the background has another pid than the one that the descriptors are for.
+        Outcome::Run(options) if !options.daemon => Activation::take(),
+        _ => Activation::None,
+    };
+    log::install(log::Settings::initial())?;
+    let options = match outcome {
+        Outcome::Run(options) => options,
+        Outcome::Refused(error) => return Err(error.into()),
+        Outcome::Exit { exit, .. } => return Ok(exit),
+    };
+    let start = Start::prepare(options)?;
+    if !start.options.daemon {
+        return start.serve(activation, None);
+    }
+    match go_to_background()? {
+        Background::Daemon(status) => start.serve(activation, Some(status)),
+        Background::Parent(started) => Ok(say_how_it_went(program, &started)),
+    }
+}
+
+/// What is known before there is a daemon.
+struct Start {
+    options: Options,
+    config: Config,
+    paths: Paths,
+    /// Where the daemon was started: relative paths of log files begin here.
+    directory: PathBuf,
+}
+
+impl Start {
+    /// Everything that fails in front of the caller's eyes, even with `-d`: configuration, log,
+    /// run directory.
+    fn prepare(options: Options) -> Result<Self, Failed> {
+        let paths = Paths::of_this_process();
+        let config = load_configuration(&options, &paths)?;
+        let directory = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        let start = Self {
+            options,
+            config,
+            paths,
+            directory,
+        };
+        start.apply_log_settings(&start.config)?;
+        make_run_directory(&start.paths.run_directory)?;
+        Ok(start)
+    }
+
+    /// The daemon itself: takes its pid file and sockets, says that it is there, and runs.
+    fn serve(self, activation: Activation, status: Option<StatusPipe>) -> Result<ExitCode, Failed> {
+        let pid_file = match self.take_pid_file() {
+            Ok(pid_file) => pid_file,
+            Err(error) => return Err(tell_parent(status, error)),
+        };
+        let mut reactor = match self.open_for_clients(activation) {
+            Ok(reactor) => reactor,
+            Err(error) => {
+                remove(pid_file);
+                return Err(tell_parent(status, error));
+            }
+        };
+        if let Some(status) = status {
+            status.report(ExitCode::Success.number());
+        }
+        notify::ready();
+        let ran = reactor.run();
+        notify::stopping();
+        remove(pid_file);
+        match ran {
+            Ok(()) => Ok(ExitCode::Success),
+            Err(error) => {
+                let message = format!("The reactor cannot go on: {error}");
+                Err(StartError::new(ExitCode::Failure, message).into())
+            }
+        }
+    }
+
+    /// An empty path on the command line means that no pid file is wanted.
+    fn take_pid_file(&self) -> Result<Option<PidFile>, StartError> {
+        let path = self
+            .options
+            .pid_file
+            .as_ref()
+            .unwrap_or(&self.paths.pid_file);
+        if path.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        PidFile::acquire(path)
+            .map(Some)
+            .map_err(|error| StartError::new(ExitCode::Failure, error))
+    }
+
+    /// The reactor with its sockets, ready to run.
+    fn open_for_clients(self, activation: Activation) -> Result<Reactor, StartError> {
+        let descriptors = limits::raise_open_files().unwrap_or_else(|error| {
+            tracing::warn!(
+                "The limit of open files stays as it is, which may be too low for many machines: {}",
+                errno::text(error)
+            );
+            u64::from(LOCK_CLIENTS_LEAST)
+        });
+        let listeners = Listeners::open(activation, &self.paths)
+            .map_err(|error| StartError::new(ExitCode::Network, error))?;
+        let idle_timeout_s = self.options.timeout_seconds;
+        let limits = client_limits(&self.config, descriptors);
+        let reload = Box::new(move || self.reload(descriptors));
+        let failed = |error: std::io::Error| {
+            let message = format!("Failed to set up the event loop: {error}");
+            StartError::new(ExitCode::Initialisation, message)
+        };
+        let mut reactor = Reactor::new(limits, reload).map_err(failed)?;
+        reactor.daemon.idle_timeout_s = idle_timeout_s;
+        for listener in listeners.lock {
+            reactor
+                .listen(serving(listener, Service::Lock))
+                .map_err(failed)?;
+        }
+        for listener in listeners.admin {
+            reactor
+                .listen(serving(listener, Service::Admin))
+                .map_err(failed)?;
+        }
+        Ok(reactor)
+    }
+
+    /// SIGHUP: the configuration as it is now. If it cannot be used, nothing changes.
+    fn reload(&self, descriptors: u64) -> Result<Limits, String> {
+        let config =
+            load_configuration(&self.options, &self.paths).map_err(|error| error.to_string())?;
+        self.apply_log_settings(&config)
+            .map_err(|error| error.to_string())?;
+        Ok(client_limits(&config, descriptors))
+    }
+
+    fn apply_log_settings(&self, config: &Config) -> Result<(), SettingError> {
+        let configured = log::Configured {
+            level: config.log_level,
+            filters: setting("log_filters", config.log_filters.as_ref())?,
+            outputs: setting("log_outputs", config.log_outputs.as_ref())?,
+        };
+        let environment = log::Environment::read(|name| std::env::var_os(name))?;
+        let mode = log::RunMode {
+            verbose: self.options.verbose,
+            background: self.options.daemon,
+            stdin_is_tty: std::io::stdin().is_terminal(),
+            journal_writable: log::journal_is_writable(),
+            log_file: &self.paths.log_file,
+            directory: &self.directory,
+        };
+        let settings = log::resolve(configured, &environment, mode)?;
+        let to_default_file = settings
+            .outputs
+            .iter()
+            .any(|output| output.target == log::Target::File(self.paths.log_file.clone()));
+        if to_default_file && !nix::unistd::geteuid().is_root() {
+            // What stands in the way is what opening the file reports.
+            let _ = log::make_log_directory(&self.paths.log_file);
+        }
+        log::install(settings)
+    }
+}
+
+/// Tells a waiting parent why there is no daemon, and hands the error on for the log.
+fn tell_parent(status: Option<StatusPipe>, error: StartError) -> Failed {
+    if let Some(status) = status {
+        status.report(error.exit.number());
+    }
+    Failed::Error(error)
+}
+
+fn remove(pid_file: Option<PidFile>) {
+    if let Some(pid_file) = pid_file {
+        pid_file.remove();
+    }
+}
+
+/// A log setting of the configuration file as text.
+fn setting<'a>(
+    name: &'static str,
+    value: Option<&'a OsString>,
+) -> Result<Option<&'a str>, SettingError> {
+    value
+        .map(|value| log::setting_text(name, value.as_bytes()))
+        .transpose()
+}
+
+fn load_configuration(options: &Options, paths: &Paths) -> Result<Config, StartError> {
+    let (path, explicit): (&Path, bool) = match &options.config_file {
+        Some(path) => (path, true),
+        None => (&paths.config_file, false),
+    };
+    config::load(path, explicit).map_err(|error| StartError::new(ExitCode::Failure, error))
+}
+
+/// How many clients there may be. One connection a machine: so the default of the lock socket is
+/// what the descriptors allow, with one left for a disk of each machine.
+fn client_limits(config: &Config, descriptors: u64) -> Limits {
+    let half = u32::try_from(descriptors.checked_div(2).unwrap_or(0)).unwrap_or(u32::MAX);
+    Limits {
+        max_clients: config.max_clients.unwrap_or(half.max(LOCK_CLIENTS_LEAST)),
+        admin_max_clients: config.admin_max_clients.unwrap_or(ADMIN_CLIENTS),
+    }
+}
+
+/// An ordinary user's run directory comes into play earlier in the C daemon, where its paths are
+/// worked out, and fails with another text and code.
+fn make_run_directory(directory: &Path) -> Result<(), StartError> {
+    paths::make_run_directory(directory).map_err(|error| {
+        let (directory, reason) = (directory.display(), errno::text(error));
+        if nix::unistd::geteuid().is_root() {
+            let message = format!("unable to create rundir {directory}: {reason}");
+            StartError::new(ExitCode::RunDirectory, message)
+        } else {
+            let message = format!("Cannot create user runtime directory '{directory}': {reason}");
+            StartError::new(ExitCode::Failure, message)
+        }
+    })
+}
+
+/// The working directory is left so that its file system can be unmounted; a relative pid file is
+/// therefore relative to `/`.
+fn go_to_background() -> Result<Background, StartError> {
+    let failed = |what: &str, error: std::io::Error| {
+        let reason = errno::text(errno::of(&error));
+        StartError::new(ExitCode::Failure, format!("{what}: {reason}"))
+    };
+    std::env::set_current_dir("/")
+        .map_err(|error| failed("cannot change to root directory", error))?;
+    let background =
+        daemonize::into_background().map_err(|error| failed("Failed to fork as daemon", error))?;
+    if matches!(background, Background::Daemon(_)) {
+        log::stderr_was_replaced();
+    }
+    Ok(background)
+}
+
+/// The last words of the process that started the daemon.
+fn say_how_it_went(program: &OsStr, started: &Started) -> ExitCode {
+    let message = match started {
+        Started::Yes => return ExitCode::Success,
+        Started::No(byte) => format!(
+            "{}. Check /var/log/messages or run without --daemon for more info.",
+            status_text(*byte)
+        ),
+        Started::Unknown(error) => format!("unable to determine if daemon is running: {error}"),
+    };
+    let line = [program.as_bytes(), b": error: ", message.as_bytes(), b"\n"].concat();
+    // The exit code says the same, should nobody read the line.
+    let _ = std::io::stderr().write_all(&line);
+    ExitCode::Failure
+}
+
+fn serving(listener: Listener, service: Service) -> accept::Listener {
+    accept::Listener {
+        socket: listener.socket,
+        path: listener.path,
+        service,
+        readable: true,
+        queued: true,
+    }
+}

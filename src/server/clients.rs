@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use super::admin_service::Workers;
-
 /// Limits and clients of a server.
 #[derive(Debug)]
 pub struct Clients {
@@ -15,10 +13,13 @@ pub struct Clients {
     /// How many may be waiting for authentication. None ever is; the number is only kept for the
     /// admin socket.
     pub unauthenticated_limit: u32,
+    /// The limit that the configuration gave when it was last read.
+    pub configured: Option<u32>,
+    /// Thread pool numbers, kept only for the admin socket to show: minimum, maximum, priority.
+    /// There are no threads.
+    pub workers: [u32; 3],
     /// The number of the next connection, refused ones counted as well.
     pub next_id: u64,
-    /// Numbers of a thread pool that nobody needs, for the admin socket.
-    pub workers: Workers,
 }
 
 impl Clients {
@@ -28,8 +29,9 @@ impl Clients {
             by_id: BTreeMap::new(),
             limit,
             unauthenticated_limit: limit,
+            configured: None,
+            workers: [0; 3],
             next_id: 1,
-            workers: Workers::default(),
         }
     }
 

@@ -18,6 +18,7 @@ use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
+use crate::restart::ledger::Ledger;
 
 /// How many connections have their turn between two polls.
 const CONNECTIONS_A_TURN: usize = 64;
@@ -53,14 +54,14 @@ pub struct Reactor {
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
     /// [`Reactor::listen`].
-    pub fn new(limits: Limits, reload: Reload) -> std::io::Result<Reactor> {
+    pub fn new(reload: Reload) -> std::io::Result<Reactor> {
         let poll = Poll::new()?;
         let signals = Signals::open()?;
         let timer = Timer::new()?;
         let registry = poll.registry().try_clone()?;
         watch(&registry, signals.as_raw_fd(), Source::Signals)?;
         watch(&registry, timer.as_raw_fd(), Source::Timer)?;
-        let daemon = Daemon::new(registry, limits.max_clients, limits.admin_max_clients);
+        let daemon = Daemon::new(registry, Ledger::new()?);
         Ok(Reactor {
             poll,
             signals,
@@ -101,6 +102,7 @@ impl Reactor {
                 self.note(event);
             }
             self.work();
+            self.daemon.tend_ledger();
             self.daemon.finish();
         }
         Ok(())

@@ -1,19 +1,19 @@
 //! The admin program: what virt-admin asks and steers.
 //!
 //! A call is decoded, checked in the order of `wire.md` section 8, carried out at once and
-//! answered. What it sets over a process's life is kept in [`Daemon`] (client limits and workers of
-//! both servers, the idle timeout) and in the log's own settings, so that a restart finds it there.
+//! answered. What it sets is kept in [`Daemon`] (client limits and workers of both servers, the idle
+//! timeout) and in the log's own settings, and written down for the next image of the process before
+//! the answer goes out.
 
 mod clients;
 mod logging;
 mod parameters;
 
-pub use parameters::Workers;
-
 use super::connection::Service;
 use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::dispatch;
+use crate::host::log::Printable;
 use crate::wire::admin::{self, Answer, Call, Procedure};
 use crate::wire::error::{self, Code, Domain, Error};
 use crate::wire::frame::Header;
@@ -80,7 +80,7 @@ fn log_refused(daemon: &Daemon, place: usize, procedure: i32, error: &Error, mes
         target: "admin.admin_server",
         domain = error.domain.number(),
         code = error.code.number(),
-        "{} (procedure {procedure}, for {})", String::from_utf8_lossy(text), caller(daemon, place)
+        "{} (procedure {procedure}, for {})", Printable(text), caller(daemon, place)
     );
 }
 
@@ -174,11 +174,13 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
         Call::ConnectSetLoggingOutputs { text, flags } => {
             check_flags(procedure, *flags)?;
             logging::set_outputs(text.unwrap_or_default(), &caller(daemon, place))?;
+            daemon.note_logging();
             Ok(Answer::Done.into())
         }
         Call::ConnectSetLoggingFilters { text, flags } => {
             check_flags(procedure, *flags)?;
             logging::set_filters(text.unwrap_or_default(), &caller(daemon, place))?;
+            daemon.note_logging();
             Ok(Answer::Done.into())
         }
         Call::ServerUpdateTlsFiles { server, flags } => {
@@ -242,6 +244,7 @@ fn server_matching(name: &[u8]) -> Result<Service, Error> {
 /// its command line. Its clock starts anew: the caller is a client, so it is not running now.
 fn set_timeout(daemon: &mut Daemon, timeout_s: u32, caller: &str) {
     daemon.idle_timeout_s = timeout_s;
+    daemon.note_idle_timeout();
     if timeout_s == 0 {
         tracing::info!(
             target: "admin.admin_server",

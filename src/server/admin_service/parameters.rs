@@ -15,28 +15,17 @@ const FIELD_LENGTH: usize = 80;
 /// at 32,047 for want of memory maps; one that takes over from this daemon must not fail there.
 const MOST_PRIORITY_WORKERS: u32 = 32_000;
 
-/// The thread pool of a server, which has no thread: every call is carried out in the daemon's only
-/// thread, at once. The numbers are kept because they can be set and are shown, and because the C
-/// daemon keeps them over a restart.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Workers {
-    /// There would be at least so many.
-    pub minimum: u32,
-    /// There would be at most so many. 0 stays 0: a pool without workers gets none.
-    pub maximum: u32,
-    /// So many more would be for procedures that are never slow.
-    pub priority: u32,
-}
-
-/// The numbers of a server's thread pool.
+/// The numbers of a server's thread pool, which has no thread: every call is carried out in the
+/// daemon's only thread, at once. They are kept because they can be set and are shown, and because
+/// the C daemon keeps them over a restart.
 pub fn workers(daemon: &Daemon, service: Service) -> Answer<'static> {
-    let workers = daemon.clients(service).workers;
+    let [minimum, maximum, priority] = daemon.clients(service).workers;
     Answer::Parameters(vec![
-        Parameter::uint("minWorkers", workers.minimum),
-        Parameter::uint("maxWorkers", workers.maximum),
+        Parameter::uint("minWorkers", minimum),
+        Parameter::uint("maxWorkers", maximum),
         Parameter::uint("nWorkers", 0),
         Parameter::uint("freeWorkers", 0),
-        Parameter::uint("prioWorkers", workers.priority),
+        Parameter::uint("prioWorkers", priority),
         Parameter::uint("jobQueueDepth", 0),
     ])
 }
@@ -48,29 +37,30 @@ pub fn set_workers(
     parameters: &[Parameter<'_>],
     caller: &str,
 ) -> Result<(), Error> {
-    let [maximum, minimum, priority] =
-        settings(parameters, ["maxWorkers", "minWorkers", "prioWorkers"])?;
+    let new = settings(parameters, ["minWorkers", "maxWorkers", "prioWorkers"])?;
     let workers = &mut daemon.clients_mut(service).workers;
-    let new = Workers {
-        minimum: minimum.unwrap_or(workers.minimum),
-        maximum: maximum.unwrap_or(workers.maximum),
-        priority: priority.unwrap_or(workers.priority),
-    };
-    if new.minimum > new.maximum {
+    let [old_minimum, old_maximum, old_priority] = *workers;
+    let [minimum, maximum, priority] = new;
+    let minimum = minimum.unwrap_or(old_minimum);
+    let maximum = maximum.unwrap_or(old_maximum);
+    let priority = priority.unwrap_or(old_priority);
+    if minimum > maximum {
         return Err(invalid("minWorkers cannot be larger than maxWorkers"));
     }
-    if (new.maximum == 0) != (workers.maximum == 0) {
+    if (maximum == 0) != (old_maximum == 0) {
         let detail = "maxWorkers must not be switched from zero to non-zero and vice versa";
         return Err(invalid(detail));
     }
-    if new.priority > MOST_PRIORITY_WORKERS {
+    if priority > MOST_PRIORITY_WORKERS {
         let what = b"Failed to create thread";
         return Err(Error::system(Domain::None, what, Errno::EAGAIN));
     }
-    *workers = new;
+    *workers = [minimum, maximum, priority];
+    daemon.note_server(service);
     tracing::info!(
         target: "admin.admin_server",
-        "The {} server shows {new:?} from now on: {caller} asked for it", service.name()
+        "The {} server shows {minimum} to {maximum} workers and {priority} priority workers from \
+         now on, and goes on without any: {caller} asked for it", service.name()
     );
     Ok(())
 }
@@ -106,6 +96,7 @@ pub fn set_client_limits(
     }
     clients.limit = limit;
     clients.unauthenticated_limit = unauthenticated;
+    daemon.note_server(service);
     tracing::info!(
         target: "admin.admin_server",
         "The {} server takes up to {limit} clients from now on: {caller} asked for it",
