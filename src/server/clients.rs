@@ -3,6 +3,18 @@
 
 use std::collections::BTreeMap;
 
+/// What limits the clients of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClientLimit {
+    /// What the configuration says.
+    pub configured: Option<u32>,
+    /// What counts if it says nothing.
+    pub default: u32,
+    /// What is shown then as the limit of clients that wait for authentication. It is libvirt's
+    /// default: the admin socket refuses a limit below it, and takes one above.
+    pub default_unauthenticated: u32,
+}
+
 /// Limits and clients of a server.
 #[derive(Debug)]
 pub struct Clients {
@@ -47,10 +59,20 @@ impl Clients {
         id
     }
 
-    /// Sets a configured limit for both kinds of client.
-    pub fn set_limit(&mut self, limit: u32) {
-        self.limit = limit;
-        self.unauthenticated_limit = limit;
+    /// Sets the limit, for both kinds of client, to what the configuration says.
+    pub fn configure(&mut self, limit: ClientLimit) {
+        self.limit = limit.configured.unwrap_or(limit.default);
+        self.unauthenticated_limit = limit.configured.unwrap_or(limit.default_unauthenticated);
+        self.configured = limit.configured;
+    }
+
+    /// After an upgrade: a limit that the configuration gives now and did not give before is new;
+    /// otherwise the limit stays, which may have been set over the admin socket.
+    pub fn configure_if_changed(&mut self, limit: ClientLimit) {
+        if limit.configured.is_some() && limit.configured != self.configured {
+            self.configure(limit);
+        }
+        self.configured = limit.configured;
     }
 }
 
@@ -59,12 +81,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_limit_set_over_the_admin_socket_outlives_an_upgrade_unless_the_configuration_changed() {
+        let limit = |configured| ClientLimit {
+            configured,
+            default: 9,
+            default_unauthenticated: 9,
+        };
+        let mut clients = Clients::new(1);
+        clients.configure(limit(Some(5)));
+        clients.limit = 50;
+        clients.configure_if_changed(limit(Some(5)));
+        assert_eq!(clients.limit, 50);
+        clients.configure_if_changed(limit(None));
+        assert_eq!(clients.limit, 50);
+        clients.configure_if_changed(limit(Some(6)));
+        assert_eq!(clients.limit, 6);
+    }
+
+    #[test]
     fn a_limit_of_zero_still_lets_one_in() {
         let mut clients = Clients::new(0);
         assert!(clients.has_room());
         clients.by_id.insert(1, 0);
         assert!(!clients.has_room());
-        clients.set_limit(2);
+        clients.configure(ClientLimit {
+            configured: Some(2),
+            default: 9,
+            default_unauthenticated: 9,
+        });
         assert!(clients.has_room());
     }
 }

@@ -24,7 +24,7 @@ use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::names::Names;
 use crate::host::process::{self, Process};
-use crate::host::stream;
+use crate::host::{notify, stream};
 use crate::locks::keeper::Keeper;
 use crate::locks::table::Pid;
 use crate::restart::ledger::{Event, Ledger};
@@ -594,6 +594,7 @@ impl Daemon {
             return;
         }
         self.state = State::Stopping;
+        notify::stopping();
         self.deadlines.unset(Deadline::Idle);
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(STOP_MS));

@@ -13,6 +13,8 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
 use nix::sys::signal::Signal;
 
+use super::clients::ClientLimit;
+use super::connection::Service;
 use super::daemon::{Daemon, State};
 use super::token::Source;
 use crate::host::clock::Moment;
@@ -32,9 +34,9 @@ const EVENTS: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Clients of the lock server.
-    pub max_clients: u32,
+    pub max_clients: ClientLimit,
     /// Clients of the admin server.
-    pub admin_max_clients: u32,
+    pub admin_max_clients: ClientLimit,
 }
 
 /// Reads the configuration again and applies its log settings; the limits in it, or a sentence
@@ -69,6 +71,21 @@ impl Reactor {
             reload,
             daemon,
         })
+    }
+
+    /// Sets the limits that the configuration gives.
+    pub fn configure(&mut self, limits: Limits) {
+        let Limits {
+            max_clients,
+            admin_max_clients,
+        } = limits;
+        for (service, limit) in [
+            (Service::Lock, max_clients),
+            (Service::Admin, admin_max_clients),
+        ] {
+            self.daemon.clients_mut(service).configure(limit);
+            self.daemon.note_server(service);
+        }
     }
 
     /// Adds a listening socket.
@@ -200,15 +217,10 @@ impl Reactor {
     }
 
     fn reload_configuration(&mut self) {
-        use super::connection::Service;
         match (self.reload)() {
             Ok(limits) => {
-                self.daemon
-                    .clients_mut(Service::Lock)
-                    .set_limit(limits.max_clients);
-                self.daemon
-                    .clients_mut(Service::Admin)
-                    .set_limit(limits.admin_max_clients);
+                self.configure(limits);
+                self.daemon.note_logging();
                 for service in Service::ALL {
                     self.daemon.admit_waiting(service);
                 }
