@@ -185,7 +185,7 @@ fn daemon_shutdown_ends_the_daemon_as_sigterm_does() {
     };
     for program in [c_daemon, daemon::program()] {
         let namespace = Namespace::new();
-        let mut daemon = Daemon::start_program(&program, &namespace, &[], &[]);
+        let mut daemon = start(&program, &namespace, &[]);
         run(&namespace, "daemon-shutdown");
         assert_eq!(daemon.wait_end().code(), Some(0), "{}", program.display());
         assert!(!daemon.lock_socket().exists());
@@ -200,7 +200,7 @@ fn a_timeout_set_by_virt_admin_ends_an_idle_daemon() {
     };
     for program in [c_daemon, daemon::program()] {
         let namespace = Namespace::new();
-        let mut daemon = Daemon::start_program(&program, &namespace, &[], &[]);
+        let mut daemon = start(&program, &namespace, &[]);
         run(&namespace, "daemon-timeout 1");
         assert_eq!(daemon.wait_end().code(), Some(0), "{}", program.display());
     }
@@ -236,9 +236,7 @@ fn run_all(program: &Path) -> Vec<Outcome> {
     std::fs::write(namespace.path("/run/disk"), "").expect("make a disk");
     let config = "/run/admin.conf";
     std::fs::write(namespace.path(config), CONFIG).expect("write the configuration");
-    let mut daemon = Daemon::spawn(program, &namespace, &["-f", config], &[]);
-    let admin_socket = namespace.path(daemon::ADMIN_SOCKET);
-    daemon.wait_for_socket(&admin_socket);
+    let mut daemon = start(program, &namespace, &["-f", config]);
     let mut caller = daemon.client();
     caller.call(&register_as("guest", 4242)).expect_ok();
     caller.call(&acquire("", "/run/disk", 0)).expect_ok();
@@ -250,6 +248,14 @@ fn run_all(program: &Path) -> Vec<Outcome> {
         .collect();
     daemon.wait_end();
     outcomes
+}
+
+/// Starts a daemon and waits for its admin socket, which is the later one.
+fn start(program: &Path, namespace: &Namespace, args: &[&str]) -> Daemon {
+    let mut daemon = Daemon::spawn(program, namespace, args, &[]);
+    let admin_socket = daemon.admin_socket().to_owned();
+    daemon.wait_for_socket(&admin_socket);
+    daemon
 }
 
 /// Runs one command of virt-admin; a shell takes the quotes off.
