@@ -324,6 +324,7 @@ fn unfinished_messages_of_all_admin_clients_together_are_bounded() {
         third.try_send(&unfinished(31)).is_err(),
         "it is cut off on the way"
     );
+    assert!(scene.daemon.memory_kib("VmRSS") < 256 * 1024);
     let mut bystander = scene.client_in();
     bystander.ping();
     let log = scene.daemon.stderr();
@@ -341,6 +342,28 @@ fn unfinished_messages_of_all_admin_clients_together_are_bounded() {
     fourth.send(&unfinished(31));
     fourth.send(&vec![0; MIB]);
     Reply::parse(&fourth.receive()).error();
+}
+
+#[test]
+fn replies_that_admin_clients_do_not_read_are_bounded() {
+    let Some(scene) = Scene::new("") else {
+        return;
+    };
+    // The name comes back twice in the error.
+    let mut payload = string(&"x".repeat(4_194_304 - 64));
+    put_u32(&mut payload, 0);
+    let mut lazy: Vec<Client> = (0..10).map(|_| scene.daemon.admin_client()).collect();
+    for client in &mut lazy {
+        // A daemon that has had enough closes in the middle of it.
+        let _ = client.try_send(&call_frame(LOOKUP_SERVER, &payload));
+    }
+    wait_until(DEADLINE, "the bound to be enforced", || {
+        scene.daemon.stderr().contains("more than 64 MiB")
+    });
+    scene.client_in();
+    drop(lazy);
+    let mut admin = scene.daemon.admin_client();
+    call(&mut admin, LOOKUP_SERVER, &payload).expect_error(95, 7);
 }
 
 #[test]

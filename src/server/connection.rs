@@ -77,6 +77,8 @@ pub struct Connection {
     pub queued: bool,
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
+    /// What it was last seen to take of the memory for all admin clients, bytes.
+    pub counted: usize,
     output: Vec<u8>,
 }
 
@@ -99,6 +101,7 @@ impl Connection {
             hung_up: false,
             queued: false,
             waits_to_send: false,
+            counted: 0,
             output: Vec::new(),
         }
     }

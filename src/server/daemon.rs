@@ -39,9 +39,9 @@ const READS_A_TURN: usize = 4;
 pub const READ_SIZE: usize = 64 * 1024;
 /// How long the daemon waits at its end for owners to die, milliseconds.
 const STOP_MS: u64 = 30_000;
-/// How much may be kept of frames that are not whole yet, over all admin clients, bytes. The
-/// protocol allows each of them 32 MiB.
-const UNFINISHED_ADMIN: usize = 64 * 1024 * 1024;
+/// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
+/// all admin clients, bytes. The protocol allows each message 32 MiB.
+const ADMIN_BYTES: usize = 64 * 1024 * 1024;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +95,8 @@ pub struct Daemon {
     pub dead: VecDeque<Pid>,
     lock_clients: Clients,
     admin_clients: Clients,
-    /// Bytes that wait in the conversations of admin clients.
-    unfinished_admin: usize,
+    /// What all admin clients together take of [`ADMIN_BYTES`].
+    admin_bytes: usize,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -127,7 +127,7 @@ impl Daemon {
             dead: VecDeque::new(),
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
-            unfinished_admin: 0,
+            admin_bytes: 0,
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -159,8 +159,40 @@ impl Daemon {
         }
     }
 
-    /// One connection's turn: what it sent is read, worked on and answered, up to a bound.
+    /// One connection's turn.
     pub fn serve(&mut self, place: usize) {
+        self.serve_turn(place);
+        self.count_admin_bytes(place);
+    }
+
+    /// Keeps count of the memory that admin clients take, and closes the one that takes too much.
+    fn count_admin_bytes(&mut self, place: usize) {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return;
+        };
+        if connection.service != Service::Admin {
+            return;
+        }
+        let held = connection
+            .conversation
+            .waiting()
+            .saturating_add(connection.unsent().len());
+        let others = self.admin_bytes.saturating_sub(connection.counted);
+        connection.counted = held;
+        self.admin_bytes = others.saturating_add(held);
+        if self.admin_bytes > ADMIN_BYTES && held > 0 && connection.phase != Phase::Over {
+            tracing::error!(
+                target: "rpc.netserverclient",
+                "The admin client with pid {} is closed: unfinished messages and unread replies \
+                 of all admin clients together would take more than {} MiB",
+                connection.peer.pid, ADMIN_BYTES >> 20
+            );
+            self.end_connection(place);
+        }
+    }
+
+    /// What a connection sent is read, worked on and answered, up to a bound.
+    fn serve_turn(&mut self, place: usize) {
         let Some(connection) = self.connections.get_mut(place) else {
             return;
         };
@@ -228,9 +260,7 @@ impl Daemon {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
         };
-        let is_admin = connection.service == Service::Admin;
         let mut conversation = std::mem::take(&mut connection.conversation);
-        let waiting_before = conversation.waiting();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
         let taken = conversation.take_in(
@@ -249,30 +279,11 @@ impl Daemon {
         );
         self.input = input;
         self.output = output;
-        if is_admin {
-            let others = self.unfinished_admin.saturating_sub(waiting_before);
-            if others.saturating_add(conversation.waiting()) > UNFINISHED_ADMIN {
-                self.unfinished_admin = others;
-                self.log_too_much_unfinished(place);
-                return Taken::Close;
-            }
-            self.unfinished_admin = others.saturating_add(conversation.waiting());
-        }
         if let Some(connection) = self.connections.get_mut(place) {
             connection.conversation = conversation;
             connection.paused = taken == Taken::Paused && !connection.conversation.is_empty();
         }
         taken
-    }
-
-    fn log_too_much_unfinished(&self, place: usize) {
-        let pid = self.connections.get(place).map(|c| c.peer.pid);
-        tracing::error!(
-            target: "rpc.netserverclient",
-            "The admin client with pid {} is closed: the unfinished messages of all admin clients \
-             together would take more than {} MiB",
-            pid.unwrap_or_default(), UNFINISHED_ADMIN >> 20
-        );
     }
 
     /// Sends the replies of this turn. Whether the turn goes on.
@@ -352,10 +363,7 @@ impl Daemon {
             .by_id
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
-        if connection.service == Service::Admin {
-            let waited = connection.conversation.waiting();
-            self.unfinished_admin = self.unfinished_admin.saturating_sub(waited);
-        }
+        self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         if let Some(pid) = self.ends_with(&connection) {
             self.owner_left(pid, &connection);
         }
