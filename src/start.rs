@@ -308,10 +308,12 @@ pub fn client_limits(config: &Config, descriptors: u64) -> Limits {
         max_clients: ClientLimit {
             configured: config.max_clients,
             default: half.max(LOCK_CLIENTS_LEAST),
+            default_unauthenticated: LOCK_CLIENTS_LEAST,
         },
         admin_max_clients: ClientLimit {
             configured: config.admin_max_clients,
             default: ADMIN_CLIENTS,
+            default_unauthenticated: ADMIN_CLIENTS,
         },
     }
 }

@@ -50,9 +50,11 @@ enum Ours {
         start: &'static str,
         mentions: &'static [&'static str],
     },
+    /// A result that has all of this in it.
+    Result { mentions: &'static [&'static str] },
 }
 
-const DIFFERENCES: [Difference; 4] = [
+const DIFFERENCES: [Difference; 5] = [
     Difference {
         vector: "length_word_max_accepted",
         why: "the lock program's largest call fits in 132 KiB, so a longer frame ends at its length word",
@@ -91,6 +93,21 @@ const DIFFERENCES: [Difference; 4] = [
             domain: 51,
             start: "Unable to open resource /run/vec/ls//r: No such file or directory",
             mentions: &[],
+        },
+    },
+    Difference {
+        vector: "client_info_no_call_yet",
+        why: "who a client is, is known from its connect() on, not from its first call",
+        ours: Ours::Result {
+            mentions: &[
+                "readonly",
+                "unix_user_id",
+                "unix_user_name",
+                "root",
+                "unix_group_id",
+                "unix_group_name",
+                "unix_process_id",
+            ],
         },
     },
 ];
@@ -144,6 +161,11 @@ fn new_on_a_plain_file_says_that_it_is_no_directory() {
 #[test]
 fn an_acquire_in_an_unknown_lockspace_with_a_directory_opens_it() {
     replay_difference("lock_errors", "acquire_trailing_slash_lockspace");
+}
+
+#[test]
+fn client_info_is_there_before_the_first_call() {
+    replay_difference("admin", "client_info_no_call_yet");
 }
 
 #[test]
@@ -228,6 +250,16 @@ fn replay_difference(group: &str, name: &str) {
                 "{}",
                 vector.tell(&answer)
             );
+        }
+        Ours::Result { mentions } => {
+            assert!(!answer.closed, "{}", vector.tell(&answer));
+            let Reply::Ok { payload } = Reply::parse(&answer.bytes) else {
+                panic!("{name}: a result was due: {}", difference.why);
+            };
+            let text = String::from_utf8_lossy(&payload);
+            for word in *mentions {
+                assert!(text.contains(word), "{name}: no {word} in: {text}");
+            }
         }
         Ours::Error {
             code,

@@ -11,6 +11,7 @@ pub mod limits;
 pub mod listen;
 pub mod log;
 pub mod memory;
+pub mod names;
 pub mod notify;
 pub mod paths;
 pub mod pid_file;

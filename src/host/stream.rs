@@ -37,6 +37,35 @@ pub fn peer(socket: &OwnedFd) -> Result<Peer, Errno> {
     })
 }
 
+/// The SELinux context of the process at the other end when it called connect() (SO_PEERSEC).
+/// `None` where SELinux is not in use: another security module would answer with labels of its own.
+pub fn selinux_context(socket: &OwnedFd) -> Option<Vec<u8>> {
+    if !std::path::Path::new("/sys/fs/selinux/enforce").exists() {
+        return None;
+    }
+    // Contexts are shorter than a page.
+    let mut context = vec![0u8; 4096];
+    let mut length = libc::socklen_t::try_from(context.len()).ok()?;
+    // SAFETY: the kernel writes at most `length` bytes to `context` and the number of those it
+    // wrote to `length`; both are alive and borrowed for the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERSEC,
+            context.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result).ok()?;
+    context.truncate(usize::try_from(length).ok()?);
+    // The kernel counts the byte that ends the string.
+    while context.last() == Some(&0) {
+        context.pop();
+    }
+    Some(context)
+}
+
 /// The process at the other end, whatever became of its number since (SO_PEERPIDFD, Linux 6.5).
 /// ESRCH or EINVAL when it has been reaped, ENOPROTOOPT on an older kernel.
 pub fn peer_process(socket: &OwnedFd) -> Result<Process, Errno> {

@@ -228,6 +228,35 @@ impl Daemon {
         Err(dispatch::no_room(reason, self.clients(service).limit))
     }
 
+    /// There may be room now: clients that were refused for want of it are served after all, the one
+    /// that has waited longest first.
+    pub fn admit_waiting(&mut self, service: Service) {
+        let mut number = 0;
+        while let Some(&(place, id)) = self.refused.get(number)
+            && self.clients(service).has_room()
+        {
+            let waits = self.connections.get_mut(place).filter(|connection| {
+                connection.service == service
+                    && connection.id == id
+                    && connection.phase == Phase::Refused(NoRoom::Limit)
+            });
+            let Some(connection) = waits else {
+                number = number.saturating_add(1);
+                continue;
+            };
+            connection.phase = Phase::Served;
+            tracing::info!(
+                target: "rpc.netserver",
+                "There is room for the client of the {} server with pid {} now",
+                service.name(), connection.peer.pid
+            );
+            self.forget_refused(place, id);
+            self.clients_mut(service).by_id.insert(id, place);
+            // Written down as its first call, which says that it was let in.
+            self.note_call(place);
+        }
+    }
+
     /// A connection that was refused has ended.
     pub fn forget_refused(&mut self, place: usize, id: u64) {
         self.deadlines.unset(Deadline::Refused(place));

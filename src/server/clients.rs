@@ -10,6 +10,9 @@ pub struct ClientLimit {
     pub configured: Option<u32>,
     /// What counts if it says nothing.
     pub default: u32,
+    /// What is shown then as the limit of clients that wait for authentication. It is libvirt's
+    /// default: the admin socket refuses a limit below it, and takes one above.
+    pub default_unauthenticated: u32,
 }
 
 /// Limits and clients of a server.
@@ -25,6 +28,7 @@ pub struct Clients {
     /// The limit that the configuration gave when it was last read.
     pub configured: Option<u32>,
     /// Thread pool numbers, kept only for the admin socket to show: minimum, maximum, priority.
+    /// There are no threads.
     pub workers: [u32; 3],
     /// The number of the next connection, refused ones counted as well.
     pub next_id: u64,
@@ -58,7 +62,7 @@ impl Clients {
     /// Sets the limit, for both kinds of client, to what the configuration says.
     pub fn configure(&mut self, limit: ClientLimit) {
         self.limit = limit.configured.unwrap_or(limit.default);
-        self.unauthenticated_limit = self.limit;
+        self.unauthenticated_limit = limit.configured.unwrap_or(limit.default_unauthenticated);
         self.configured = limit.configured;
     }
 
@@ -81,6 +85,7 @@ mod tests {
         let limit = |configured| ClientLimit {
             configured,
             default: 9,
+            default_unauthenticated: 9,
         };
         let mut clients = Clients::new(1);
         clients.configure(limit(Some(5)));
@@ -102,6 +107,7 @@ mod tests {
         clients.configure(ClientLimit {
             configured: Some(2),
             default: 9,
+            default_unauthenticated: 9,
         });
         assert!(clients.has_room());
     }

@@ -63,7 +63,7 @@ pub struct Connection {
     pub phase: Phase,
     /// What it may do (lock socket).
     pub session: Session,
-    /// Whether it has made a call: only then does the admin socket tell who it is.
+    /// Whether it has made a call, or was let in after it had been refused.
     pub has_called: bool,
     /// Bytes that came in and wait.
     pub conversation: Conversation,
@@ -77,6 +77,8 @@ pub struct Connection {
     pub queued: bool,
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
+    /// What it was last seen to take of the memory for all admin clients, bytes.
+    pub counted: usize,
     output: Vec<u8>,
 }
 
@@ -99,6 +101,7 @@ impl Connection {
             hung_up: false,
             queued: false,
             waits_to_send: false,
+            counted: 0,
             output: Vec::new(),
         }
     }

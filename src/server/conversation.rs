@@ -55,6 +55,11 @@ impl Conversation {
         self.pending.is_empty()
     }
 
+    /// How many bytes wait.
+    pub fn waiting(&self) -> usize {
+        self.pending.len()
+    }
+
     /// What waits, to be passed on.
     pub fn pending(&self) -> Option<Pending> {
         (!self.is_empty()).then(|| Pending {

@@ -22,6 +22,7 @@ use super::token::Source;
 use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
+use crate::host::names::Names;
 use crate::host::process::{self, Process};
 use crate::host::{listen, notify, stream};
 use crate::locks::keeper::Keeper;
@@ -38,6 +39,9 @@ const READS_A_TURN: usize = 4;
 pub const READ_SIZE: usize = 64 * 1024;
 /// How long the daemon waits at its end for owners to die, milliseconds.
 const STOP_MS: u64 = 30_000;
+/// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
+/// all admin clients, bytes. The protocol allows each message 32 MiB.
+const ADMIN_BYTES: usize = 64 * 1024 * 1024;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +81,8 @@ pub struct Daemon {
     pub names_processes: bool,
     /// After how long without clients and locks the daemon ends, seconds; 0 for never.
     pub idle_timeout_s: u32,
+    /// The names of users and groups that the admin socket was asked for.
+    pub names: Names,
     /// The process's own things, for the state that is passed on.
     pub process: ProcessState,
     /// The replacement of the program, where it stands.
@@ -91,6 +97,8 @@ pub struct Daemon {
     pub dead: VecDeque<Pid>,
     lock_clients: Clients,
     admin_clients: Clients,
+    /// What all admin clients together take of [`ADMIN_BYTES`].
+    admin_bytes: usize,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -113,6 +121,7 @@ impl Daemon {
             user: nix::unistd::geteuid().as_raw(),
             names_processes: stream::peer_process_is_known(),
             idle_timeout_s: 0,
+            names: Names::default(),
             process: ProcessState::default(),
             upgrade: Upgrade::default(),
             registry,
@@ -121,6 +130,7 @@ impl Daemon {
             dead: VecDeque::new(),
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
+            admin_bytes: 0,
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -152,8 +162,40 @@ impl Daemon {
         }
     }
 
-    /// One connection's turn: what it sent is read, worked on and answered, up to a bound.
+    /// One connection's turn.
     pub fn serve(&mut self, place: usize) {
+        self.serve_turn(place);
+        self.count_admin_bytes(place);
+    }
+
+    /// Keeps count of the memory that admin clients take, and closes the one that takes too much.
+    fn count_admin_bytes(&mut self, place: usize) {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return;
+        };
+        if connection.service != Service::Admin {
+            return;
+        }
+        let held = connection
+            .conversation
+            .waiting()
+            .saturating_add(connection.unsent().len());
+        let others = self.admin_bytes.saturating_sub(connection.counted);
+        connection.counted = held;
+        self.admin_bytes = others.saturating_add(held);
+        if self.admin_bytes > ADMIN_BYTES && held > 0 && connection.phase != Phase::Over {
+            tracing::error!(
+                target: "rpc.netserverclient",
+                "The admin client with pid {} is closed: unfinished messages and unread replies \
+                 of all admin clients together would take more than {} MiB",
+                connection.peer.pid, ADMIN_BYTES >> 20
+            );
+            self.end_connection(place);
+        }
+    }
+
+    /// What a connection sent is read, worked on and answered, up to a bound.
+    fn serve_turn(&mut self, place: usize) {
         let Some(connection) = self.connections.get_mut(place) else {
             return;
         };
@@ -324,11 +366,14 @@ impl Daemon {
             .by_id
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
+        self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         if let Some(pid) = self.ends_with(&connection) {
             self.owner_left(pid, &connection);
         }
+        let service = connection.service;
         drop(connection);
         self.reserve.refill();
+        self.admit_waiting(service);
         for number in 0..self.listeners.len() {
             // One that could not accept for want of descriptors tries again.
             self.enqueue_listener(number);
@@ -337,7 +382,7 @@ impl Daemon {
 
     /// The owner whose life this connection stood for: the one that made it itself, and holds
     /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
-    fn ends_with(&self, connection: &Connection) -> Option<Pid> {
+    pub fn ends_with(&self, connection: &Connection) -> Option<Pid> {
         let pid = connection.session.owner()?.pid;
         let is_peer = pid > 0 && pid == connection.peer.pid;
         (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)

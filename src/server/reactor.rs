@@ -230,6 +230,9 @@ impl Reactor {
             Ok(limits) => {
                 self.configure(limits);
                 self.daemon.note_logging();
+                for service in Service::ALL {
+                    self.daemon.admit_waiting(service);
+                }
                 tracing::info!(target: "rpc.netdaemon", "SIGHUP: the configuration was read again");
             }
             Err(reason) => tracing::error!(
