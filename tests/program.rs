@@ -342,6 +342,53 @@ fn a_second_daemon_never_takes_over_a_live_ones_socket() {
 }
 
 #[test]
+fn of_daemons_that_start_at_the_same_time_one_serves() {
+    if !require_root() {
+        return;
+    }
+    for _ in 0..5 {
+        let namespace = Namespace::new();
+        let mut daemons: Vec<Daemon> = (0..4)
+            .map(|number| {
+                let pid_file = format!("/run/{number}.pid");
+                Daemon::spawn(&program(), &namespace, &["-p", &pid_file], &[])
+            })
+            .collect();
+        wait_until(DEADLINE, "all but one to give up", || {
+            daemons.retain_mut(|daemon| match daemon.ended() {
+                Some(status) => {
+                    assert_eq!(status.code(), Some(6), "{}", daemon.stderr());
+                    false
+                }
+                None => true,
+            });
+            daemons.len() <= 1
+        });
+        let served = daemons.first_mut().expect("one daemon left");
+        served.wait_for_socket(&namespace.path(LOCK_SOCKET));
+        served.wait_for_socket(&namespace.path(ADMIN_SOCKET));
+        assert_eq!(served.stop().code(), Some(0));
+    }
+}
+
+#[test]
+fn the_units_listen_where_clients_look() {
+    for (unit, path) in [
+        (include_str!("../src/dist/virtlockd.socket"), LOCK_SOCKET),
+        (
+            include_str!("../src/dist/virtlockd-admin.socket"),
+            ADMIN_SOCKET,
+        ),
+    ] {
+        assert!(
+            unit.lines()
+                .any(|line| line == format!("ListenStream={path}")),
+            "{unit}"
+        );
+    }
+}
+
+#[test]
 fn a_socket_that_cannot_be_made_ends_the_start() {
     if !require_root() {
         return;
@@ -768,7 +815,7 @@ fn a_configuration_file_that_cannot_be_read_ends_the_start() {
     let namespace = Namespace::new();
     let file = namespace.path("/run/secret.conf");
     std::fs::write(&file, "").expect("write a file");
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0)).expect("close it");
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o000)).expect("close it");
     std::fs::copy(program(), namespace.path("/run/program")).expect("copy the program");
     let output = namespace
         .command("setpriv")
