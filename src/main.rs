@@ -18,6 +18,7 @@ use virtlockd::host::paths::{self, Paths};
 use virtlockd::host::pid_file::PidFile;
 use virtlockd::host::{errno, limits, notify, signals};
 use virtlockd::server::accept;
+use virtlockd::server::clients::ClientLimit;
 use virtlockd::server::connection::Service;
 use virtlockd::server::reactor::{Limits, Reactor};
 
@@ -155,7 +156,6 @@ impl Start {
         }
         notify::ready();
         let ran = reactor.run();
-        notify::stopping();
         remove(pid_file);
         match ran {
             Ok(()) => Ok(ExitCode::Success),
@@ -199,7 +199,8 @@ impl Start {
             let message = format!("Failed to set up the event loop: {error}");
             StartError::new(ExitCode::Initialisation, message)
         };
-        let mut reactor = Reactor::new(limits, reload).map_err(failed)?;
+        let mut reactor = Reactor::new(reload).map_err(failed)?;
+        reactor.configure(limits);
         reactor.daemon.idle_timeout_s = idle_timeout_s;
         for listener in listeners.lock {
             reactor
@@ -288,8 +289,14 @@ fn load_configuration(options: &Options, paths: &Paths) -> Result<Config, StartE
 fn client_limits(config: &Config, descriptors: u64) -> Limits {
     let half = u32::try_from(descriptors.checked_div(2).unwrap_or(0)).unwrap_or(u32::MAX);
     Limits {
-        max_clients: config.max_clients.unwrap_or(half.max(LOCK_CLIENTS_LEAST)),
-        admin_max_clients: config.admin_max_clients.unwrap_or(ADMIN_CLIENTS),
+        max_clients: ClientLimit {
+            configured: config.max_clients,
+            default: half.max(LOCK_CLIENTS_LEAST),
+        },
+        admin_max_clients: ClientLimit {
+            configured: config.admin_max_clients,
+            default: ADMIN_CLIENTS,
+        },
     }
 }
 

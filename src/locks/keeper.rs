@@ -181,6 +181,24 @@ impl Keeper {
         count
     }
 
+    /// Enters a resource that an earlier image of this process locked.
+    pub fn adopt(&mut self, adopted: Granted<'_, Lease>, holders: &[(Owner, u32)]) {
+        let Some((first, rest)) = holders.split_first() else {
+            return;
+        };
+        if matches!(adopted.lease.kind, LockKind::Process { .. }) {
+            self.process_locks = self.process_locks.saturating_add(1);
+        }
+        let id = self.table.grant(&first.0, adopted);
+        for (owner, times) in
+            std::iter::once(&(first.0.clone(), first.1.saturating_sub(1))).chain(rest)
+        {
+            for _ in 0..*times {
+                self.table.join(id, owner);
+            }
+        }
+    }
+
     fn end(&mut self, ended: Ended<Lease>) {
         let Ended {
             mut resource,

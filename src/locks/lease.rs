@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use super::place::{Place, Unreachable};
 use super::table::Mode;
-use crate::host::file::{self, FileIdentity, LockType, Start};
+use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
 
 /// What kind of lock a lease is.
 #[derive(Debug)]
@@ -167,6 +167,43 @@ fn leads_to(place: Place<'_>, identity: FileIdentity) -> bool {
     place
         .reach(file::look_up)
         .is_ok_and(|found| found.identity == identity)
+}
+
+/// What kind of lock an earlier image of this process, perhaps another program, left on a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// An open-file-description lock.
+    OpenFile,
+    /// A POSIX record lock of this process.
+    Process,
+    /// None: somebody else has it by now.
+    Lost,
+}
+
+/// Finds out what kind of lock is on an inherited file, and makes a shared POSIX lock one of our
+/// own kind: both kinds can be held at once, so there is no moment without a lock. `is_alone` says
+/// that no other held resource is the same file, whose POSIX lock would go too.
+pub fn adopt(descriptor: &OwnedFd, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
+    let own_pid = nix::unistd::getpid().as_raw();
+    let wanted = match mode {
+        Mode::Exclusive => LockType::Write,
+        Mode::Shared => LockType::Read,
+    };
+    let in_the_way = file::conflict(descriptor, LockType::Write)?;
+    if in_the_way == Conflict::Process(own_pid) && !(mode == Mode::Shared && is_alone) {
+        return Ok(Found::Process);
+    }
+    match file::lock_open_file(descriptor, wanted) {
+        // Either it was locked so already, or it is now.
+        Ok(()) => {
+            if mode == Mode::Shared && is_alone {
+                file::lock_process(descriptor, LockType::Unlock)?;
+            }
+            Ok(Found::OpenFile)
+        }
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(Found::Lost),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// What becomes of the file when its lease ends.

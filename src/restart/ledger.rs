@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
-    ServerName, ServerState, State, Traffic,
+    ServerState, Service, State, Traffic,
 };
 use crate::host::file::FileIdentity;
 use crate::host::memory::{self, Memory};
@@ -87,7 +87,7 @@ pub enum Event<'a> {
         /// Its descriptor.
         descriptor: i32,
         /// Whose client.
-        server: ServerName,
+        server: Service,
         /// Its number.
         id: u64,
         /// Who called connect().
@@ -192,7 +192,7 @@ pub enum Event<'a> {
     /// A server's numbers.
     Server {
         /// Which.
-        name: ServerName,
+        name: Service,
         /// Its numbers.
         state: ServerState,
     },
@@ -638,8 +638,8 @@ impl Replay {
 /// The fewest events that say a state.
 fn events(state: &State) -> impl Iterator<Item = Event<'_>> {
     let servers = [
-        (ServerName::Lock, state.lock_server),
-        (ServerName::Admin, state.admin_server),
+        (Service::Lock, state.lock_server),
+        (Service::Admin, state.admin_server),
     ]
     .map(|(name, state)| Event::Server { name, state });
     let listeners = state.listeners.iter().cloned().map(Event::Listening);

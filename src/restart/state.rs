@@ -8,13 +8,26 @@ use crate::host::file::FileIdentity;
 use crate::host::stream::Peer;
 use crate::locks::table::{Mode, Owner, Pid};
 
-/// Which of the two servers.
+/// Which of the two servers: each has its sockets, its clients and its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum ServerName {
-    /// The lock server.
+pub enum Service {
+    /// The lock server, for libvirt's drivers.
     Lock,
-    /// The admin server.
+    /// The admin server, for virt-admin.
     Admin,
+}
+
+impl Service {
+    /// Both.
+    pub const ALL: [Service; 2] = [Service::Lock, Service::Admin];
+
+    /// The server's name, as the admin socket and the C daemon's state document give it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Service::Lock => "virtlockd",
+            Service::Admin => "admin",
+        }
+    }
 }
 
 /// The state of a daemon.
@@ -70,7 +83,7 @@ impl Default for ServerState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerState {
     /// Which server's.
-    pub server: ServerName,
+    pub server: Service,
     /// Its descriptor.
     pub descriptor: i32,
     /// Its file, if the daemon removes it at the end.
@@ -83,7 +96,7 @@ pub struct ClientState {
     /// Its descriptor.
     pub descriptor: i32,
     /// Which server's client.
-    pub server: ServerName,
+    pub server: Service,
     /// Its number there.
     pub id: u64,
     /// Who called connect(); `None` if only the kernel knows.
@@ -199,14 +212,24 @@ pub struct LogState {
     pub filters: String,
     /// As libvirt writes them.
     pub outputs: String,
+    /// What is used when there are no outputs.
+    pub default_output: String,
 }
 
 impl State {
     /// One server's numbers.
-    pub fn server_mut(&mut self, name: ServerName) -> &mut ServerState {
+    pub fn server(&self, name: Service) -> &ServerState {
         match name {
-            ServerName::Lock => &mut self.lock_server,
-            ServerName::Admin => &mut self.admin_server,
+            Service::Lock => &self.lock_server,
+            Service::Admin => &self.admin_server,
+        }
+    }
+
+    /// One server's numbers, to change them.
+    pub fn server_mut(&mut self, name: Service) -> &mut ServerState {
+        match name {
+            Service::Lock => &mut self.lock_server,
+            Service::Admin => &mut self.admin_server,
         }
     }
 }

@@ -14,6 +14,7 @@ use super::deadlines::Deadline;
 use super::dispatch;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::log::Printable;
 use crate::host::stream::Peer;
 use crate::host::{process, stream};
 use crate::wire::error::Error;
@@ -160,6 +161,7 @@ impl Daemon {
             self.connections.try_remove(place);
             return;
         }
+        self.note_connected(place);
         match phase {
             Phase::Refused(reason) => self.refuse(place, id, reason),
             _ => {
@@ -180,11 +182,16 @@ impl Daemon {
         tracing::error!(
             target: "rpc.netserver", domain = error.domain.number(), code = error.code.number(),
             "{} (client of the {} server, pid {})",
-            String::from_utf8_lossy(&error.message()), connection.service.name(),
+            Printable(&error.message()), connection.service.name(),
             connection.peer.pid
         );
-        self.deadlines
-            .set(Deadline::Refused(place), Moment::now().plus_ms(REFUSED_MS));
+        self.wait_for_first_call(place, id);
+    }
+
+    /// A refused client has a while to make the call that its refusal answers.
+    pub fn wait_for_first_call(&mut self, place: usize, id: u64) {
+        let deadline = Moment::now().plus_ms(REFUSED_MS);
+        self.deadlines.set(Deadline::Refused(place), deadline);
         self.refused.push_back((place, id));
         while self.refused.len() > REFUSED_LIMIT {
             if let Some((place, id)) = self.refused.pop_front()
@@ -214,6 +221,8 @@ impl Daemon {
             if let Some(connection) = self.connections.get_mut(place) {
                 connection.phase = Phase::Served;
             }
+            // Written down as its first call, which says that it was let in.
+            self.note_call(place);
             return Ok(());
         }
         Err(dispatch::no_room(reason, self.clients(service).limit))

@@ -3,6 +3,15 @@
 
 use std::collections::BTreeMap;
 
+/// What limits the clients of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClientLimit {
+    /// What the configuration says.
+    pub configured: Option<u32>,
+    /// What counts if it says nothing.
+    pub default: u32,
+}
+
 /// Limits and clients of a server.
 #[derive(Debug)]
 pub struct Clients {
@@ -13,6 +22,10 @@ pub struct Clients {
     /// How many may be waiting for authentication. None ever is; the number is only kept for the
     /// admin socket.
     pub unauthenticated_limit: u32,
+    /// The limit that the configuration gave when it was last read.
+    pub configured: Option<u32>,
+    /// Thread pool numbers, kept only for the admin socket to show: minimum, maximum, priority.
+    pub workers: [u32; 3],
     /// The number of the next connection, refused ones counted as well.
     pub next_id: u64,
 }
@@ -24,6 +37,8 @@ impl Clients {
             by_id: BTreeMap::new(),
             limit,
             unauthenticated_limit: limit,
+            configured: None,
+            workers: [0; 3],
             next_id: 1,
         }
     }
@@ -40,10 +55,20 @@ impl Clients {
         id
     }
 
-    /// Sets a configured limit for both kinds of client.
-    pub fn set_limit(&mut self, limit: u32) {
-        self.limit = limit;
-        self.unauthenticated_limit = limit;
+    /// Sets the limit, for both kinds of client, to what the configuration says.
+    pub fn configure(&mut self, limit: ClientLimit) {
+        self.limit = limit.configured.unwrap_or(limit.default);
+        self.unauthenticated_limit = self.limit;
+        self.configured = limit.configured;
+    }
+
+    /// After an upgrade: a limit that the configuration gives now and did not give before is new;
+    /// otherwise the limit stays, which may have been set over the admin socket.
+    pub fn configure_if_changed(&mut self, limit: ClientLimit) {
+        if limit.configured.is_some() && limit.configured != self.configured {
+            self.configure(limit);
+        }
+        self.configured = limit.configured;
     }
 }
 
@@ -52,12 +77,32 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_limit_set_over_the_admin_socket_outlives_an_upgrade_unless_the_configuration_changed() {
+        let limit = |configured| ClientLimit {
+            configured,
+            default: 9,
+        };
+        let mut clients = Clients::new(1);
+        clients.configure(limit(Some(5)));
+        clients.limit = 50;
+        clients.configure_if_changed(limit(Some(5)));
+        assert_eq!(clients.limit, 50);
+        clients.configure_if_changed(limit(None));
+        assert_eq!(clients.limit, 50);
+        clients.configure_if_changed(limit(Some(6)));
+        assert_eq!(clients.limit, 6);
+    }
+
+    #[test]
     fn a_limit_of_zero_still_lets_one_in() {
         let mut clients = Clients::new(0);
         assert!(clients.has_room());
         clients.by_id.insert(1, 0);
         assert!(!clients.has_room());
-        clients.set_limit(2);
+        clients.configure(ClientLimit {
+            configured: Some(2),
+            default: 9,
+        });
         assert!(clients.has_room());
     }
 }

@@ -9,29 +9,7 @@ use super::conversation::Conversation;
 use super::lock_service::Session;
 use crate::host::stream::{self, Peer};
 
-/// Which program a socket serves.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
-pub enum Service {
-    /// The lock program, for libvirt's drivers.
-    Lock,
-    /// The admin program, for virt-admin.
-    Admin,
-}
-
-impl Service {
-    /// Both.
-    pub const ALL: [Service; 2] = [Service::Lock, Service::Admin];
-
-    /// The name of the server over the admin socket.
-    pub fn name(self) -> &'static str {
-        match self {
-            Service::Lock => "virtlockd",
-            Service::Admin => "admin",
-        }
-    }
-}
+pub use crate::restart::state::Service;
 
 /// Where a connection stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,10 +21,13 @@ use super::fence::{Fence, Fences, GRACE_MS, OVERDUE_MS, Stage};
 use super::lock_service::uuid_text;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::log::Printable;
 use crate::host::process::{self, Process};
-use crate::host::stream;
+use crate::host::{notify, stream};
 use crate::locks::keeper::Keeper;
 use crate::locks::table::Pid;
+use crate::restart::ledger::{Event, Ledger};
+use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
 /// How many frames of one connection are worked on before others have their turn.
@@ -58,6 +61,8 @@ pub struct Daemon {
     pub listeners: Vec<Listener>,
     /// Who holds what.
     pub keeper: Keeper,
+    /// Every change of lasting state, written down before it is answered.
+    pub ledger: Ledger,
     /// Owners that are to die.
     pub fences: Fences,
     /// What happens when.
@@ -72,6 +77,8 @@ pub struct Daemon {
     pub names_processes: bool,
     /// After how long without clients and locks the daemon ends, seconds; 0 for never.
     pub idle_timeout_s: u32,
+    /// The process's own things, for the state that is passed on.
+    pub process: ProcessState,
     /// Where readiness is asked for.
     pub registry: mio::Registry,
     /// Connections with something to do.
@@ -88,7 +95,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// A daemon with nothing to do yet.
-    pub fn new(registry: mio::Registry, lock_clients: u32, admin_clients: u32) -> Daemon {
+    pub fn new(registry: mio::Registry, ledger: Ledger) -> Daemon {
         let mut reserve = Reserve::default();
         reserve.refill();
         Daemon {
@@ -96,6 +103,7 @@ impl Daemon {
             connections: Slab::new(),
             listeners: Vec::new(),
             keeper: Keeper::new(),
+            ledger,
             fences: Fences::default(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
@@ -103,12 +111,13 @@ impl Daemon {
             user: nix::unistd::geteuid().as_raw(),
             names_processes: stream::peer_process_is_known(),
             idle_timeout_s: 0,
+            process: ProcessState::default(),
             registry,
             ready: VecDeque::new(),
             ending: VecDeque::new(),
             dead: VecDeque::new(),
-            lock_clients: Clients::new(lock_clients),
-            admin_clients: Clients::new(admin_clients),
+            lock_clients: Clients::new(1),
+            admin_clients: Clients::new(1),
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -422,6 +431,7 @@ impl Daemon {
             Stage::Killed => Deadline::StillAlive(pid),
         };
         self.deadlines.set(deadline, next_step);
+        self.note_fence(pid);
     }
 
     /// A process that is being fenced gave a sign.
@@ -486,6 +496,7 @@ impl Daemon {
         let _ = self
             .registry
             .deregister(&mut SourceFd(&fence.process.pidfd().as_raw_fd()));
+        self.ledger.note(&Event::Fenced { pid });
         self.free(pid);
     }
 
@@ -493,6 +504,7 @@ impl Daemon {
     fn free(&mut self, pid: Pid) {
         let text = self.owner_text(pid);
         let count = self.keeper.end_owner(pid);
+        self.ledger.note(&Event::OwnerEnded { pid });
         tracing::info!(
             target: "locking.lock_daemon",
             "{text} is dead: {count} of its locks are free"
@@ -504,7 +516,7 @@ impl Daemon {
         match self.keeper.table().owner(pid) {
             Some(owner) => format!(
                 "Domain '{}' (uuid {}, pid {pid})",
-                String::from_utf8_lossy(&owner.name),
+                Printable(&owner.name),
                 uuid_text(&owner.uuid)
             ),
             None => format!("Process {pid}"),
@@ -534,7 +546,7 @@ impl Daemon {
                 }
                 self.state = State::Ended;
             }
-            Deadline::Successor => (),
+            Deadline::Ledger | Deadline::Successor => (),
         }
     }
 
@@ -545,6 +557,7 @@ impl Daemon {
             return;
         }
         self.state = State::Stopping;
+        notify::stopping();
         self.deadlines.unset(Deadline::Idle);
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(STOP_MS));

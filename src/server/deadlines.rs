@@ -18,6 +18,8 @@ pub enum Deadline {
     Idle,
     /// The end of the daemon must not take longer.
     Stop,
+    /// The ledger could not be written anew: time to try again.
+    Ledger,
     /// The check of the successor must not take longer.
     Successor,
 }

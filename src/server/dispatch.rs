@@ -1,9 +1,12 @@
 //! From a frame to the procedure that it calls: the checks of `wire.md` section 3, in their order.
 
+use std::os::fd::AsRawFd;
+
 use super::connection::{Connection, NoRoom, Phase, Service};
 use super::conversation::Flow;
 use super::daemon::Daemon;
-use super::lock_service::{self, Session};
+use super::lock_service::{self, Context, Session};
+use crate::host::log::Printable;
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;
@@ -49,7 +52,7 @@ pub fn dispatch(
     }
     match connection.service {
         Service::Lock => {
-            connection.has_called = true;
+            daemon.note_call(place);
             match lock_call(daemon, place, header, payload) {
                 Ok(()) => lock::encode_success(out, header),
                 Err(error) => error.encode_reply(out, header),
@@ -125,7 +128,13 @@ fn lock_call(
         log_refused(connection, &format!("{procedure:?}"), &error);
         return Err(error);
     };
-    let result = lock_service::call(&mut connection.session, &mut daemon.keeper, &call);
+    let context = Context {
+        descriptor: connection.socket.as_raw_fd(),
+        session: &mut connection.session,
+        keeper: &mut daemon.keeper,
+        ledger: &mut daemon.ledger,
+    };
+    let result = lock_service::call(context, &call);
     match &result {
         Ok(()) => tracing::debug!(
             target: "locking.lock_daemon",
@@ -141,7 +150,7 @@ fn log_refused(connection: &Connection, what: &str, error: &Error) {
         target: "rpc.netserverclient",
         domain = error.domain.number(),
         code = error.code.number(),
-        "{} ({what}, for {})", String::from_utf8_lossy(&error.message()), caller(connection)
+        "{} ({what}, for {})", Printable(&error.message()), caller(connection)
     );
 }
 
@@ -156,21 +165,18 @@ fn describe(call: &Call<'_>) -> String {
             format!("{procedure:?} of {}", target_text(target))
         }
         Call::New { path, .. } | Call::CreateLockspace { path } => {
-            format!("{procedure:?} of '{}'", String::from_utf8_lossy(path))
+            format!("{procedure:?} of '{}'", Printable(path))
         }
         Call::Register { .. } | Call::Restrict { .. } => format!("{procedure:?}"),
     }
 }
 
 fn target_text(target: Target<'_>) -> String {
-    let name = String::from_utf8_lossy(target.name);
+    let name = Printable(target.name);
     if target.lockspace.is_empty() {
         format!("'{name}'")
     } else {
-        format!(
-            "'{name}' in lockspace '{}'",
-            String::from_utf8_lossy(target.lockspace)
-        )
+        format!("'{name}' in lockspace '{}'", Printable(target.lockspace))
     }
 }
 
@@ -182,11 +188,7 @@ pub fn caller(connection: &Connection) -> String {
             connection.peer.pid
         ),
         Session::Registered(owner) | Session::Restricted(owner) => {
-            format!(
-                "domain '{}', pid {}",
-                String::from_utf8_lossy(&owner.name),
-                owner.pid
-            )
+            format!("domain '{}', pid {}", Printable(&owner.name), owner.pid)
         }
     }
 }

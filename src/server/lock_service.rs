@@ -1,10 +1,17 @@
 //! The lock program: a decoded call is checked, carried out, and answered with nothing or an error.
 //! The checks come in the order of `behaviour.md` section 8.
 
-use crate::locks::keeper::{Keeper, Refusal};
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+
+use crate::host::log::Printable;
+use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, ResourceId};
+use crate::restart::ledger::{Event, Ledger};
+use crate::restart::state::LockKindState;
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
 
@@ -30,8 +37,27 @@ impl Session {
     }
 }
 
-/// Carries out a call.
-pub fn call(session: &mut Session, keeper: &mut Keeper, call: &Call<'_>) -> Result<(), Error> {
+/// What a call works on.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The connection's session.
+    pub session: &'a mut Session,
+    /// The connection's descriptor, which is its name in the ledger.
+    pub descriptor: i32,
+    /// Who holds what.
+    pub keeper: &'a mut Keeper,
+    /// Where every change is written down before it is answered.
+    pub ledger: &'a mut Ledger,
+}
+
+/// Carries out a call. When this returns, the kernel and the ledger have what the answer says.
+pub fn call(context: Context<'_>, call: &Call<'_>) -> Result<(), Error> {
+    let Context {
+        session,
+        descriptor,
+        keeper,
+        ledger,
+    } = context;
     let procedure = call.procedure();
     check_flags(procedure, call)?;
     if let Session::Restricted(_) = session {
@@ -55,23 +81,28 @@ pub fn call(session: &mut Session, keeper: &mut Keeper, call: &Call<'_>) -> Resu
                 name: name.to_vec(),
                 uuid: *uuid,
             };
+            ledger.note(&Event::Registered {
+                descriptor,
+                owner: (&owner).into(),
+            });
             *session = Session::Registered(Box::new(owner));
             Ok(())
         }
         Call::Restrict { .. } => {
             let owner = registered(session)?.clone();
+            ledger.note(&Event::Restricted { descriptor });
             *session = Session::Restricted(Box::new(owner));
             Ok(())
         }
         Call::New { path, .. } => {
             registered(session)?;
-            new_lockspace(keeper, path)
+            new_lockspace(keeper, ledger, path)
         }
         Call::CreateLockspace { path } => {
             if keeper.has_lockspace(path) {
                 Ok(())
             } else {
-                make_lockspace(keeper, path)
+                make_lockspace(keeper, ledger, path)
             }
         }
         Call::CreateResource { target, .. } => {
@@ -95,10 +126,10 @@ pub fn call(session: &mut Session, keeper: &mut Keeper, call: &Call<'_>) -> Resu
             })
         }
         Call::AcquireResource { target, flags } => {
-            acquire(registered(session)?, keeper, place(target), flags)
+            acquire(registered(session)?, keeper, ledger, place(target), flags)
         }
         Call::ReleaseResource { target, .. } => {
-            release(registered(session)?, keeper, place(target))
+            release(registered(session)?, keeper, ledger, place(target))
         }
     }
 }
@@ -136,7 +167,7 @@ fn not_registered() -> Error {
     Error::new(Code::OperationInvalid, Domain::Rpc, detail)
 }
 
-fn new_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
+fn new_lockspace(keeper: &mut Keeper, ledger: &mut Ledger, path: &[u8]) -> Result<(), Error> {
     if path.is_empty() {
         let detail = "the default lockspace already exists";
         return Err(Error::new(Code::OperationInvalid, Domain::Rpc, detail));
@@ -145,10 +176,10 @@ fn new_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
         let detail = [b"Lockspace for path ", path, b" already exists"].concat();
         return Err(Error::new(Code::InternalError, Domain::Rpc, detail));
     }
-    make_lockspace(keeper, path)
+    make_lockspace(keeper, ledger, path)
 }
 
-fn make_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
+fn make_lockspace(keeper: &mut Keeper, ledger: &mut Ledger, path: &[u8]) -> Result<(), Error> {
     keeper.make_lockspace(path).map_err(|reason| match reason {
         NotMade::NotADirectory => {
             let detail = [
@@ -163,10 +194,18 @@ fn make_lockspace(keeper: &mut Keeper, path: &[u8]) -> Result<(), Error> {
             let what = [b"Unable to create lockspace ", path].concat();
             Error::system(Domain::Lockspace, &what, errno)
         }
-    })
+    })?;
+    ledger.note(&Event::Lockspace { directory: path });
+    Ok(())
 }
 
-fn acquire(owner: &Owner, keeper: &mut Keeper, place: Place<'_>, flags: u32) -> Result<(), Error> {
+fn acquire(
+    owner: &Owner,
+    keeper: &mut Keeper,
+    ledger: &mut Ledger,
+    place: Place<'_>,
+    flags: u32,
+) -> Result<(), Error> {
     let mode = if flags & SHARED == 0 {
         Mode::Exclusive
     } else {
@@ -175,27 +214,76 @@ fn acquire(owner: &Owner, keeper: &mut Keeper, place: Place<'_>, flags: u32) -> 
     let autocreate = flags & AUTOCREATE != 0;
     if !keeper.has_lockspace(place.lockspace) && keeper.can_open_lockspace(place.lockspace) {
         keeper.add_lockspace(place.lockspace);
+        ledger.note(&Event::Lockspace {
+            directory: place.lockspace,
+        });
         tracing::info!(
             target: "locking.lock_daemon",
             "Lockspace {} is opened on its first use: it was not made on this daemon",
-            String::from_utf8_lossy(place.lockspace)
+            Printable(place.lockspace)
         );
     }
-    match keeper.acquire(owner, place, mode, autocreate) {
-        Ok(_) => Ok(()),
-        Err(refusal) => {
+    let acquired = keeper
+        .acquire(owner, place, mode, autocreate)
+        .map_err(|refusal| {
             let verb = if autocreate { "open/create" } else { "open" };
             let what = [
                 format!("Unable to {verb} resource ").as_bytes(),
                 &place.path(),
             ]
             .concat();
-            Err(refused(keeper, place, refusal, Domain::Lockspace, &what))
+            refused(keeper, place, refusal, Domain::Lockspace, &what)
+        })?;
+    // What is not written down would be lost in an upgrade: then it must not be granted.
+    record(ledger, keeper, acquired, owner, place).map_err(|errno| {
+        let _ = keeper.release(place, owner.pid);
+        let what = [
+            b"Unable to record the lock on '",
+            place.path().as_slice(),
+            b"'",
+        ]
+        .concat();
+        Error::system(Domain::Lockspace, &what, errno)
+    })
+}
+
+fn record(
+    ledger: &mut Ledger,
+    keeper: &Keeper,
+    acquired: Acquired,
+    owner: &Owner,
+    place: Place<'_>,
+) -> Result<(), Errno> {
+    let Place { lockspace, name } = place;
+    match acquired {
+        Acquired::Joined(_) => ledger.append(&Event::Joined {
+            owner: owner.into(),
+            lockspace,
+            name,
+        }),
+        Acquired::Granted(id) => {
+            let resource = keeper.table().get(id).ok_or(Errno::ENOENT)?;
+            ledger.append(&Event::Granted {
+                owner: owner.into(),
+                lockspace,
+                name,
+                descriptor: resource.lease.descriptor.as_raw_fd(),
+                identity: resource.identity,
+                mode: resource.mode,
+                autocreate: resource.autocreate,
+                created: resource.lease.created,
+                kind: LockKindState::OpenFile,
+            })
         }
     }
 }
 
-fn release(owner: &Owner, keeper: &mut Keeper, place: Place<'_>) -> Result<(), Error> {
+fn release(
+    owner: &Owner,
+    keeper: &mut Keeper,
+    ledger: &mut Ledger,
+    place: Place<'_>,
+) -> Result<(), Error> {
     if !keeper.has_lockspace(place.lockspace) {
         return Err(no_lockspace(place));
     }
@@ -207,7 +295,14 @@ fn release(owner: &Owner, keeper: &mut Keeper, place: Place<'_>) -> Result<(), E
                 let detail = format!("owner {} does not hold the resource lock", owner.pid);
                 Error::new(Code::InternalError, Domain::Lockspace, detail)
             }
-        })
+        })?;
+    let Place { lockspace, name } = place;
+    ledger.note(&Event::Released {
+        pid: owner.pid,
+        lockspace,
+        name,
+    });
+    Ok(())
 }
 
 fn no_lockspace(place: Place<'_>) -> Error {
@@ -308,8 +403,22 @@ pub fn uuid_text(uuid: &[u8; 16]) -> String {
 mod tests {
     use super::*;
 
+    fn outcome(session: &mut Session, asked: &Call<'_>) -> Result<(), Error> {
+        let (mut keeper, mut ledger) = (Keeper::new(), Ledger::new().unwrap());
+        let (keeper, ledger) = (&mut keeper, &mut ledger);
+        call(
+            Context {
+                session,
+                descriptor: 9,
+                keeper,
+                ledger,
+            },
+            asked,
+        )
+    }
+
     fn error_of(session: &mut Session, asked: &Call<'_>) -> Error {
-        call(session, &mut Keeper::new(), asked).unwrap_err()
+        outcome(session, asked).unwrap_err()
     }
 
     fn register(id: u32) -> Call<'static> {
@@ -349,9 +458,8 @@ mod tests {
     #[test]
     fn a_restricted_session_is_allowed_nothing_more_and_keeps_its_owner() {
         let mut session = Session::default();
-        let mut keeper = Keeper::new();
-        call(&mut session, &mut keeper, &register(7)).unwrap();
-        call(&mut session, &mut keeper, &Call::Restrict { flags: 0 }).unwrap();
+        outcome(&mut session, &register(7)).unwrap();
+        outcome(&mut session, &Call::Restrict { flags: 0 }).unwrap();
         let error = error_of(&mut session, &register(7));
         let text = b"operation forbidden: lock manager connection has been restricted";
         assert_eq!(error.message(), text);

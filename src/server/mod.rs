@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod deadlines;
 pub mod dispatch;
 pub mod fence;
+pub mod lasting;
 pub mod lock_service;
 pub mod reactor;
 pub mod token;

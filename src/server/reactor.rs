@@ -13,11 +13,14 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
 use nix::sys::signal::Signal;
 
+use super::clients::ClientLimit;
+use super::connection::Service;
 use super::daemon::{Daemon, State};
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
+use crate::restart::ledger::Ledger;
 
 /// How many connections have their turn between two polls.
 const CONNECTIONS_A_TURN: usize = 64;
@@ -31,9 +34,9 @@ const EVENTS: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Clients of the lock server.
-    pub max_clients: u32,
+    pub max_clients: ClientLimit,
     /// Clients of the admin server.
-    pub admin_max_clients: u32,
+    pub admin_max_clients: ClientLimit,
 }
 
 /// Reads the configuration again and applies its log settings; the limits in it, or a sentence
@@ -53,14 +56,14 @@ pub struct Reactor {
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
     /// [`Reactor::listen`].
-    pub fn new(limits: Limits, reload: Reload) -> std::io::Result<Reactor> {
+    pub fn new(reload: Reload) -> std::io::Result<Reactor> {
         let poll = Poll::new()?;
         let signals = Signals::open()?;
         let timer = Timer::new()?;
         let registry = poll.registry().try_clone()?;
         watch(&registry, signals.as_raw_fd(), Source::Signals)?;
         watch(&registry, timer.as_raw_fd(), Source::Timer)?;
-        let daemon = Daemon::new(registry, limits.max_clients, limits.admin_max_clients);
+        let daemon = Daemon::new(registry, Ledger::new()?);
         Ok(Reactor {
             poll,
             signals,
@@ -68,6 +71,21 @@ impl Reactor {
             reload,
             daemon,
         })
+    }
+
+    /// Sets the limits that the configuration gives.
+    pub fn configure(&mut self, limits: Limits) {
+        let Limits {
+            max_clients,
+            admin_max_clients,
+        } = limits;
+        for (service, limit) in [
+            (Service::Lock, max_clients),
+            (Service::Admin, admin_max_clients),
+        ] {
+            self.daemon.clients_mut(service).configure(limit);
+            self.daemon.note_server(service);
+        }
     }
 
     /// Adds a listening socket.
@@ -101,6 +119,7 @@ impl Reactor {
                 self.note(event);
             }
             self.work();
+            self.daemon.tend_ledger();
             self.daemon.finish();
         }
         Ok(())
@@ -198,15 +217,10 @@ impl Reactor {
     }
 
     fn reload_configuration(&mut self) {
-        use super::connection::Service;
         match (self.reload)() {
             Ok(limits) => {
-                self.daemon
-                    .clients_mut(Service::Lock)
-                    .set_limit(limits.max_clients);
-                self.daemon
-                    .clients_mut(Service::Admin)
-                    .set_limit(limits.admin_max_clients);
+                self.configure(limits);
+                self.daemon.note_logging();
                 tracing::info!(target: "rpc.netdaemon", "SIGHUP: the configuration was read again");
             }
             Err(reason) => tracing::error!(

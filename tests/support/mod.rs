@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod daemon;
+pub mod libvirt;
 pub mod namespace;
 pub mod owner;
 pub mod random;

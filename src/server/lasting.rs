@@ -1,0 +1,446 @@
+//! The daemon's lasting state: written down as it changes, given as a whole, and taken over from
+//! an earlier image of the process.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+use super::accept::Listener;
+use super::connection::{Connection, NoRoom, Phase, Service};
+use super::conversation::{Conversation, Pending};
+use super::daemon::Daemon;
+use super::deadlines::Deadline;
+use super::fence::{Fence, Stage};
+use super::lock_service::Session;
+use crate::host::clock::Moment;
+use crate::host::log::{self, Printable};
+use crate::host::process::Process;
+use crate::host::{errno, file, process, stream};
+use crate::locks::lease::{self, Found, Lease, LockKind};
+use crate::locks::table::{Granted, Pid};
+use crate::restart::ledger::{Event, Ledger};
+use crate::restart::state::{
+    ClientState, FenceState, ListenerState, LockKindState, LogState, ResourceState, ServerState,
+    State, Traffic,
+};
+
+/// After a ledger that could not be written anew, how long until it is tried again, milliseconds.
+const LEDGER_RETRY_MS: u64 = 1000;
+
+impl Daemon {
+    /// Writes down a new client.
+    pub fn note_connected(&mut self, place: usize) {
+        let Some(connection) = self.connections.get(place) else {
+            return;
+        };
+        let event = Event::Connected {
+            descriptor: connection.socket.as_raw_fd(),
+            server: connection.service,
+            id: connection.id,
+            peer: Some(connection.peer),
+            start_time: connection.start_time,
+            connected_at: connection.connected_at,
+            refused: matches!(connection.phase, Phase::Refused(_)),
+        };
+        self.ledger.note(&event);
+    }
+
+    /// Writes down a client's first call.
+    pub fn note_call(&mut self, place: usize) {
+        if let Some(connection) = self.connections.get_mut(place)
+            && !connection.has_called
+        {
+            connection.has_called = true;
+            self.ledger.note(&Event::Called {
+                descriptor: connection.socket.as_raw_fd(),
+            });
+        }
+    }
+
+    /// Writes down where the fencing of an owner stands.
+    pub fn note_fence(&mut self, pid: Pid) {
+        if let Some(fence) = self.fences.of(pid) {
+            let state = self.fence_state(fence);
+            self.ledger.note(&Event::Fencing(state));
+        }
+    }
+
+    /// Writes down a server's limits and other numbers.
+    pub fn note_server(&mut self, service: Service) {
+        let state = self.server_state(service);
+        self.ledger.note(&Event::Server {
+            name: service,
+            state,
+        });
+    }
+
+    /// Writes down the log settings.
+    pub fn note_logging(&mut self) {
+        self.ledger.note(&Event::Logging(log_state()));
+    }
+
+    /// Writes down the idle timeout.
+    pub fn note_idle_timeout(&mut self) {
+        self.ledger.note(&Event::IdleTimeout(self.idle_timeout_s));
+    }
+
+    /// Writes the ledger anew if it has grown too long or lacks something.
+    pub fn tend_ledger(&mut self) {
+        if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
+            return;
+        }
+        match Ledger::of(&self.state()) {
+            Ok(ledger) => self.ledger = ledger,
+            Err(reason) => {
+                if self.ledger.is_stale() {
+                    tracing::error!(
+                        target: "locking.lock_daemon",
+                        "The state that an upgrade needs cannot be written down: {}. No new lock \
+                         is granted until it can: free some memory",
+                        errno::text(reason)
+                    );
+                } else {
+                    self.ledger.put_off_compaction();
+                }
+                self.deadlines
+                    .set(Deadline::Ledger, Moment::now().plus_ms(LEDGER_RETRY_MS));
+            }
+        }
+    }
+
+    /// The whole state.
+    pub fn state(&self) -> State {
+        let mut process = self.process.clone();
+        process.idle_timeout_s = self.idle_timeout_s;
+        process.logging = log_state();
+        State {
+            lock_server: self.server_state(Service::Lock),
+            admin_server: self.server_state(Service::Admin),
+            listeners: self.listeners.iter().map(listener_state).collect(),
+            clients: self
+                .connections
+                .iter()
+                .map(|(_, client)| client_state(client))
+                .collect(),
+            lockspaces: self.keeper.lockspaces().map(<[u8]>::to_vec).collect(),
+            resources: self.resource_states(),
+            fences: self
+                .fences
+                .iter()
+                .map(|(_, fence)| self.fence_state(fence))
+                .collect(),
+            process,
+        }
+    }
+
+    fn server_state(&self, service: Service) -> ServerState {
+        let clients = self.clients(service);
+        ServerState {
+            limit: clients.limit,
+            unauthenticated_limit: clients.unauthenticated_limit,
+            configured: clients.configured,
+            next_id: clients.next_id,
+            workers: clients.workers,
+        }
+    }
+
+    fn fence_state(&self, fence: &Fence) -> FenceState {
+        let deadline = match fence.stage {
+            Stage::Asked => Deadline::Kill(fence.pid),
+            Stage::Killed => Deadline::StillAlive(fence.pid),
+        };
+        FenceState {
+            pid: fence.pid,
+            descriptor: fence.process.pidfd().as_raw_fd(),
+            killed: fence.stage == Stage::Killed,
+            next_step: self.deadlines.get(deadline).unwrap_or_else(Moment::now),
+        }
+    }
+
+    fn resource_states(&self) -> Vec<ResourceState> {
+        let table = self.keeper.table();
+        let state = |resource: &crate::locks::table::Resource<Lease>| {
+            let (kind, parked) = match &resource.lease.kind {
+                LockKind::OpenFile => (LockKindState::OpenFile, Vec::new()),
+                LockKind::Process { parked } => (
+                    LockKindState::Process,
+                    parked.iter().map(AsRawFd::as_raw_fd).collect(),
+                ),
+            };
+            let holders = resource
+                .holders()
+                .filter_map(|(pid, times)| Some((table.owner(pid)?.clone(), times)))
+                .collect();
+            ResourceState {
+                lockspace: resource.lockspace().to_vec(),
+                name: resource.name().to_vec(),
+                descriptor: resource.lease.descriptor.as_raw_fd(),
+                identity: Some(resource.identity),
+                mode: resource.mode,
+                autocreate: resource.autocreate,
+                created: resource.lease.created,
+                kind,
+                parked,
+                holders,
+            }
+        };
+        table.iter().map(|(_, resource)| state(resource)).collect()
+    }
+
+    /// Goes on where the state says that an earlier image of this process stopped. Everything that
+    /// can fail is done before anything is changed that the earlier program, started once more on
+    /// the same state, could not find as it was.
+    pub fn resume(&mut self, state: State) -> Result<(), String> {
+        for service in Service::ALL {
+            let numbers = *state.server(service);
+            let clients = self.clients_mut(service);
+            clients.limit = numbers.limit;
+            clients.unauthenticated_limit = numbers.unauthenticated_limit;
+            clients.configured = numbers.configured;
+            clients.next_id = numbers.next_id;
+            clients.workers = numbers.workers;
+        }
+        self.idle_timeout_s = state.process.idle_timeout_s;
+        self.process = state.process;
+        for directory in &state.lockspaces {
+            self.keeper.add_lockspace(directory);
+        }
+        self.resume_resources(state.resources)?;
+        for client in state.clients {
+            self.resume_client(client)?;
+        }
+        for fence in state.fences {
+            let process = Process::from_pidfd(adopt(fence.descriptor, "a fenced process")?);
+            let stage = if fence.killed {
+                Stage::Killed
+            } else {
+                Stage::Asked
+            };
+            self.follow(
+                Fence {
+                    pid: fence.pid,
+                    process,
+                    stage,
+                },
+                fence.next_step,
+            );
+        }
+        Ok(())
+    }
+
+    fn resume_resources(&mut self, resources: Vec<ResourceState>) -> Result<(), String> {
+        let mut adopted = Vec::with_capacity(resources.len());
+        for resource in resources {
+            let what = format!("the file of resource '{}'", Printable(&resource.name));
+            let descriptor = adopt(resource.descriptor, &what)?;
+            let identity = match resource.identity {
+                Some(identity) => identity,
+                None => file::identity(&descriptor)
+                    .map_err(|reason| format!("{what} is unknown: {}", errno::text(reason)))?,
+            };
+            adopted.push((resource, descriptor, identity));
+        }
+        let mut names = std::collections::HashMap::new();
+        for (_, _, identity) in &adopted {
+            let count = names.entry(*identity).or_insert(0u32);
+            *count = count.saturating_add(1);
+        }
+        for (resource, descriptor, identity) in adopted {
+            let is_alone = names.get(&identity).is_none_or(|count| *count == 1);
+            let kind = resume_kind(&resource, &descriptor, is_alone)?;
+            let lease = Lease {
+                descriptor,
+                kind,
+                created: resource.created,
+            };
+            let granted = Granted {
+                lockspace: &resource.lockspace,
+                name: &resource.name,
+                identity,
+                mode: resource.mode,
+                autocreate: resource.autocreate,
+                lease,
+            };
+            self.keeper.adopt(granted, &resource.holders);
+        }
+        Ok(())
+    }
+
+    fn resume_client(&mut self, client: ClientState) -> Result<(), String> {
+        let what = format!(
+            "client {} of the {} server",
+            client.id,
+            client.server.name()
+        );
+        let socket = adopt(client.descriptor, &what)?;
+        let peer = match client.peer {
+            Some(peer) => peer,
+            None => stream::peer(&socket)
+                .map_err(|reason| format!("who {what} is, is unknown: {}", errno::text(reason)))?,
+        };
+        let Traffic {
+            pending,
+            descriptors_at_end,
+            arrived,
+            unsent,
+            closing,
+        } = client.traffic;
+        let phase = match (closing, client.refused) {
+            (true, _) => Phase::Closing,
+            (false, true) => Phase::Refused(NoRoom::Limit),
+            (false, false) => Phase::Served,
+        };
+        let mut connection = Connection::new(socket, client.server, client.id, peer, phase);
+        connection.start_time = client.start_time;
+        if !self.names_processes && connection.start_time.is_none() {
+            connection.start_time = process::start_time(peer.pid);
+        }
+        connection.connected_at = client.connected_at;
+        connection.has_called = client.has_called;
+        connection.session = match client.owner {
+            None => Session::Unregistered,
+            Some(owner) if client.restricted => Session::Restricted(Box::new(owner)),
+            Some(owner) => Session::Registered(Box::new(owner)),
+        };
+        connection.paused = !pending.is_empty();
+        connection.conversation = Conversation::resume(Pending {
+            bytes: pending,
+            descriptors_at_end,
+            arrived,
+        });
+        connection.resume_output(unsent);
+        let (service, id) = (client.server, client.id);
+        let place = self.connections.insert(connection);
+        self.watch(place)
+            .map_err(|error| format!("{what} cannot be watched: {error}"))?;
+        if client.refused {
+            self.wait_for_first_call(place, id);
+        } else {
+            self.clients_mut(service).by_id.insert(id, place);
+        }
+        self.enqueue(place);
+        Ok(())
+    }
+}
+
+/// The listening sockets of a state, to be watched by the reactor.
+pub fn resume_listeners(listeners: &[ListenerState]) -> Result<Vec<Listener>, String> {
+    let resume = |listener: &ListenerState| {
+        let socket = adopt(listener.descriptor, "a listening socket")?;
+        let path = listener
+            .path
+            .clone()
+            .map(|path| PathBuf::from(std::ffi::OsString::from_vec(path)));
+        Ok(Listener {
+            socket,
+            path,
+            service: listener.server,
+            readable: true,
+            queued: true,
+        })
+    };
+    listeners.iter().map(resume).collect()
+}
+
+fn resume_kind(
+    resource: &ResourceState,
+    descriptor: &OwnedFd,
+    is_alone: bool,
+) -> Result<LockKind, String> {
+    let found = match resource.kind {
+        LockKindState::OpenFile => Found::OpenFile,
+        LockKindState::Process => Found::Process,
+        LockKindState::Unknown => {
+            lease::adopt(descriptor, resource.mode, is_alone).map_err(|reason| {
+                let name = Printable(&resource.name);
+                format!(
+                    "the lock on '{name}' cannot be looked at: {}",
+                    errno::text(reason)
+                )
+            })?
+        }
+    };
+    match found {
+        Found::OpenFile => Ok(LockKind::OpenFile),
+        Found::Process => {
+            let parked: Result<_, String> = resource
+                .parked
+                .iter()
+                .map(|number| adopt(*number, "a file"))
+                .collect();
+            Ok(LockKind::Process { parked: parked? })
+        }
+        Found::Lost => {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The lock on '{}' was lost by the program that ran before: another process has it \
+                 now. Its owner and the other process may both write the file: stop one of them",
+                Printable(&resource.name)
+            );
+            Ok(LockKind::OpenFile)
+        }
+    }
+}
+
+fn adopt(number: i32, what: &str) -> Result<OwnedFd, String> {
+    file::adopt(number).map_err(|reason: Errno| {
+        format!(
+            "descriptor {number}, which should be {what}, is not open: {}",
+            errno::text(reason)
+        )
+    })
+}
+
+fn listener_state(listener: &Listener) -> ListenerState {
+    ListenerState {
+        server: listener.service,
+        descriptor: listener.socket.as_raw_fd(),
+        path: listener
+            .path
+            .as_ref()
+            .map(|path| OsStr::as_bytes(path.as_os_str()).to_vec()),
+    }
+}
+
+fn client_state(connection: &Connection) -> ClientState {
+    let (pending, descriptors_at_end, arrived) = match connection.conversation.pending() {
+        Some(Pending {
+            bytes,
+            descriptors_at_end,
+            arrived,
+        }) => (bytes, descriptors_at_end, arrived),
+        None => (Vec::new(), false, 0),
+    };
+    ClientState {
+        descriptor: connection.socket.as_raw_fd(),
+        server: connection.service,
+        id: connection.id,
+        peer: Some(connection.peer),
+        start_time: connection.start_time,
+        connected_at: connection.connected_at,
+        has_called: connection.has_called,
+        refused: matches!(connection.phase, Phase::Refused(_)),
+        owner: connection.session.owner().cloned(),
+        restricted: matches!(connection.session, Session::Restricted(_)),
+        traffic: Traffic {
+            pending,
+            descriptors_at_end,
+            arrived,
+            unsent: connection.unsent().to_vec(),
+            closing: matches!(connection.phase, Phase::Closing | Phase::Over),
+        },
+    }
+}
+
+fn log_state() -> LogState {
+    let settings = log::settings();
+    LogState {
+        level: settings.level.number(),
+        filters: log::filters_setting(&settings.filters),
+        outputs: log::format_outputs(&settings.outputs),
+        default_output: settings.default_output.to_string(),
+    }
+}
