@@ -519,6 +519,21 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_installed_file_changes_nothing_and_shows_every_key() {
+        let text = include_str!("dist/virtlockd.conf");
+        assert_eq!(parse("f", text.as_bytes()), Ok(Config::default()));
+        let settings: String = text
+            .lines()
+            .filter_map(|line| line.strip_prefix('#').filter(|rest| rest.contains(" = ")))
+            .flat_map(|setting| [setting, "\n"])
+            .collect();
+        let config = parse("f", settings.as_bytes()).unwrap();
+        assert!(config.log_level > 0 && config.log_filters.is_some());
+        assert!(config.log_outputs.is_some() && config.max_clients.is_some());
+        assert!(config.admin_max_clients.is_some());
+    }
+
     proptest::proptest! {
         #[test]
         fn no_text_is_a_panic(bytes in proptest::collection::vec(
