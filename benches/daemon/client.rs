@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::measure::Outcome;
 
@@ -23,7 +26,7 @@ pub const REPLY_BYTES: usize = 28;
 const ERROR_BYTES: usize = 64 * 1024;
 /// How long a blocking client waits for one reply. The C daemon stops for 3 s for each owner that it
 /// fences, so this is longer than any stop that a scenario provokes.
-pub const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
+const REPLY_TIMEOUT_MS: u16 = 60_000;
 /// Connections opened before the first reply is awaited. Less than the C daemon's backlog of 30.
 const CONNECT_BATCH: usize = 24;
 
@@ -130,9 +133,10 @@ fn complaint(header: &[u8], serial: u32, rest: &mut impl Read) -> String {
 pub fn connect(socket: &Path) -> Outcome<UnixStream> {
     let stream = UnixStream::connect(socket)
         .map_err(|error| format!("connecting to {}: {error}", socket.display()))?;
+    let limit = Duration::from_millis(REPLY_TIMEOUT_MS.into());
     let timeouts = stream
-        .set_read_timeout(Some(REPLY_TIMEOUT))
-        .and_then(|()| stream.set_write_timeout(Some(REPLY_TIMEOUT)));
+        .set_read_timeout(Some(limit))
+        .and_then(|()| stream.set_write_timeout(Some(limit)));
     timeouts.map_err(|error| format!("setting the timeouts of a connection: {error}"))?;
     Ok(stream)
 }
@@ -164,6 +168,7 @@ impl Client {
 
     /// Reads the reply to that call; anything but success is an error.
     pub fn receive(&mut self, serial: u32) -> Outcome<()> {
+        self.wait_for_bytes()?;
         let mut reply = [0; REPLY_BYTES];
         self.stream
             .read_exact(&mut reply)
@@ -172,6 +177,17 @@ impl Client {
             Ok(())
         } else {
             Err(complaint(&reply, serial, &mut self.stream))
+        }
+    }
+
+    /// Waits in poll(), as libvirt's client does. A process that blocks in read() instead is woken
+    /// twice for each call, because the kernel wakes it too when the server has read its bytes.
+    pub fn wait_for_bytes(&self) -> Outcome<()> {
+        let mut interest = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut interest, REPLY_TIMEOUT_MS) {
+            Ok(0) => Err(format!("no answer for {REPLY_TIMEOUT_MS} ms")),
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("waiting for an answer: {error}")),
         }
     }
 
