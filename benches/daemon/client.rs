@@ -168,11 +168,8 @@ impl Client {
 
     /// Reads the reply to that call; anything but success is an error.
     pub fn receive(&mut self, serial: u32) -> Outcome<()> {
-        self.wait_for_bytes()?;
         let mut reply = [0; REPLY_BYTES];
-        self.stream
-            .read_exact(&mut reply)
-            .map_err(|error| format!("waiting for the reply to call {serial}: {error}"))?;
+        self.read_fully(&mut reply)?;
         if is_ok(&reply, serial) {
             Ok(())
         } else {
@@ -180,15 +177,26 @@ impl Client {
         }
     }
 
+    /// Fills the buffer, however many pieces the bytes come in.
+    ///
     /// Waits in poll(), as libvirt's client does. A process that blocks in read() instead is woken
     /// twice for each call, because the kernel wakes it too when the server has read its bytes.
-    pub fn wait_for_bytes(&self) -> Outcome<()> {
-        let mut interest = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut interest, REPLY_TIMEOUT_MS) {
-            Ok(0) => Err(format!("no answer for {REPLY_TIMEOUT_MS} ms")),
-            Ok(_) => Ok(()),
-            Err(error) => Err(format!("waiting for an answer: {error}")),
+    pub fn read_fully(&mut self, bytes: &mut [u8]) -> Outcome<()> {
+        let mut filled = 0;
+        while filled < bytes.len() {
+            let mut interest = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut interest, REPLY_TIMEOUT_MS)
+                .map_err(|e| format!("waiting for a reply: {e}"))?;
+            if ready == 0 {
+                return Err(format!("no reply for {REPLY_TIMEOUT_MS} ms"));
+            }
+            let count = self.stream.read(&mut bytes[filled..]);
+            match count.map_err(|e| format!("reading a reply: {e}"))? {
+                0 => return Err("the server closed the connection instead of a reply".into()),
+                count => filled += count,
+            }
         }
+        Ok(())
     }
 
     pub fn call(&mut self, frame: &mut [u8]) -> Outcome<()> {

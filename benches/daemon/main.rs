@@ -37,7 +37,7 @@ mod storm;
 mod subject;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -163,7 +163,7 @@ fn bench() -> Outcome<bool> {
         return Err("run as root: each server gets a mount namespace of its own".into());
     }
     helper::raise_descriptor_limit()?;
-    let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("../bench-results");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("bench-results");
     fs::create_dir_all(&target).map_err(|e| format!("making {}: {e}", target.display()))?;
     let mut results = Results::default();
     leave_out_what_is_not_there(&mut options, &mut results);

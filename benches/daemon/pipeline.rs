@@ -1,6 +1,6 @@
 //! Pipelining: one client sends 64 calls at once (32 pairs on 32 files) and reads 64 replies.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, REPLY_BYTES, acquire, is_ok, paper_pid, register, release, stamp};
@@ -51,10 +51,7 @@ impl Batch {
             .stream
             .write_all(&self.bytes)
             .map_err(|e| format!("sending a batch: {e}"))?;
-        client
-            .stream
-            .read_exact(&mut self.replies)
-            .map_err(|e| format!("reading: {e}"))?;
+        client.read_fully(&mut self.replies)?;
         for (serial, reply) in (self.serial..).zip(self.replies.chunks(REPLY_BYTES)) {
             if !is_ok(reply, serial) {
                 return Err(format!(
