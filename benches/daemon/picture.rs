@@ -33,7 +33,8 @@ impl Scale {
     fn over(values: impl Iterator<Item = f64>, from: f64, to: f64) -> Self {
         let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
         for value in values.filter(|value| *value > 0.0) {
-            low = low.min(value.log10().floor());
+            // A third of a decade of room, so that the shortest bar can be seen.
+            low = low.min((value.log10() - 0.3).floor());
             high = high.max(value.log10().ceil());
         }
         if low >= high {
@@ -80,13 +81,14 @@ fn short_time(us: f64) -> String {
     format!("{kept} {unit}")
 }
 
-fn open(height: f64, title: &str, subtitle: &str) -> String {
+fn open(height: f64, title: &str, subtitle: &str, place: &str) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
          font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n\
          <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n\
          <text x=\"{LEFT}\" y=\"24\" font-size=\"16\">{title}</text>\n\
-         <text x=\"{LEFT}\" y=\"42\" fill=\"#666\">{subtitle}</text>\n"
+         <text x=\"{LEFT}\" y=\"42\" fill=\"#666\">{subtitle}</text>\n\
+         <text x=\"{LEFT}\" y=\"58\" fill=\"#666\">{place}</text>\n"
     )
 }
 
@@ -107,7 +109,7 @@ pub fn latency(results: &Results, sizes: &Sizes, place: &str) -> Option<String> 
     if all.is_empty() {
         return None;
     }
-    let (top, bottom) = (60.0, 400.0);
+    let (top, bottom) = (76.0, 400.0);
     let vertical = Scale::over(all.into_iter(), bottom, top);
     // Zero has no place on a logarithmic axis: guests are counted in tens, plus one.
     let guests = |idle: u32| 1.0 + f64::from(idle) / 10.0;
@@ -117,7 +119,8 @@ pub fn latency(results: &Results, sizes: &Sizes, place: &str) -> Option<String> 
     let mut svg = open(
         460.0,
         "Acquire and release of one lock, beside idle guests",
-        &format!("p50, and p99 dashed; client and server on one CPU. {place}"),
+        "p50, and p99 dashed; client and server on one CPU; logarithmic scales",
+        place,
     );
     for decade in vertical.decades() {
         let y = vertical.place(decade);
@@ -210,7 +213,7 @@ pub fn bars(results: &Results, place: &str) -> Option<String> {
         .iter()
         .flat_map(|row| SUBJECTS.into_iter().filter_map(|of| value(row, of)));
     let scale = Scale::over(all.collect::<Vec<_>>().into_iter(), LEFT, WIDTH - RIGHT);
-    let mut y = 70.0;
+    let mut y = 88.0;
     let mut body = String::new();
     for measured in &rows {
         let row = &measured.row;
@@ -248,8 +251,12 @@ pub fn bars(results: &Results, place: &str) -> Option<String> {
         }
         y += 22.0;
     }
-    let subtitle = format!("logarithmic scale, shorter is better. {place}");
-    let mut svg = open(y, "Booting many guests, and many deaths at once", &subtitle);
+    let mut svg = open(
+        y,
+        "Booting many guests, and many deaths at once",
+        "logarithmic scale, shorter is better",
+        place,
+    );
     svg.push_str(&body);
     svg.push_str("</svg>\n");
     Some(svg)

@@ -28,6 +28,11 @@ fn first_line(path: &str, prefix: &str) -> Option<String> {
         .map(|rest| rest.trim().to_owned())
 }
 
+/// The version of a kernel release, without what its builder added.
+fn before_dash(release: &str) -> String {
+    release.split('-').next().unwrap_or(release).to_owned()
+}
+
 impl Place {
     pub fn here() -> Self {
         let unknown = || "unknown".to_owned();
@@ -36,6 +41,7 @@ impl Place {
             .output();
         let date = date.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
         let cpu = first_line("/proc/cpuinfo", "model name");
+        let release = first_line("/proc/sys/kernel/osrelease", "");
         let memory = first_line("/proc/meminfo", "MemTotal:");
         let memory = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
         Self {
@@ -45,7 +51,7 @@ impl Place {
             }),
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             memory_gib: memory.unwrap_or(0).div_ceil(1024 * 1024),
-            kernel: first_line("/proc/sys/kernel/osrelease", "").unwrap_or_else(unknown),
+            kernel: release.map_or_else(unknown, |text| before_dash(&text)),
             load: first_line("/proc/loadavg", "").unwrap_or_else(unknown),
         }
     }
