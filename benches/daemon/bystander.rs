@@ -23,7 +23,7 @@ pub struct Bystander {
     helper: Helper,
 }
 
-/// What the bystander saw since the mark, in nanoseconds.
+/// What the bystander saw, in nanoseconds.
 pub struct Waits {
     pub worst: u64,
     pub calls: u64,
@@ -40,22 +40,14 @@ impl Bystander {
         Ok(Self { helper })
     }
 
-    /// Forgets what was seen so far.
-    pub fn mark(&mut self) -> Outcome<()> {
-        self.helper.say("mark")?;
-        self.helper.hear_numbers("marked", ANSWER_LIMIT).map(|_| ())
-    }
-
-    pub fn finish(mut self) -> Outcome<Waits> {
-        self.helper.say("end")?;
+    /// What was seen since the last time, or since the start.
+    pub fn take(&mut self) -> Outcome<Waits> {
+        self.helper.say("take")?;
         let numbers = self.helper.hear_numbers("waits", ANSWER_LIMIT)?;
-        let &[worst, calls] = numbers.as_slice() else {
-            return Err("waits of nothing".into());
-        };
-        if calls == 0 {
-            return Err("the bystander made no call".into());
+        match numbers.as_slice() {
+            &[worst, calls] if calls > 0 => Ok(Waits { worst, calls }),
+            _ => Err("the bystander made no call".into()),
         }
-        Ok(Waits { worst, calls })
     }
 }
 
@@ -81,16 +73,12 @@ pub fn stand_by(socket: &Path, disk: &str) -> Outcome<()> {
         stdin
             .read_line(&mut line)
             .map_err(|e| format!("reading a command: {e}"))?;
-        match line.trim() {
-            "mark" => {
-                waits.clear();
-                println!("marked");
-            }
-            "end" => break,
-            _ => return Ok(()),
+        if line.is_empty() {
+            break;
         }
+        let calls = waits.len();
+        println!("waits {} {calls}", percentile(&mut waits, 1.0));
+        waits.clear();
     }
-    let worst = percentile(&mut waits, 1.0);
-    println!("waits {worst} {}", waits.len());
     Ok(())
 }

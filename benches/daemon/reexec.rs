@@ -46,7 +46,7 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     for &machines in &options.sizes.reexec {
-        let mut server = Server::start(programs, subject, Placement::Anywhere)?;
+        let mut server = Server::start(programs, subject, Placement::Split)?;
         server.make_disks(0..machines * DISKS_PER_MACHINE)?;
         let _guests = boot(&server, machines)?;
         let mut watch = Watch::begin(&server)?;

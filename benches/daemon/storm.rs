@@ -20,6 +20,8 @@ const FREE_LIMIT: Duration = Duration::from_secs(300);
 const C_ZOMBIES: u32 = 4;
 /// The bystander goes on for this long after the last lock is free.
 const AFTERMATH: Duration = Duration::from_millis(200);
+/// The bystander looks on for this long before the storm: what it sees then is the machine's doing.
+const CALM: Duration = Duration::from_millis(500);
 
 pub fn case(owners: u32, funeral: Funeral) -> String {
     let funeral = if funeral == Funeral::Reaped {
@@ -53,26 +55,30 @@ pub fn run(
             owners
         };
         let storm = measure(programs, subject, killed, funeral)?;
-        let mut record = |metric, value: u64, fences: u32| {
-            let row = Row {
-                scenario: NAME,
-                case: case(owners, funeral),
-                metric,
-                unit: "ms",
-            };
+        let row = |metric| Row {
+            scenario: NAME,
+            case: case(owners, funeral),
+            metric,
+            unit: "ms",
+        };
+        let calm = milliseconds(storm.calm_ns as f64);
+        results.record(row("bystander's worst wait before"), subject, calm);
+        let times = [
+            // The last owner's locks are free before it is fenced, but after all others were.
+            (FREE, storm.free_ns, killed - 1),
+            ("all free after the first kill", storm.all_ns, killed - 1),
+            (WORST, storm.worst_ns, killed),
+        ];
+        for (metric, value, fences) in times {
             let measured = milliseconds(value as f64);
             if killed == owners {
-                results.record(row, subject, measured);
+                results.record(row(metric), subject, measured);
             } else {
                 let each = measured / f64::from(fences.max(1));
                 let more = each * f64::from(owners - killed);
-                results.record_extrapolated(row, subject, measured + more);
+                results.record_extrapolated(row(metric), subject, measured + more);
             }
-        };
-        // The last owner's locks are free before it is fenced, but after all others were.
-        record(FREE, storm.free_ns, killed - 1);
-        record("all free after the first kill", storm.all_ns, killed - 1);
-        record(WORST, storm.worst_ns, killed);
+        }
     }
     Ok(())
 }
@@ -81,10 +87,11 @@ struct Storm {
     free_ns: u64,
     all_ns: u64,
     worst_ns: u64,
+    calm_ns: u64,
 }
 
 fn measure(programs: &Programs, subject: Subject, owners: u32, funeral: Funeral) -> Outcome<Storm> {
-    let mut server = Server::start(programs, subject, Placement::Anywhere)?;
+    let mut server = Server::start(programs, subject, Placement::Split)?;
     let mut nursery = Nursery::start(&server, owners, funeral, Temper::Mild)?;
     let disks: Vec<_> = (0..owners * DISKS_PER_OWNER)
         .map(|disk| server.outside(&server.disk(disk)))
@@ -95,8 +102,8 @@ fn measure(programs: &Programs, subject: Subject, owners: u32, funeral: Funeral)
         }
     }
     let mut bystander = Bystander::start(&server)?;
-    std::thread::sleep(AFTERMATH);
-    bystander.mark()?;
+    std::thread::sleep(CALM);
+    let calm = bystander.take()?;
     let (first_kill, last_death) = nursery.kill_all()?;
     let deadline = Instant::now() + FREE_LIMIT;
     // A lock that is free stays free: one walk over the disks ends when the last is free.
@@ -105,11 +112,12 @@ fn measure(programs: &Programs, subject: Subject, owners: u32, funeral: Funeral)
     }
     let free = now_ns();
     std::thread::sleep(AFTERMATH);
-    let waits = bystander.finish()?;
+    let waits = bystander.take()?;
     server.check_alive()?;
     Ok(Storm {
         free_ns: free.saturating_sub(last_death),
         all_ns: free.saturating_sub(first_kill),
         worst_ns: waits.worst,
+        calm_ns: calm.worst,
     })
 }
