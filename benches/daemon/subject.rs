@@ -1,0 +1,258 @@
+//! Who is measured, and how a server is started: in a mount namespace of its own with a tmpfs on
+//! /run, with the same options for everybody, and killed at the end of the run.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::client;
+use crate::helper::{ROLE, own_program};
+use crate::measure::Outcome;
+
+/// One of the servers that are compared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Subject {
+    /// libvirt's own daemon.
+    C,
+    /// The daemon of this crate.
+    Ours,
+    /// The bare echo server of `floor.rs`.
+    Floor,
+}
+
+pub const SUBJECTS: [Subject; 3] = [Subject::C, Subject::Ours, Subject::Floor];
+
+impl Subject {
+    /// The word in options and in the JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::C => "c",
+            Self::Ours => "ours",
+            Self::Floor => "floor",
+        }
+    }
+
+    /// The name in tables and pictures.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::C => "C daemon",
+            Self::Ours => "virtlockd-rs",
+            Self::Floor => "floor",
+        }
+    }
+}
+
+/// Which CPUs the server and the bench run on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Both on one and the same CPU: a round trip costs what both sides compute, no wake-up of
+    /// another CPU is in it.
+    Shared,
+    /// The server on one CPU, the bench on the next: throughput of the server alone.
+    Split,
+    /// Wherever the scheduler likes, as on a host.
+    Anywhere,
+}
+
+/// The CPUs this program may use.
+fn all_cpus() -> Outcome<Vec<usize>> {
+    // The parent's set: this process narrows its own. The first call happens before that.
+    static CPUS: std::sync::OnceLock<Vec<usize>> = std::sync::OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(cpus.clone());
+    }
+    let set = sched_getaffinity(Pid::from_raw(0)).map_err(|e| format!("sched_getaffinity: {e}"))?;
+    let allowed = |&cpu: &usize| set.is_set(cpu).unwrap_or(false);
+    let found = (0..CpuSet::count()).filter(allowed).collect();
+    Ok(CPUS.get_or_init(|| found).clone())
+}
+
+impl Placement {
+    fn server_cpus(self) -> Outcome<Vec<usize>> {
+        let cpus = all_cpus()?;
+        Ok(if self == Self::Anywhere {
+            cpus
+        } else {
+            cpus[..1].to_vec()
+        })
+    }
+
+    fn bench_cpus(self) -> Outcome<Vec<usize>> {
+        let cpus = all_cpus()?;
+        Ok(match self {
+            Self::Shared => cpus[..1].to_vec(),
+            Self::Split if cpus.len() > 1 => cpus[1..2].to_vec(),
+            Self::Split | Self::Anywhere => cpus,
+        })
+    }
+
+    fn move_the_bench(self) -> Outcome<()> {
+        let mut set = CpuSet::new();
+        for cpu in self.bench_cpus()? {
+            set.set(cpu).map_err(|e| format!("naming CPU {cpu}: {e}"))?;
+        }
+        sched_setaffinity(Pid::from_raw(0), &set).map_err(|e| format!("sched_setaffinity: {e}"))
+    }
+}
+
+/// Where the programs are.
+pub struct Programs {
+    pub ours: PathBuf,
+    pub c: PathBuf,
+    /// Servers write their log here.
+    pub logs: PathBuf,
+}
+
+/// A running server.
+pub struct Server {
+    child: Child,
+    pub pid: i32,
+    /// The same for whoever looks from outside.
+    root: PathBuf,
+    log: PathBuf,
+}
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// Made in the new tmpfs before the server starts: as long as it is missing, the path still leads
+/// to the host's own /run, whose virtlockd must not be touched.
+const MARK: &str = "run/virtlockd-bench";
+
+/// Mounts the tmpfs, writes the configuration, becomes the server.
+const PREPARE: &str = "mount -t tmpfs tmpfs /run && mkdir -p /run/libvirt /run/disks && \
+    printf 'max_clients = 100000\\n' > /run/virtlockd.conf && touch /run/virtlockd-bench && \
+    exec \"$@\"";
+
+impl Server {
+    /// Starts the server, and moves the bench to its own place. Returns when the server answers.
+    pub fn start(programs: &Programs, subject: Subject, placement: Placement) -> Outcome<Self> {
+        placement.move_the_bench()?;
+        let cpus: Vec<String> = placement
+            .server_cpus()?
+            .iter()
+            .map(usize::to_string)
+            .collect();
+        let cpus = cpus.join(",");
+        let log = programs.logs.join(format!("{}.log", subject.word()));
+        let log_file = File::create(&log).map_err(|e| format!("making {}: {e}", log.display()))?;
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "taskset", "-c", &cpus]);
+        command.args([
+            "unshare",
+            "-m",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            PREPARE,
+            "sh",
+        ]);
+        match subject {
+            Subject::C => command.arg(&programs.c).args(["-f", "/run/virtlockd.conf"]),
+            Subject::Ours => command
+                .arg(&programs.ours)
+                .args(["-f", "/run/virtlockd.conf"]),
+            Subject::Floor => command
+                .arg(own_program()?)
+                .arg(format!("{ROLE}floor"))
+                .arg(IN_NAMESPACE_SOCKET),
+        };
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log_file))
+            .spawn()
+            .map_err(|e| format!("starting the {} through setpriv: {e}", subject.title()))?;
+        let pid = i32::try_from(child.id()).map_err(|e| format!("a pid: {e}"))?;
+        let root = PathBuf::from(format!("/proc/{pid}/root"));
+        let mut server = Self {
+            child,
+            pid,
+            root,
+            log,
+        };
+        server.wait_until_it_answers()?;
+        Ok(server)
+    }
+
+    fn wait_until_it_answers(&mut self) -> Outcome<()> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let answers = self.root.join(MARK).exists() && client::connect(&self.socket()).is_ok();
+            if answers {
+                return Ok(());
+            }
+            self.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(format!(
+                    "no socket within {START_LIMIT:?}; {}",
+                    self.last_words()
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// An error if the server has ended.
+    pub fn check_alive(&mut self) -> Outcome<()> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => Err(format!(
+                "the server ended ({status}); {}",
+                self.last_words()
+            )),
+            Err(error) => Err(format!("looking after the server: {error}")),
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(3).collect();
+        let lines: Vec<&str> = lines.into_iter().rev().collect();
+        format!(
+            "its log ({}) ends: {}",
+            self.log.display(),
+            lines.join(" / ")
+        )
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.root.join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
+    }
+
+    /// The path of a disk as requests name it.
+    pub fn disk(&self, number: u32) -> String {
+        format!("/run/disks/{number}")
+    }
+
+    /// The same disk from here.
+    pub fn outside(&self, disk: &str) -> PathBuf {
+        self.root.join(disk.trim_start_matches('/'))
+    }
+
+    pub fn make_disks(&self, numbers: std::ops::Range<u32>) -> Outcome<()> {
+        for number in numbers {
+            client::make_disk(&self.outside(&self.disk(number)))?;
+        }
+        Ok(())
+    }
+}
+
+const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Not SIGTERM: a regular end would fence owners, and nothing here is worth saving.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The version line of a daemon, if the program can be run.
+pub fn version(program: &Path) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
