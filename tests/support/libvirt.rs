@@ -149,6 +149,7 @@ impl Libvirt {
             files,
             session,
         };
+        std::fs::write(libvirt.firmware(), guest::firmware()).expect("write the firmware");
         libvirt.spawn_libvirtd();
         libvirt
     }
@@ -221,7 +222,7 @@ impl Libvirt {
             Some(_) => Path::new(QEMU),
             None => emulator(),
         };
-        let xml = guest.xml(kind, emulator);
+        let xml = guest.xml(kind, emulator, &self.firmware());
         self.with_xml("create", &[], &guest.name, &xml)
     }
 
@@ -307,6 +308,10 @@ impl Libvirt {
 
     fn log(&self) -> PathBuf {
         self.files.path().join("libvirtd.log")
+    }
+
+    fn firmware(&self) -> PathBuf {
+        self.files.path().join("firmware")
     }
 
     /// These words, for the user who runs libvirtd and virsh.
