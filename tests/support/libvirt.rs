@@ -149,6 +149,7 @@ impl Libvirt {
             files,
             session,
         };
+        std::fs::write(libvirt.firmware(), guest::firmware()).expect("write the firmware");
         libvirt.spawn_libvirtd();
         libvirt
     }
@@ -221,7 +222,7 @@ impl Libvirt {
             Some(_) => Path::new(QEMU),
             None => emulator(),
         };
-        let xml = guest.xml(kind, emulator);
+        let xml = guest.xml(kind, emulator, &self.firmware());
         self.with_xml("create", &[], &guest.name, &xml)
     }
 
@@ -309,6 +310,10 @@ impl Libvirt {
         self.files.path().join("libvirtd.log")
     }
 
+    fn firmware(&self) -> PathBuf {
+        self.files.path().join("firmware")
+    }
+
     /// These words, for the user who runs libvirtd and virsh.
     fn as_caller(&self, words: &[&str]) -> Vec<String> {
         let mut argv = Vec::new();
@@ -355,6 +360,10 @@ pub fn wait_until_free(disks: &[PathBuf]) {
 /// A namespace in which libvirt finds all its directories empty, but for its knowledge of QEMU:
 /// asking an emulator takes seconds, so what was learned is kept from run to run. (libvirt asks
 /// again by itself when the emulator or libvirt has changed.)
+///
+/// Of libvirt's drivers only QEMU's is there: the others look for devices and networks of the
+/// machine, which no test needs, and the one for devices sometimes keeps libvirtd from ending (its
+/// thread is never woken; libvirtd gives up after 30 s).
 fn prepared_namespace() -> Namespace {
     let namespace = Namespace::new();
     let script = r#"
@@ -364,6 +373,15 @@ fn prepared_namespace() -> Namespace {
         done
         mkdir -p /var/cache/libvirt/qemu/capabilities
         mount --bind "$1" /var/cache/libvirt/qemu/capabilities
+        for drivers in /usr/lib/*/libvirt/connection-driver /usr/lib64/libvirt/connection-driver; do
+            [ -d "$drivers" ] || continue
+            mkdir /run/drivers
+            touch /run/drivers/libvirt_driver_qemu.so
+            # A copy would be newer than what libvirt has learned.
+            mount --bind "$drivers/libvirt_driver_qemu.so" /run/drivers/libvirt_driver_qemu.so
+            mount --rbind /run/drivers "$drivers"
+            break
+        done
     "#;
     let learned = kept_directory().join("capabilities");
     std::fs::create_dir_all(&learned).expect("make the directory of capabilities");

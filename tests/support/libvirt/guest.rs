@@ -1,7 +1,7 @@
 //! The description of a guest: as little machine as libvirt allows, and its disks.
 //!
-//! A guest has no operating system: it stays in its firmware, which finds nothing to start. Its
-//! disks are raw files, which nothing ever writes.
+//! A guest has no operating system, and its firmware ([`firmware`]) halts the processor at once, so
+//! that a small machine can run many. Its disks are raw files, which nothing ever writes.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -58,8 +58,9 @@ impl Guest {
         self
     }
 
-    /// The domain, for the virtualization `kind` ("kvm" or "qemu") and this emulator.
-    pub fn xml(&self, kind: &str, emulator: &Path) -> String {
+    /// The domain, for the virtualization `kind` ("kvm" or "qemu"), with this emulator and a file
+    /// that holds [`firmware`].
+    pub fn xml(&self, kind: &str, emulator: &Path, firmware: &Path) -> String {
         let mut devices = format!("<emulator>{}</emulator>", text(emulator));
         for (index, (path, how)) in self.disks.iter().enumerate() {
             let letter = char::from(b'a' + u8::try_from(index).expect("few disks"));
@@ -82,11 +83,26 @@ impl Guest {
         devices += "<video><model type='none'/></video>";
         format!(
             "<domain type='{kind}'><name>{}</name><memory unit='MiB'>64</memory>\
-             <os><type arch='x86_64' machine='pc'>hvm</type></os>\
+             <os><type arch='x86_64' machine='pc'>hvm</type>\
+             <loader readonly='yes' type='rom'>{}</loader></os>\
              <devices>{devices}</devices></domain>",
-            self.name
+            self.name,
+            text(firmware)
         )
     }
+}
+
+/// A firmware that does nothing. The processor begins 16 bytes before the end of it.
+pub fn firmware() -> Vec<u8> {
+    const START: &[u8] = &[
+        0xfa, // cli: no interrupt shall wake it
+        0xf4, // hlt
+        0xeb, 0xfd, // jmp to the hlt
+    ];
+    let mut rom = vec![0; 64 << 10];
+    let at = rom.len() - 16;
+    rom[at..at + START.len()].copy_from_slice(START);
+    rom
 }
 
 /// A disk that can be plugged into a running guest, as `sda` on its SCSI controller.

@@ -39,6 +39,10 @@ impl Init {
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LC_ALL", "C")
+            // libvirtd runs much code between fork and exec of a guest. GLib's own allocator (before
+            // 2.76) may then be locked for ever by a thread that the child does not have: seen as
+            // a guest that never starts when many start at once.
+            .env("G_SLICE", "always-malloc")
             .env(VARIABLE, "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
