@@ -138,7 +138,6 @@ fn calls_at_the_limits_are_byte_for_byte_those_of_libvirts_daemon() {
 }
 
 #[test]
-#[ignore = "the admin service is still to come"]
 fn the_admin_program_is_byte_for_byte_that_of_libvirts_daemon() {
     replay_file("admin");
 }

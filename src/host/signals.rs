@@ -18,14 +18,24 @@ const HANDLED: [Signal; 5] = [
 ];
 
 fn blocked() -> SigSet {
-    // SIGPIPE is blocked as well, never read: a write to a closed socket says EPIPE all the same,
-    // and unlike ignoring it, blocking is undone in children by one call.
-    HANDLED.into_iter().chain([Signal::SIGPIPE]).collect()
+    // These two are blocked as well, never read: a write to a closed socket says EPIPE all the same,
+    // one beyond the limit of file sizes says EFBIG, and unlike ignoring them, blocking is undone in
+    // children by one call.
+    HANDLED
+        .into_iter()
+        .chain([Signal::SIGPIPE, Signal::SIGXFSZ])
+        .collect()
 }
 
 /// Blocks the daemon's signals. The first thing that main does.
 pub fn block() -> Result<(), Errno> {
     blocked().thread_block()
+}
+
+/// Lets the daemon's signals through again: for a program that expects to get them, not to read
+/// them. Whoever unblocks them must be about to exec.
+pub fn unblock() -> Result<(), Errno> {
+    blocked().thread_unblock()
 }
 
 /// Where blocked signals are read.

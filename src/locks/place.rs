@@ -10,6 +10,9 @@ use nix::errno::Errno;
 
 use crate::host::file::{self, Start};
 
+/// The longest path that the kernel takes, with the zero byte at its end.
+const PATH_MAX: usize = libc::PATH_MAX as usize;
+
 /// A resource's file, named as in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place<'a> {
@@ -60,6 +63,10 @@ impl<'a> Place<'a> {
         }
         if climbs_out(self.name) {
             return Err(Unreachable::Leaves);
+        }
+        // As one path, which is how the reference daemon opens it, it would be too long.
+        if self.path().len() >= PATH_MAX {
+            return Err(Unreachable::System(Errno::ENAMETOOLONG));
         }
         let directory = file::open_directory(self.lockspace)?;
         match work(Start::Beneath(directory.as_fd()), beneath(self.name)) {

@@ -11,10 +11,8 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use nix::errno::Errno;
-
 use crate::host::process::Process;
-use crate::host::{errno, file};
+use crate::host::{errno, file, signals};
 
 /// Set in a program that is only to say whether it could take over: the ledger is its standard
 /// input.
@@ -194,19 +192,19 @@ fn said_text(pipe: Option<&impl AsRawFd>) -> String {
 
 /// Replaces this process by the successor. The descriptors in `kept` stay open under their
 /// numbers. Comes back only with the reason why it could not be done; then nothing has changed.
-pub fn replace(command_line: &CommandLine, kept: &[RawFd], variables: &[(&str, String)]) -> String {
+pub fn replace(
+    successor: Successor,
+    command_line: &CommandLine,
+    kept: &[RawFd],
+    variables: &[(&str, String)],
+) -> String {
     let path = match command_line.path() {
         Ok(path) => path,
         Err(reason) => return reason,
     };
-    let failed = |reason: Errno| {
-        format!(
-            "{} cannot be executed: {}",
-            path.display(),
-            errno::text(reason)
-        )
+    let text = |words: &[u8]| {
+        CString::new(words).map_err(|_| "a word of the command line holds a zero byte".to_owned())
     };
-    let text = |words: &[u8]| CString::new(words).map_err(|_| failed(Errno::EINVAL));
     let words: Result<Vec<_>, _> = command_line
         .words
         .iter()
@@ -236,15 +234,33 @@ pub fn replace(command_line: &CommandLine, kept: &[RawFd], variables: &[(&str, S
             break;
         }
     }
-    let reason =
-        reason.unwrap_or_else(
-            || match nix::unistd::execve(&program, &words, &environment) {
-                Err(error) => failed(error),
-            },
-        );
+    let reason = reason.unwrap_or_else(|| execute(successor, &program, &words, &environment));
     for descriptor in kept {
         // One that is not open cannot have been kept either.
         let _ = file::set_close_on_exec(*descriptor, true);
     }
     reason
+}
+
+/// The exec. Comes back only with the reason why there was none.
+fn execute(
+    successor: Successor,
+    program: &CString,
+    words: &[CString],
+    environment: &[CString],
+) -> String {
+    // This program begins with its signals blocked and reads those that came meanwhile; libvirt's
+    // takes over a blocked signal as one that it never gets.
+    if successor == Successor::Libvirt
+        && let Err(reason) = signals::unblock()
+    {
+        return format!("signals cannot be unblocked: {}", errno::text(reason));
+    }
+    let Err(reason) = nix::unistd::execve(program, words, environment);
+    let _ = signals::block();
+    format!(
+        "{} cannot be executed: {}",
+        program.to_string_lossy(),
+        errno::text(reason)
+    )
 }

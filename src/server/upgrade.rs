@@ -192,7 +192,7 @@ impl Daemon {
         let mut kept = state.descriptors();
         kept.push(ledger.descriptor().as_raw_fd());
         let value = format!("{}:{}", ledger.descriptor().as_raw_fd(), std::process::id());
-        self.replace(&kept, &[(HANDOVER_VARIABLE, value)]);
+        self.replace(Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
     }
 
     fn hand_over_to_libvirt(&mut self) {
@@ -219,7 +219,7 @@ impl Daemon {
             return self.upgrade_failed(&reason);
         }
         state.clients.retain(|client| !client.refused);
-        self.replace(&state.descriptors(), &[]);
+        self.replace(Successor::Libvirt, &state.descriptors(), &[]);
         let _ = std::fs::remove_file(&self.upgrade.document);
     }
 
@@ -250,13 +250,13 @@ impl Daemon {
     }
 
     /// The exec. Comes back only if it failed.
-    fn replace(&mut self, kept: &[i32], variables: &[(&str, String)]) {
+    fn replace(&mut self, successor: Successor, kept: &[i32], variables: &[(&str, String)]) {
         let Some(command_line) = &self.upgrade.command_line else {
             return;
         };
         tracing::info!(target: "rpc.netdaemon", "SIGUSR1: the daemon hands over to its successor");
         notify::reloading();
-        let reason = handover::replace(command_line, kept, variables);
+        let reason = handover::replace(successor, command_line, kept, variables);
         notify::ready();
         self.upgrade_failed(&reason);
     }
