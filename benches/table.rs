@@ -35,7 +35,7 @@ impl Guest {
         let owner = Owner {
             pid: i32::try_from(number).expect("a small number"),
             id: number + 1,
-            name: format!("guest-{number}").into_bytes(),
+            name: format!("guest-{number}").into_bytes().into(),
             uuid: [7; 16],
         };
         Self {

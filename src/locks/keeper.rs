@@ -216,13 +216,13 @@ impl Keeper {
                 return;
             }
         }
-        let at_end = at_end(&resource);
-        let (lockspace, name) = (resource.lockspace().to_vec(), resource.name().to_vec());
+        let (at_end, identity) = (at_end(&resource), resource.identity);
+        let (lease, name) = resource.into_lease();
         let place = Place {
-            lockspace: &lockspace,
-            name: &name,
+            lockspace: name.lockspace(),
+            name: name.name(),
         };
-        resource.lease.end(place, resource.identity, at_end);
+        lease.end(place, identity, at_end);
     }
 
     /// Makes the file of a resource, if it is missing. A file that is there is not even opened: it

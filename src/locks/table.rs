@@ -5,9 +5,10 @@
 //! one resource holds, however many there are. The table never touches a file: what stands for the
 //! kernel's lock is a value `L` that it keeps and hands back.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use foldhash::{HashMap, HashMapExt};
 use slab::Slab;
 
 use crate::host::file::FileIdentity;
@@ -28,15 +29,15 @@ pub enum Mode {
     Shared,
 }
 
-/// Who a lock is for, as REGISTER said.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// Who a lock is for, as REGISTER said. Cheap to copy: each of an owner's entries has its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The process.
     pub pid: Pid,
     /// The domain's id, never 0.
     pub id: u32,
     /// The domain's name.
-    pub name: Vec<u8>,
+    pub name: Rc<[u8]>,
     /// The domain's uuid.
     pub uuid: [u8; 16],
 }
@@ -45,9 +46,40 @@ pub struct Owner {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Key(Rc<[u8]>);
 
+impl Key {
+    fn lockspace(&self, length: usize) -> &[u8] {
+        self.0.get(..length).unwrap_or_default()
+    }
+
+    fn name(&self, lockspace_length: usize) -> &[u8] {
+        self.0
+            .get(lockspace_length.saturating_add(1)..)
+            .unwrap_or_default()
+    }
+}
+
 impl std::borrow::Borrow<[u8]> for Key {
     fn borrow(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// The lockspace and the name of a resource that is in the table no more.
+#[derive(Clone, Debug)]
+pub struct Name {
+    key: Key,
+    lockspace_length: usize,
+}
+
+impl Name {
+    /// The lockspace's directory; empty for the default one.
+    pub fn lockspace(&self) -> &[u8] {
+        self.key.lockspace(self.lockspace_length)
+    }
+
+    /// The name in the lockspace.
+    pub fn name(&self) -> &[u8] {
+        self.key.name(self.lockspace_length)
     }
 }
 
@@ -71,17 +103,25 @@ pub struct Resource<L> {
 }
 
 impl<L> Resource<L> {
+    /// Takes the resource apart: its lease, and where its file is.
+    pub fn into_lease(self) -> (L, Name) {
+        (
+            self.lease,
+            Name {
+                key: self.key,
+                lockspace_length: self.lockspace_length,
+            },
+        )
+    }
+
     /// The lockspace's directory; empty for the default one.
     pub fn lockspace(&self) -> &[u8] {
-        self.key.0.get(..self.lockspace_length).unwrap_or_default()
+        self.key.lockspace(self.lockspace_length)
     }
 
     /// The name in the lockspace.
     pub fn name(&self) -> &[u8] {
-        self.key
-            .0
-            .get(self.lockspace_length.saturating_add(1)..)
-            .unwrap_or_default()
+        self.key.name(self.lockspace_length)
     }
 
     /// The processes that hold it, each with how often.
@@ -495,7 +535,7 @@ mod tests {
         Owner {
             pid,
             id: 1,
-            name: b"guest".to_vec(),
+            name: b"guest"[..].into(),
             uuid: [0; 16],
         }
     }

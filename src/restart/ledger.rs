@@ -72,7 +72,7 @@ impl OwnerRecord<'_> {
         Owner {
             pid: self.pid,
             id: self.id,
-            name: self.name.to_vec(),
+            name: self.name.into(),
             uuid: self.uuid,
         }
     }

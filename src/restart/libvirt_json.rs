@@ -289,7 +289,11 @@ fn read_client(service: Service, id: u64, client: ClientIn) -> Result<ClientStat
         let registered = Owner {
             pid: data.owner_pid.ok_or_else(|| missing("ownerPid"))?.0,
             id: data.owner_id.ok_or_else(|| missing("ownerId"))?,
-            name: data.owner_name.ok_or_else(|| missing("ownerName"))?.0,
+            name: data
+                .owner_name
+                .ok_or_else(|| missing("ownerName"))?
+                .0
+                .into(),
             uuid: read_uuid(&data.owner_uuid.ok_or_else(|| missing("ownerUUID"))?.0)?,
         };
         // An owner without an id has not been registered.
@@ -350,7 +354,7 @@ fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: Lo
         let unknown = |pid| Owner {
             pid,
             id: 0,
-            name: Vec::new(),
+            name: Vec::new().into(),
             uuid: [0; 16],
         };
         let holders = times

@@ -32,7 +32,7 @@ use crate::restart::state::{ProcessState, uuid_text};
 use crate::wire::{frame, lock};
 
 /// How many frames of one connection are worked on before others have their turn.
-const FRAMES_A_TURN: usize = 32;
+const FRAMES_A_TURN: usize = 64;
 /// How many times one connection is read from before others have their turn.
 const READS_A_TURN: usize = 4;
 /// The most that one read takes.

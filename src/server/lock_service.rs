@@ -78,7 +78,7 @@ pub fn call(context: Context<'_>, call: &Call<'_>) -> Result<(), Error> {
             let owner = Owner {
                 pid,
                 id,
-                name: name.to_vec(),
+                name: name.into(),
                 uuid: *uuid,
             };
             ledger.note(&Event::Registered {
@@ -374,7 +374,7 @@ fn holder_text(keeper: &Keeper, holder: ResourceId) -> Vec<u8> {
     };
     [
         b": domain '",
-        owner.name.as_slice(),
+        &*owner.name,
         format!(
             "' (uuid {}, pid {}) holds the same file as '",
             uuid_text(&owner.uuid),
