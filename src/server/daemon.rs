@@ -433,10 +433,14 @@ impl Daemon {
         if process::is_exiting(pid) {
             tracing::info!(target: "locking.lock_daemon", "{text} is ending");
         } else {
+            let why = match self.state {
+                State::Serving => "closed its connection while it holds locks",
+                State::Stopping | State::Ended => "holds locks while the daemon ends",
+            };
             tracing::warn!(
                 target: "locking.lock_daemon",
-                "{text} closed its connection while it holds locks: it is sent SIGTERM now, and \
-                 SIGKILL if it has not ended within 1.6 s; its locks are kept until it is dead"
+                "{text} {why}: it is sent SIGTERM now, and SIGKILL if it has not ended within \
+                 1.6 s; its locks are kept until it is dead"
             );
         }
         match process.signal(Signal::SIGTERM) {
