@@ -89,6 +89,11 @@ impl Check {
         let ledger = ledger.try_clone().map_err(|error| {
             format!("the ledger cannot be shown to {}: {error}", path.display())
         })?;
+        // Room for the descriptor that watches it: a successor that nobody watches is never reaped.
+        let room = ledger.try_clone().map_err(|error| {
+            let reason = errno::text(errno::of(&error));
+            format!("{} cannot be watched: {reason}", path.display())
+        })?;
         let (name, words) = match command_line.words.split_first() {
             Some((name, words)) => (name.as_os_str(), words),
             None => (OsStr::new("virtlockd"), [].as_slice()),
@@ -107,6 +112,7 @@ impl Check {
                 let reason = errno::text(errno::of(&error));
                 format!("{} cannot be started: {reason}", path.display())
             })?;
+        drop(room);
         let pid = i32::try_from(child.id()).map_err(|_| "its process id is too great")?;
         match Process::open_any(pid) {
             Ok(process) => Ok(Check { child, process }),
@@ -166,9 +172,15 @@ impl Check {
         }
     }
 
-    /// Ends a successor that takes too long.
-    pub fn abandon(self) {
-        end(self.child);
+    /// Kills a successor that takes too long. It is over when the kernel is done with it, which may
+    /// take a while: then it is to be reaped with [`Check::reap`].
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+    }
+
+    /// Forgets a successor that is over. Without this it stays in the list of processes.
+    pub fn reap(mut self) {
+        let _ = self.child.try_wait();
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Upgrade {
     /// It was looked at once more for that reason. Not a third time: whoever sends SIGUSR1 without
     /// end must not keep the upgrade from happening.
     looked_again: bool,
+    /// Successors that took too long and were killed, and are not over yet.
+    abandoned: Vec<Check>,
 }
 
 impl Daemon {
@@ -63,6 +65,7 @@ impl Daemon {
             self.upgrade.again = true;
             return;
         }
+        self.reap_abandoned();
         let Some(command_line) = &self.upgrade.command_line else {
             return;
         };
@@ -85,7 +88,7 @@ impl Daemon {
             .registry
             .register(&mut SourceFd(&descriptor), token, interest)
         {
-            check.abandon();
+            self.abandon(check);
             return self.upgrade_failed(&format!("the successor cannot be watched: {error}"));
         }
         self.deadlines
@@ -95,6 +98,7 @@ impl Daemon {
 
     /// The successor may have ended.
     pub fn look_at_successor(&mut self) {
+        self.reap_abandoned();
         let Stage::Checking(check) = &self.upgrade.stage else {
             return;
         };
@@ -104,6 +108,7 @@ impl Daemon {
         let Some(check) = self.end_check() else {
             return;
         };
+        self.unwatch(&check);
         match check.verdict() {
             Ok(successor) => {
                 self.deadlines
@@ -117,7 +122,7 @@ impl Daemon {
     /// The successor takes too long.
     pub fn successor_is_late(&mut self) {
         if let Some(check) = self.end_check() {
-            check.abandon();
+            self.abandon(check);
             let reason = format!("it does not say its version within {} s", CHECK_MS / 1000);
             self.upgrade_failed(&reason);
         }
@@ -126,11 +131,30 @@ impl Daemon {
     fn end_check(&mut self) -> Option<Check> {
         self.deadlines.unset(Deadline::Successor);
         match std::mem::take(&mut self.upgrade.stage) {
-            Stage::Checking(check) => {
-                let _ = self.registry.deregister(&mut SourceFd(&check.descriptor()));
-                Some(check)
-            }
+            Stage::Checking(check) => Some(check),
             Stage::None | Stage::Ready(_) => None,
+        }
+    }
+
+    fn unwatch(&self, check: &Check) {
+        let _ = self.registry.deregister(&mut SourceFd(&check.descriptor()));
+    }
+
+    /// Kills a successor and goes on watching it: it is reaped when it is over, not waited for.
+    fn abandon(&mut self, mut check: Check) {
+        check.kill();
+        self.upgrade.abandoned.push(check);
+    }
+
+    fn reap_abandoned(&mut self) {
+        let (over, left) = std::mem::take(&mut self.upgrade.abandoned)
+            .into_iter()
+            .partition(Check::is_over);
+        self.upgrade.abandoned = left;
+        let over: Vec<Check> = over;
+        for check in over {
+            self.unwatch(&check);
+            check.reap();
         }
     }
 
@@ -251,6 +275,7 @@ impl Daemon {
 
     /// The exec. Comes back only if it failed.
     fn replace(&mut self, successor: Successor, kept: &[i32], variables: &[(&str, String)]) {
+        self.reap_abandoned();
         let Some(command_line) = &self.upgrade.command_line else {
             return;
         };
