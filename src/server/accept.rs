@@ -50,6 +50,9 @@ pub struct Reserve {
 
 impl Reserve {
     const SIZE: usize = 16;
+    /// How many of them are for fencing alone: clients that are refused and say nothing keep theirs
+    /// for a while, and an owner that leaves then must not live on for it.
+    const FOR_FENCING: usize = 8;
 
     /// Opens what is missing, as far as that is possible.
     pub fn refill(&mut self) {
@@ -64,6 +67,11 @@ impl Reserve {
     /// Closes one, if there is one.
     pub fn give_up_one(&mut self) -> bool {
         self.kept.pop().is_some()
+    }
+
+    /// Closes one, if there are more than fencing may need.
+    fn give_up_one_to_refuse(&mut self) -> bool {
+        self.kept.len() > Self::FOR_FENCING && self.give_up_one()
     }
 }
 
@@ -107,7 +115,7 @@ impl Daemon {
 
     /// No descriptor is left: one of the reserve is spent on telling the client so.
     fn accept_to_refuse(&mut self, number: usize, service: Service) -> bool {
-        if !self.reserve.give_up_one() {
+        if !self.reserve.give_up_one_to_refuse() {
             return false;
         }
         let Some(listener) = self.listeners.get_mut(number) else {

@@ -596,6 +596,7 @@ impl Daemon {
                         self.owner_text(fence.pid), STOP_MS / 1000
                     );
                 }
+                self.end_all_owners();
                 self.state = State::Ended;
             }
             Deadline::Ledger => (),
@@ -639,16 +640,20 @@ impl Daemon {
             && self.fences.is_empty()
             && self.dead.is_empty()
         {
-            let pids: Vec<Pid> = self
-                .keeper
-                .table()
-                .owners()
-                .map(|owner| owner.pid)
-                .collect();
-            for pid in pids {
-                self.keeper.end_owner(pid);
-            }
+            self.end_all_owners();
             self.state = State::Ended;
+        }
+    }
+
+    fn end_all_owners(&mut self) {
+        let pids: Vec<Pid> = self
+            .keeper
+            .table()
+            .owners()
+            .map(|owner| owner.pid)
+            .collect();
+        for pid in pids {
+            self.keeper.end_owner(pid);
         }
     }
 

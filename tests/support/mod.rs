@@ -146,6 +146,16 @@ pub fn foreign_lock(path: &Path, exclusive: bool) -> std::fs::File {
     file
 }
 
+/// Tries to take an exclusive lock on byte 0 of an open file, as a stranger to the daemon would.
+pub fn try_lock(file: &std::fs::File) -> bool {
+    let lock = byte_zero(libc::F_WRLCK);
+    match nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => true,
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => false,
+        Err(error) => panic!("F_OFD_SETLK: {error}"),
+    }
+}
+
 fn byte_zero(kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,

@@ -89,6 +89,13 @@ impl Owner {
         Reply::parse(&from_hex(hex))
     }
 
+    /// Makes a second connection, which calls go over from now on. The first one stays open for as
+    /// long as the process lives.
+    pub fn connect_again(&mut self) {
+        self.order("connect");
+        assert_eq!(self.answer(), "connected", "a second connection");
+    }
+
     /// Closes the connection. The process lives on, unless the daemon kills it for that.
     pub fn close_connection(&mut self) {
         self.order("close");
@@ -179,13 +186,18 @@ fn the_owner_process() {
             .and_then(|()| out.flush())
             .expect("answer the test");
     };
-    let mut stream = Some(UnixStream::connect(socket).expect("connect to the daemon"));
+    let connect = || UnixStream::connect(&socket).expect("connect to the daemon");
+    let mut stream = Some(connect());
+    let mut earlier = Vec::new();
     answer("connected");
     for line in std::io::stdin().lines() {
         let line = line.expect("read an order");
         if line == "close" {
             stream = None;
             answer("closed");
+        } else if line == "connect" {
+            earlier.extend(stream.replace(connect()));
+            answer("connected");
         } else if let Some(hex) = line.strip_prefix("call ") {
             let stream = stream.as_mut().expect("the connection is open");
             stream.write_all(&from_hex(hex)).expect("send the call");
