@@ -157,7 +157,7 @@ fn owner(pid: Pid) -> Owner {
     Owner {
         pid,
         id: 1,
-        name: b"guest".to_vec(),
+        name: b"guest"[..].into(),
         uuid: [0; 16],
     }
 }

@@ -36,7 +36,7 @@ fn owner(pid: i32, name: &[u8]) -> Owner {
     Owner {
         pid,
         id: pid.cast_unsigned() + 1,
-        name: name.to_vec(),
+        name: name.into(),
         uuid: std::array::from_fn(|position| 0x10 + position as u8),
     }
 }
@@ -280,7 +280,7 @@ fn any_owner() -> impl Strategy<Value = Owner> {
         Owner {
             pid,
             id,
-            name,
+            name: name.into(),
             uuid,
         }
     })
@@ -546,7 +546,7 @@ fn libvirt_state() -> impl Strategy<Value = State> {
             Owner {
                 pid,
                 id,
-                name: name.into_bytes(),
+                name: name.into_bytes().into(),
                 uuid,
             }
         }),
