@@ -624,7 +624,7 @@ fn as_the_document_says(mut state: State) -> State {
             let unknown = Owner {
                 pid: owner.pid,
                 id: 0,
-                name: Vec::new(),
+                name: Vec::new().into(),
                 uuid: [0; 16],
             };
             *owner = known.get(&owner.pid).cloned().unwrap_or(unknown);
