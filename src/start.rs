@@ -22,7 +22,7 @@ use virtlockd::server::connection::Service;
 use virtlockd::server::reactor::{Limits, Reactor};
 
 use crate::Failed;
-use crate::takeover::{self, Predecessor};
+use crate::takeover;
 
 /// Admin clients that may be connected at a time, unless the configuration says otherwise.
 const ADMIN_CLIENTS: u32 = 5000;
@@ -45,8 +45,8 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         Outcome::Exit { exit, .. } => return Ok(exit),
     };
     let command_line = CommandLine::of_this_process();
-    if let Some(ledger) = takeover::take_ledger() {
-        return takeover::resume(Predecessor::Ours(ledger?), options, command_line);
+    if let Some(predecessor) = takeover::take_ledger() {
+        return takeover::resume(predecessor?, options, command_line);
     }
     let start = Start::prepare(options, command_line)?;
     if let Some(predecessor) = takeover::find_document(&start.paths)? {
@@ -163,6 +163,7 @@ impl Start {
                 .listen(serving(listener, service))
                 .map_err(no_event_loop)?;
         }
+        reactor.daemon.replace_ledger();
         Ok(reactor)
     }
 

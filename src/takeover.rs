@@ -16,7 +16,7 @@ use virtlockd::host::paths::Paths;
 use virtlockd::host::pid_file::PidFile;
 use virtlockd::host::{environment, file, listen};
 use virtlockd::restart::handover::{CommandLine, HANDOVER_VARIABLE, READABLE};
-use virtlockd::restart::ledger;
+use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{LogState, Service, State};
 use virtlockd::server::lasting;
@@ -31,14 +31,14 @@ const DOCUMENT_LIMIT: u64 = 256 * 1024 * 1024;
 
 /// Whose state it is.
 pub enum Predecessor {
-    /// This program's, perhaps another version.
-    Ours(State),
+    /// This program's, perhaps another version: the state, and the ledger to go on writing.
+    Ours(State, Ledger),
     /// libvirt's, with the document that is to be removed when the state has been taken over.
     Libvirt(State, PathBuf),
 }
 
 /// The state that a predecessor of this program handed over, if this process was made by it.
-pub fn take_ledger() -> Option<Result<State, Failed>> {
+pub fn take_ledger() -> Option<Result<Predecessor, Failed>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.
@@ -49,7 +49,13 @@ pub fn take_ledger() -> Option<Result<State, Failed>> {
         Some(Ok(descriptor)) => descriptor,
         _ => return Some(Err(unusable("its descriptor is not open").into())),
     };
-    Some(ledger::load(&descriptor).map_err(|reason| unusable(&reason.to_string()).into()))
+    let loaded = ledger::load(&descriptor)
+        .and_then(|state| {
+            let ledger = Ledger::resume(descriptor).map_err(Unreadable::System)?;
+            Ok(Predecessor::Ours(state, ledger))
+        })
+        .map_err(|reason| unusable(&reason.to_string()).into());
+    Some(loaded)
 }
 
 fn unusable(reason: &str) -> StartError {
@@ -125,7 +131,7 @@ pub fn resume(
     mut options: Options,
     mut command_line: CommandLine,
 ) -> Result<ExitCode, Failed> {
-    let Predecessor::Ours(state) = predecessor else {
+    let Predecessor::Ours(state, ledger) = predecessor else {
         return Err(unusable("it is not this program's").into());
     };
     restore_log(&state.process.logging);
@@ -154,38 +160,37 @@ pub fn resume(
     };
     let limits_are_known = config.is_some();
     let start = Start::of_successor(options, command_line, config.unwrap_or_default());
-    go_on(state, start, pid_file, limits_are_known)
+    let mut reactor = set_up(
+        state,
+        Some(ledger),
+        start,
+        pid_file.as_ref(),
+        limits_are_known,
+    )?;
+    start::run(&mut reactor, pid_file)
 }
 
 /// Goes on for the C daemon, after an ordinary start up to this point.
 pub fn resume_started(predecessor: Predecessor, start: Start) -> Result<ExitCode, Failed> {
     let (mut state, document) = match predecessor {
         Predecessor::Libvirt(state, document) => (state, document),
-        Predecessor::Ours(_) => return Err(unusable("it is not libvirt's").into()),
+        Predecessor::Ours(..) => return Err(unusable("it is not libvirt's").into()),
     };
     let pid_file = start.take_pid_file()?;
     state.process.idle_timeout_s = start.options.timeout_seconds;
     // A limit of the configuration that counts already is not news.
     state.lock_server.configured = start.config.max_clients;
     state.admin_server.configured = start.config.admin_max_clients;
-    let mut reactor = set_up(state, start, pid_file.as_ref(), true)?;
+    let mut reactor = set_up(state, None, start, pid_file.as_ref(), true)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
     let _ = std::fs::remove_file(&document);
     start::run(&mut reactor, pid_file)
 }
 
-fn go_on(
-    state: State,
-    start: Start,
-    pid_file: Option<PidFile>,
-    limits_are_known: bool,
-) -> Result<ExitCode, Failed> {
-    let mut reactor = set_up(state, start, pid_file.as_ref(), limits_are_known)?;
-    start::run(&mut reactor, pid_file)
-}
-
+/// The reactor as it was. Without a ledger of the predecessor's one is written.
 fn set_up(
     state: State,
+    ledger: Option<Ledger>,
     start: Start,
     pid_file: Option<&PidFile>,
     limits_are_known: bool,
@@ -194,6 +199,10 @@ fn set_up(
     let limits = start::client_limits(&start.config, descriptors);
     let mut reactor = start.reactor(descriptors, pid_file)?;
     let process = reactor.daemon.process.clone();
+    let has_ledger = ledger.is_some();
+    if let Some(ledger) = ledger {
+        reactor.daemon.ledger = ledger;
+    }
     let listeners = lasting::resume_listeners(&state.listeners).map_err(|why| unusable(&why))?;
     reactor.daemon.resume(state).map_err(|why| unusable(&why))?;
     reactor.daemon.process = process;
@@ -205,7 +214,9 @@ fn set_up(
         let _ = listen::widen_backlog(&listener.socket);
         reactor.listen(listener).map_err(start::no_event_loop)?;
     }
-    reactor.daemon.renew_ledger();
+    if !has_ledger {
+        reactor.daemon.replace_ledger();
+    }
     tracing::info!(
         "Took over {} connections and {} locks",
         reactor.daemon.connections.len(),

@@ -28,6 +28,12 @@ impl Memory {
         Memory::map(descriptor, size)
     }
 
+    /// A memory file that was passed on, whole.
+    pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
+        let length = usize::try_from(fstat(&descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
+        Memory::map(descriptor, NonZeroUsize::new(length).ok_or(Errno::EINVAL)?)
+    }
+
     fn map(descriptor: OwnedFd, size: NonZeroUsize) -> Result<Memory, Errno> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.

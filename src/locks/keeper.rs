@@ -21,6 +21,8 @@ pub struct Keeper {
     /// How many leases are POSIX locks: while there are any, files are looked at before they are
     /// opened.
     process_locks: usize,
+    /// A descriptor was parked: the ledger has no event for that and must be written anew.
+    parked: bool,
 }
 
 /// What an acquire did.
@@ -181,6 +183,11 @@ impl Keeper {
         count
     }
 
+    /// Whether a descriptor was parked since this was last asked.
+    pub fn take_parked(&mut self) -> bool {
+        std::mem::take(&mut self.parked)
+    }
+
     /// Enters a resource that an earlier image of this process locked.
     pub fn adopt(&mut self, adopted: Granted<'_, Lease>, holders: &[(Owner, u32)]) {
         let Some((first, rest)) = holders.split_first() else {
@@ -213,6 +220,7 @@ impl Keeper {
             {
                 theirs.append(parked);
                 theirs.push(resource.lease.descriptor);
+                self.parked = true;
                 return;
             }
         }

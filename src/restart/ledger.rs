@@ -17,12 +17,13 @@
 //! 32  ..       events
 //! ```
 
-use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 
+use foldhash::HashMap;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+use slab::Slab;
 
 use super::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
@@ -285,6 +286,25 @@ impl Ledger {
         Ok(ledger)
     }
 
+    /// Goes on writing the ledger that an earlier image of the process closed, after it was read.
+    pub fn resume(descriptor: OwnedFd) -> Result<Ledger, Errno> {
+        let memory = Memory::adopt(descriptor)?;
+        let length = memory
+            .bytes()
+            .get(16..)
+            .and_then(|rest| rest.first_chunk::<8>());
+        let length = length.map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let used = usize::try_from(length).unwrap_or(0).saturating_add(HEADER);
+        let mut ledger = Ledger {
+            memory,
+            used,
+            compact: used,
+            is_stale: false,
+        };
+        ledger.write_header(0, 0);
+        Ok(ledger)
+    }
+
     /// Appends an event. If that fails nothing was appended, and what the event says must not
     /// happen.
     pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
@@ -441,16 +461,16 @@ pub fn replay(content: &[u8]) -> Result<State, Unreadable> {
     Ok(replay.finish())
 }
 
-/// A lockspace and a name in it.
-type Key = (Vec<u8>, Vec<u8>);
-
 /// A state under replay, with the look-ups that a long ledger needs.
 #[derive(Default)]
 struct Replay {
     state: State,
     clients: HashMap<i32, ClientState>,
-    resources: HashMap<Key, ResourceState>,
-    held: HashMap<Pid, Vec<Key>>,
+    resources: Slab<ResourceState>,
+    /// Places of the resources by lockspace, zero byte, name.
+    by_name: HashMap<Box<[u8]>, usize>,
+    /// Places of the resources that a process holds.
+    held: HashMap<Pid, Vec<usize>>,
     fences: HashMap<Pid, FenceState>,
 }
 
@@ -515,9 +535,7 @@ impl Replay {
                 created,
                 kind,
             } => {
-                let key = (lockspace.to_vec(), name.to_vec());
-                self.held.entry(owner.pid).or_default().push(key.clone());
-                let resource = ResourceState {
+                let place = self.resources.insert(ResourceState {
                     lockspace: lockspace.to_vec(),
                     name: name.to_vec(),
                     descriptor,
@@ -528,8 +546,9 @@ impl Replay {
                     kind,
                     parked: Vec::new(),
                     holders: vec![(owner.to_owner(), 1)],
-                };
-                if self.resources.insert(key, resource).is_some() {
+                });
+                self.held.entry(owner.pid).or_default().push(place);
+                if self.by_name.insert(key(lockspace, name), place).is_some() {
                     return Err("a resource is granted twice".into());
                 }
             }
@@ -538,7 +557,8 @@ impl Replay {
                 lockspace,
                 name,
             } => {
-                let resource = self.resource(lockspace, name)?;
+                let place = self.place(lockspace, name)?;
+                let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
                 let holder = resource
                     .holders
                     .iter_mut()
@@ -547,8 +567,7 @@ impl Replay {
                     Some((_, times)) => *times = times.saturating_add(1),
                     None => {
                         resource.holders.push((owner.to_owner(), 1));
-                        let key = (lockspace.to_vec(), name.to_vec());
-                        self.held.entry(owner.pid).or_default().push(key);
+                        self.held.entry(owner.pid).or_default().push(place);
                     }
                 }
             }
@@ -557,18 +576,25 @@ impl Replay {
                 name,
                 descriptor,
             } => {
-                self.resource(lockspace, name)?.parked.push(descriptor);
+                let place = self.place(lockspace, name)?;
+                let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                resource.parked.push(descriptor);
             }
             Event::Released {
                 pid,
                 lockspace,
                 name,
             } => {
-                self.release(pid, lockspace, name, 1)?;
+                let place = self.place(lockspace, name)?;
+                if self.release(pid, place, 1)? == Left::Nothing
+                    && let Some(held) = self.held.get_mut(&pid)
+                {
+                    held.retain(|known| *known != place);
+                }
             }
             Event::OwnerEnded { pid } => {
-                for (lockspace, name) in self.held.remove(&pid).unwrap_or_default() {
-                    self.release(pid, &lockspace, &name, u32::MAX)?;
+                for place in self.held.remove(&pid).unwrap_or_default() {
+                    self.release(pid, place, u32::MAX)?;
                 }
             }
             Event::Fencing(fence) => {
@@ -592,20 +618,16 @@ impl Replay {
             .ok_or_else(|| format!("it speaks of a client {descriptor} that never connected"))
     }
 
-    fn resource(&mut self, lockspace: &[u8], name: &[u8]) -> Result<&mut ResourceState, String> {
-        self.resources
-            .get_mut(&(lockspace.to_vec(), name.to_vec()))
+    fn place(&self, lockspace: &[u8], name: &[u8]) -> Result<usize, String> {
+        self.by_name
+            .get(&*key(lockspace, name))
+            .copied()
             .ok_or_else(|| "it speaks of a resource that nobody holds".to_owned())
     }
 
-    fn release(
-        &mut self,
-        pid: Pid,
-        lockspace: &[u8],
-        name: &[u8],
-        count: u32,
-    ) -> Result<(), String> {
-        let resource = self.resource(lockspace, name)?;
+    /// Takes holdings away from a process, which may leave the resource without any.
+    fn release(&mut self, pid: Pid, place: usize, count: u32) -> Result<Left, String> {
+        let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
         let position = resource
             .holders
             .iter()
@@ -614,18 +636,15 @@ impl Replay {
         if let Some((_, times)) = resource.holders.get_mut(position) {
             *times = times.saturating_sub(count);
             if *times > 0 {
-                return Ok(());
+                return Ok(Left::Something);
             }
         }
         resource.holders.swap_remove(position);
-        let key = (lockspace.to_vec(), name.to_vec());
         if resource.holders.is_empty() {
-            self.resources.remove(&key);
+            let ended = self.resources.remove(place);
+            self.by_name.remove(&*key(&ended.lockspace, &ended.name));
         }
-        if let Some(held) = self.held.get_mut(&pid) {
-            held.retain(|known| *known != key);
-        }
-        Ok(())
+        Ok(Left::Nothing)
     }
 
     fn finish(self) -> State {
@@ -634,10 +653,25 @@ impl Replay {
         state
             .clients
             .sort_by_key(|client| (client.server, client.id));
-        state.resources = self.resources.into_values().collect();
+        state.resources = self
+            .resources
+            .into_iter()
+            .map(|(_, resource)| resource)
+            .collect();
         state.fences = self.fences.into_values().collect();
         state
     }
+}
+
+/// What a process has left of a resource.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Something,
+    Nothing,
+}
+
+fn key(lockspace: &[u8], name: &[u8]) -> Box<[u8]> {
+    [lockspace, b"\0", name].concat().into()
 }
 
 /// The fewest events that say a state.

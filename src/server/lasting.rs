@@ -23,8 +23,8 @@ use crate::locks::lease::{self, Found, Lease, LockKind};
 use crate::locks::table::{Granted, Pid};
 use crate::restart::ledger::{Event, Ledger};
 use crate::restart::state::{
-    ClientState, FenceState, ListenerState, LockKindState, LogState, ResourceState, ServerState,
-    State, Traffic,
+    ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
+    ServerState, State, Traffic,
 };
 
 /// After a ledger that could not be written anew, how long until it is tried again, milliseconds.
@@ -87,16 +87,112 @@ impl Daemon {
         self.ledger.note(&Event::IdleTimeout(self.idle_timeout_s));
     }
 
-    /// Writes the ledger anew: after a state was taken over, of which it knows nothing yet.
-    pub fn renew_ledger(&mut self) {
-        match Ledger::of(&self.state()) {
-            Ok(ledger) => self.ledger = ledger,
-            Err(_) => self.ledger.lose(),
+    /// Writes the ledger anew, to have it short for a successor. If that fails it stays as it is.
+    pub fn renew_ledger(&mut self) -> Result<(), Errno> {
+        self.ledger = Ledger::of(&self.state())?;
+        Ok(())
+    }
+
+    /// Writes the ledger anew, because it does not say what is. If that fails no lock is granted
+    /// until it can be written.
+    pub fn replace_ledger(&mut self) {
+        if self.renew_ledger().is_err() {
+            self.ledger.lose();
         }
+    }
+
+    /// Makes the ledger whole for a successor: what is not written down as it happens.
+    pub fn complete_ledger(&mut self) -> Result<(), Errno> {
+        if self.ledger.is_stale() || self.keeper.take_parked() {
+            self.ledger = Ledger::of(&self.state())?;
+        } else {
+            for service in Service::ALL {
+                let state = self.server_state(service);
+                self.ledger.append(&Event::Server {
+                    name: service,
+                    state,
+                })?;
+            }
+            self.ledger.append(&Event::Process(self.process_state()))?;
+            for (_, connection) in &self.connections {
+                let traffic = traffic(connection);
+                if !traffic.is_empty() {
+                    let descriptor = connection.socket.as_raw_fd();
+                    self.ledger.append(&Event::Traffic {
+                        descriptor,
+                        traffic,
+                    })?;
+                }
+            }
+        }
+        debug_assert!(self.ledger_is_true());
+        Ok(())
+    }
+
+    /// Whether the ledger says what is.
+    fn ledger_is_true(&self) -> bool {
+        let said = crate::restart::ledger::replay(self.ledger.content());
+        let (Ok(mut said), mut is) = (said, self.state()) else {
+            return false;
+        };
+        for state in [&mut said, &mut is] {
+            state.clients.sort_by_key(|client| client.descriptor);
+            state.lockspaces.sort();
+            state.resources.sort_by_key(|resource| resource.descriptor);
+            for resource in &mut state.resources {
+                resource.holders.sort_by_key(|(owner, _)| owner.pid);
+                // Whoever registered last is what is shown of an owner.
+                for (owner, _) in &mut resource.holders {
+                    owner.name = Vec::new().into();
+                    (owner.id, owner.uuid) = (0, [0; 16]);
+                }
+            }
+            state.fences.sort_by_key(|fence| fence.pid);
+            for fence in &mut state.fences {
+                fence.next_step = Moment(0);
+            }
+        }
+        said == is
+    }
+
+    /// The numbers of all descriptors that a successor needs.
+    pub fn kept_descriptors(&self) -> Vec<i32> {
+        let mut kept: Vec<i32> = self
+            .listeners
+            .iter()
+            .map(|listener| listener.socket.as_raw_fd())
+            .collect();
+        kept.extend(
+            self.connections
+                .iter()
+                .map(|(_, client)| client.socket.as_raw_fd()),
+        );
+        for (_, resource) in self.keeper.table().iter() {
+            kept.push(resource.lease.descriptor.as_raw_fd());
+            if let LockKind::Process { parked } = &resource.lease.kind {
+                kept.extend(parked.iter().map(AsRawFd::as_raw_fd));
+            }
+        }
+        kept.extend(
+            self.fences
+                .iter()
+                .map(|(_, fence)| fence.process.pidfd().as_raw_fd()),
+        );
+        kept.extend(
+            self.process
+                .pid_file
+                .iter()
+                .map(|(descriptor, _)| *descriptor),
+        );
+        kept.push(self.ledger.descriptor().as_raw_fd());
+        kept
     }
 
     /// Writes the ledger anew if it has grown too long or lacks something.
     pub fn tend_ledger(&mut self) {
+        if self.keeper.take_parked() {
+            self.ledger.lose();
+        }
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
             return;
         }
@@ -121,9 +217,6 @@ impl Daemon {
 
     /// The whole state.
     pub fn state(&self) -> State {
-        let mut process = self.process.clone();
-        process.idle_timeout_s = self.idle_timeout_s;
-        process.logging = log_state();
         State {
             lock_server: self.server_state(Service::Lock),
             admin_server: self.server_state(Service::Admin),
@@ -140,7 +233,15 @@ impl Daemon {
                 .iter()
                 .map(|(_, fence)| self.fence_state(fence))
                 .collect(),
-            process,
+            process: self.process_state(),
+        }
+    }
+
+    fn process_state(&self) -> ProcessState {
+        ProcessState {
+            idle_timeout_s: self.idle_timeout_s,
+            logging: log_state(),
+            ..self.process.clone()
         }
     }
 
@@ -243,19 +344,23 @@ impl Daemon {
     fn resume_resources(&mut self, resources: Vec<ResourceState>) -> Result<(), String> {
         let mut adopted = Vec::with_capacity(resources.len());
         for resource in resources {
-            let what = format!("the file of resource '{}'", Printable(&resource.name));
-            let descriptor = adopt(resource.descriptor, &what)?;
+            let what = || format!("the file of resource '{}'", Printable(&resource.name));
+            let descriptor = file::adopt(resource.descriptor)
+                .map_err(|reason| not_open(resource.descriptor, &what(), reason))?;
             let identity = match resource.identity {
                 Some(identity) => identity,
                 None => file::identity(&descriptor)
-                    .map_err(|reason| format!("{what} is unknown: {}", errno::text(reason)))?,
+                    .map_err(|reason| format!("{} is unknown: {}", what(), errno::text(reason)))?,
             };
             adopted.push((resource, descriptor, identity));
         }
+        // Only locks of another program's making have to be looked at.
         let mut names = std::collections::HashMap::new();
-        for (_, _, identity) in &adopted {
-            let count = names.entry(*identity).or_insert(0u32);
-            *count = count.saturating_add(1);
+        for (resource, _, identity) in &adopted {
+            if resource.kind == LockKindState::Unknown {
+                let count = names.entry(*identity).or_insert(0u32);
+                *count = count.saturating_add(1);
+            }
         }
         for (resource, descriptor, identity) in adopted {
             let is_alone = names.get(&identity).is_none_or(|count| *count == 1);
@@ -290,6 +395,7 @@ impl Daemon {
             None => stream::peer(&socket)
                 .map_err(|reason| format!("who {what} is, is unknown: {}", errno::text(reason)))?,
         };
+        let has_traffic = !client.traffic.is_empty();
         let Traffic {
             pending,
             descriptors_at_end,
@@ -322,6 +428,13 @@ impl Daemon {
         });
         connection.resume_output(unsent);
         let (service, id) = (client.server, client.id);
+        if has_traffic {
+            let traffic = Traffic::default();
+            self.ledger.note(&Event::Traffic {
+                descriptor: client.descriptor,
+                traffic,
+            });
+        }
         let place = self.connections.insert(connection);
         self.watch(place)
             .map_err(|error| format!("{what} cannot be watched: {error}"))?;
@@ -395,12 +508,14 @@ fn resume_kind(
 }
 
 fn adopt(number: i32, what: &str) -> Result<OwnedFd, String> {
-    file::adopt(number).map_err(|reason: Errno| {
-        format!(
-            "descriptor {number}, which should be {what}, is not open: {}",
-            errno::text(reason)
-        )
-    })
+    file::adopt(number).map_err(|reason| not_open(number, what, reason))
+}
+
+fn not_open(number: i32, what: &str, reason: Errno) -> String {
+    format!(
+        "descriptor {number}, which should be {what}, is not open: {}",
+        errno::text(reason)
+    )
 }
 
 fn listener_state(listener: &Listener) -> ListenerState {
@@ -415,14 +530,6 @@ fn listener_state(listener: &Listener) -> ListenerState {
 }
 
 fn client_state(connection: &Connection) -> ClientState {
-    let (pending, descriptors_at_end, arrived) = match connection.conversation.pending() {
-        Some(Pending {
-            bytes,
-            descriptors_at_end,
-            arrived,
-        }) => (bytes, descriptors_at_end, arrived),
-        None => (Vec::new(), false, 0),
-    };
     ClientState {
         descriptor: connection.socket.as_raw_fd(),
         server: connection.service,
@@ -434,13 +541,26 @@ fn client_state(connection: &Connection) -> ClientState {
         refused: matches!(connection.phase, Phase::Refused(_)),
         owner: connection.session.owner().cloned(),
         restricted: matches!(connection.session, Session::Restricted(_)),
-        traffic: Traffic {
-            pending,
+        traffic: traffic(connection),
+    }
+}
+
+/// The bytes of a connection that are on their way.
+fn traffic(connection: &Connection) -> Traffic {
+    let (pending, descriptors_at_end, arrived) = match connection.conversation.pending() {
+        Some(Pending {
+            bytes,
             descriptors_at_end,
             arrived,
-            unsent: connection.unsent().to_vec(),
-            closing: matches!(connection.phase, Phase::Closing | Phase::Over),
-        },
+        }) => (bytes, descriptors_at_end, arrived),
+        None => (Vec::new(), false, 0),
+    };
+    Traffic {
+        pending,
+        descriptors_at_end,
+        arrived,
+        unsent: connection.unsent().to_vec(),
+        closing: matches!(connection.phase, Phase::Closing | Phase::Over),
     }
 }
 

@@ -90,12 +90,17 @@ impl Reactor {
 
     /// Sets the limits that the configuration gives, where it gives others than before an upgrade.
     pub fn configure_if_changed(&mut self, limits: Limits) {
-        self.daemon
-            .clients_mut(Service::Lock)
-            .configure_if_changed(limits.max_clients);
-        self.daemon
-            .clients_mut(Service::Admin)
-            .configure_if_changed(limits.admin_max_clients);
+        let Limits {
+            max_clients,
+            admin_max_clients,
+        } = limits;
+        for (service, limit) in [
+            (Service::Lock, max_clients),
+            (Service::Admin, admin_max_clients),
+        ] {
+            self.daemon.clients_mut(service).configure_if_changed(limit);
+            self.daemon.note_server(service);
+        }
     }
 
     /// Adds a listening socket.

@@ -11,13 +11,13 @@ use std::path::PathBuf;
 use mio::Interest;
 use mio::unix::SourceFd;
 
+use super::connection::{Connection, Phase};
 use super::daemon::{Daemon, State};
 use super::deadlines::Deadline;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::{notify, process};
 use crate::restart::handover::{self, Check, CommandLine, HANDOVER_VARIABLE, Successor};
-use crate::restart::ledger::Ledger;
 use crate::restart::libvirt_json;
 
 /// How long a successor may take to show that it can take over, milliseconds.
@@ -69,13 +69,11 @@ impl Daemon {
         let Some(command_line) = &self.upgrade.command_line else {
             return;
         };
-        // What the successor is to read must be true.
-        let begun = match Ledger::of(&self.state()) {
-            Ok(ledger) => Check::begin(command_line, ledger.descriptor()),
-            Err(reason) => Err(format!(
-                "the state cannot be written: {}",
-                crate::host::errno::text(reason)
-            )),
+        let command_line = command_line.clone();
+        // Short and true: it is what the successor reads now, and what it will go on from.
+        let begun = match self.renew_ledger() {
+            Ok(()) => Check::begin(&command_line, self.ledger.descriptor()),
+            Err(reason) => Err(cannot_write(reason)),
         };
         let check = match begun {
             Ok(check) => check,
@@ -204,34 +202,26 @@ impl Daemon {
     }
 
     fn hand_over(&mut self) {
-        let state = self.state();
-        let mut ledger = match Ledger::of(&state) {
-            Ok(ledger) => ledger,
-            Err(reason) => {
-                let reason = crate::host::errno::text(reason);
-                return self.upgrade_failed(&format!("the state cannot be written: {reason}"));
-            }
-        };
-        ledger.close();
-        let mut kept = state.descriptors();
-        kept.push(ledger.descriptor().as_raw_fd());
-        let value = format!("{}:{}", ledger.descriptor().as_raw_fd(), std::process::id());
+        if let Err(reason) = self.complete_ledger() {
+            return self.upgrade_failed(&cannot_write(reason));
+        }
+        self.ledger.close();
+        let kept = self.kept_descriptors();
+        let number = self.ledger.descriptor().as_raw_fd();
+        let value = format!("{number}:{}", std::process::id());
         self.replace(Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
+        // Still here: the ledger goes on from what is now.
+        self.replace_ledger();
     }
 
     fn hand_over_to_libvirt(&mut self) {
-        let mut state = self.state();
-        // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
-        state.process.pid_file = None;
-        let is_busy = !state.fences.is_empty()
-            || state
-                .clients
-                .iter()
-                .any(|client| !client.refused && !client.traffic.is_empty());
-        if is_busy {
+        if !self.is_quiet() {
             // Tried again after the next turn, until the time for it is over.
             return;
         }
+        let mut state = self.state();
+        // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
+        state.process.pid_file = None;
         if let Some(reason) = self.gone_client() {
             return self.upgrade_failed(&reason);
         }
@@ -245,6 +235,22 @@ impl Daemon {
         state.clients.retain(|client| !client.refused);
         self.replace(Successor::Libvirt, &state.descriptors(), &[]);
         let _ = std::fs::remove_file(&self.upgrade.document);
+    }
+
+    /// Whether libvirt's daemon could go on from here: it knows of no message that is on its way
+    /// and of no owner that is being fenced.
+    fn is_quiet(&self) -> bool {
+        let quiet = |connection: &Connection| {
+            matches!(connection.phase, Phase::Refused(_))
+                || connection.phase == Phase::Served
+                    && connection.conversation.is_empty()
+                    && connection.unsent().is_empty()
+        };
+        self.fences.is_empty()
+            && self
+                .connections
+                .iter()
+                .all(|(_, connection)| quiet(connection))
     }
 
     /// The C daemon dies of a client whose process is gone while its connection lives on.
@@ -285,6 +291,13 @@ impl Daemon {
         notify::ready();
         self.upgrade_failed(&reason);
     }
+}
+
+fn cannot_write(reason: nix::errno::Errno) -> String {
+    format!(
+        "the state cannot be written: {}",
+        crate::host::errno::text(reason)
+    )
 }
 
 fn write_document(path: &std::path::Path, document: &[u8]) -> std::io::Result<()> {
