@@ -15,7 +15,7 @@ use support::client::{
 };
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, program};
 use support::namespace::Namespace;
-use support::owner::{OnTerm, Owner};
+use support::owner::{OnTerm, Owner, process_state, rival, runs};
 use support::{DEADLINE, TempDir, lock_probe, wait_for, wait_until};
 
 /// What an owner has between SIGTERM and SIGKILL.
@@ -155,33 +155,6 @@ fn take(disk: &Path) -> Call {
 
 fn wait_until_free(disk: &Path) {
     wait_until(DEADLINE, "the end of a lock", || lock_probe(disk).is_none());
-}
-
-/// The state letter of a process in `/proc`; `None` when it is gone.
-fn process_state(pid: i32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
-}
-
-/// Whether a process may still do something. A zombie cannot.
-fn runs(pid: i32) -> bool {
-    !matches!(process_state(pid), None | Some('Z' | 'X'))
-}
-
-/// Tries to get an exclusive lock on a disk until it does, as a program that waits for it would.
-/// The moment, and whether `owner` could still run then.
-fn rival(disk: &Path, owner: i32, give_up: &AtomicBool) -> Option<(Instant, bool)> {
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(disk)
-        .expect("open the disk");
-    while !give_up.load(Ordering::Relaxed) {
-        if support::try_lock(&file) {
-            return Some((Instant::now(), runs(owner)));
-        }
-    }
-    None
 }
 
 #[test]

@@ -11,6 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 const SOCKET_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_SOCKET";
 const MARK: &str = "answer> ";
@@ -171,6 +173,33 @@ impl Drop for Owner {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The state letter of a process in `/proc`; `None` when it is gone.
+pub fn process_state(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// Whether a process may still do something. A zombie cannot.
+pub fn runs(pid: i32) -> bool {
+    !matches!(process_state(pid), None | Some('Z' | 'X'))
+}
+
+/// Tries to get an exclusive lock on a disk until it does, as a program that waits for it would.
+/// The moment, and whether `owner` could still run then.
+pub fn rival(disk: &Path, owner: i32, give_up: &AtomicBool) -> Option<(Instant, bool)> {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(disk)
+        .expect("open the disk");
+    while !give_up.load(Ordering::Relaxed) {
+        if super::try_lock(&file) {
+            return Some((Instant::now(), runs(owner)));
+        }
+    }
+    None
 }
 
 /// Not a test: what [`Owner`] runs in its process.
