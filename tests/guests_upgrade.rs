@@ -339,7 +339,13 @@ fn upgrades_under_load(rounds: usize, delayed: bool) {
             let (_, _, owner) = rivals.last_mut().expect("just pushed");
             owner.close_connection();
 
-            installed.upgrade(&mut lockd, &program());
+            installed.exchange(&program());
+            // Whoever sends several signals wants one upgrade and harms nothing.
+            let signals = if round % 3 == 2 && !delayed { 3 } else { 1 };
+            for _ in 0..signals {
+                lockd.signal(Signal::SIGUSR1);
+            }
+            installed.wait_until_run(&mut lockd);
             half.finish();
             assert!(is_locked(&half_disk));
             let mut client = lockd.client();
@@ -420,7 +426,23 @@ fn there_and_back(delayed: bool) {
             let link = libvirt.files().join(format!("link{step}"));
             std::fs::hard_link(&disks[0], &link).expect("link a disk");
 
+            // An owner that is being fenced is fenced, whoever goes on after that.
+            let name = format!("leaver{step}");
+            let left = libvirt.disk(&name);
+            let mut owner = Owner::register(lockd.lock_socket(), &name, OnTerm::Ignore);
+            owner.call(&acquire("", text(&left), 0)).expect_ok();
+            let fences = step > 0;
+            if fences {
+                owner.close_connection();
+            }
+
             installed.upgrade(&mut lockd, program);
+            if fences {
+                assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+            } else {
+                owner.kill();
+            }
+            wait_until_free(std::slice::from_ref(&left));
             assert!(disks.iter().all(|disk| is_locked(disk)));
             for disk in &disks[..2] {
                 let second = Guest::new("second").disk(disk);

@@ -98,6 +98,14 @@ impl Owner {
         assert_eq!(self.answer(), "connected", "a second connection");
     }
 
+    /// Starts a process that has the connection open as well, for as long as it lives; its pid.
+    pub fn lend_connection(&mut self) -> i32 {
+        self.order("lend");
+        let answer = self.answer();
+        let pid = answer.strip_prefix("lent to ").expect("a pid");
+        pid.parse().expect("a pid is a number")
+    }
+
     /// Closes the connection. The process lives on, unless the daemon kills it for that.
     pub fn close_connection(&mut self) {
         self.order("close");
@@ -203,6 +211,8 @@ pub fn rival(disk: &Path, owner: i32, give_up: &AtomicBool) -> Option<(Instant, 
 }
 
 /// Not a test: what [`Owner`] runs in its process.
+// What a connection is lent to outlives this process, which never waits for it.
+#[allow(clippy::zombie_processes)]
 #[test]
 #[ignore = "a helper process that tests start themselves"]
 fn the_owner_process() {
@@ -224,6 +234,15 @@ fn the_owner_process() {
         if line == "close" {
             stream = None;
             answer("closed");
+        } else if line == "lend" {
+            let stream = stream.as_ref().expect("the connection is open");
+            let copy = stream.try_clone().expect("copy the descriptor");
+            let borrower = Command::new("cat")
+                .stdin(Stdio::from(std::os::fd::OwnedFd::from(copy)))
+                .stdout(Stdio::null())
+                .spawn()
+                .expect("start cat on the connection");
+            answer(&format!("lent to {}", borrower.id()));
         } else if line == "connect" {
             earlier.extend(stream.replace(connect()));
             answer("connected");
