@@ -15,7 +15,7 @@ use support::client::{
 };
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, program};
 use support::namespace::Namespace;
-use support::owner::{OnTerm, Owner};
+use support::owner::{OnTerm, Owner, process_state, rival, runs};
 use support::{DEADLINE, TempDir, lock_probe, wait_for, wait_until};
 
 /// What an owner has between SIGTERM and SIGKILL.
@@ -155,33 +155,6 @@ fn take(disk: &Path) -> Call {
 
 fn wait_until_free(disk: &Path) {
     wait_until(DEADLINE, "the end of a lock", || lock_probe(disk).is_none());
-}
-
-/// The state letter of a process in `/proc`; `None` when it is gone.
-fn process_state(pid: i32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
-}
-
-/// Whether a process may still do something. A zombie cannot.
-fn runs(pid: i32) -> bool {
-    !matches!(process_state(pid), None | Some('Z' | 'X'))
-}
-
-/// Tries to get an exclusive lock on a disk until it does, as a program that waits for it would.
-/// The moment, and whether `owner` could still run then.
-fn rival(disk: &Path, owner: i32, give_up: &AtomicBool) -> Option<(Instant, bool)> {
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(disk)
-        .expect("open the disk");
-    while !give_up.load(Ordering::Relaxed) {
-        if support::try_lock(&file) {
-            return Some((Instant::now(), runs(owner)));
-        }
-    }
-    None
 }
 
 #[test]
@@ -398,6 +371,74 @@ fn owners_are_ended_on_kernels_that_do_not_name_the_process_of_a_peer() {
     let opened = format!("pidfd_open({}", owner.pid());
     let trace = scene.trace();
     assert!(trace.contains(&opened), "not the way meant:\n{trace}");
+}
+
+/// Starts an owner that gets the pid of one that is gone. Other processes of the machine are in
+/// the way at times; `None`, with a skip, where numbers cannot be chosen.
+fn owner_with_pid(scene: &Scene, pid: i32) -> Option<Owner> {
+    let before = (pid - 1).to_string();
+    wait_for(DEADLINE, "a process to get that pid", || {
+        if let Err(error) = std::fs::write("/proc/sys/kernel/ns_last_pid", &before) {
+            support::skip(&format!("cannot choose the pid of a process: {error}"));
+            return Some(None);
+        }
+        let owner = Owner::connect(scene.daemon.lock_socket(), OnTerm::Die);
+        (owner.pid() == pid).then_some(Some(owner))
+    })
+}
+
+/// An owner is dead, somebody else keeps its connection open, and its number belongs to another
+/// process when that connection ends at last.
+fn number_is_used_again(scene: &Scene) {
+    for is_owner_again in [false, true] {
+        let (mut first, disk) = scene.owner_with_disk("first", OnTerm::Die);
+        let (pid, borrower) = (first.pid(), first.lend_connection());
+        first.kill();
+        first.wait_end();
+        let Some(mut second) = owner_with_pid(scene, pid) else {
+            return;
+        };
+        let own = scene.disk("second");
+        if is_owner_again {
+            second.call(&register_as("second", pid)).expect_ok();
+            second.call(&take(&own)).expect_ok();
+        }
+        assert!(lock_probe(&disk).is_some(), "its connection is still there");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(borrower), Signal::SIGKILL)
+            .expect("end the process that has the connection");
+        if is_owner_again {
+            wait_until(DEADLINE, "the end to be handled", || {
+                scene.logged(&["a later one of the same number"]) > 0
+            });
+            std::thread::sleep(A_WHILE);
+            assert!(lock_probe(&own).is_some(), "of one that lives");
+            assert!(second.is_alive());
+            // Whose the first lock is cannot be said any more: it goes with the second owner.
+            second.close_connection();
+            assert_eq!(second.wait_signal(), Some(Signal::SIGTERM as i32));
+            wait_until_free(&own);
+        } else {
+            wait_until_free(&disk);
+            std::thread::sleep(A_WHILE);
+            assert!(second.is_alive(), "it has nothing to do with it");
+        }
+        wait_until_free(&disk);
+    }
+}
+
+#[test]
+fn a_process_that_got_the_number_of_a_dead_owner_is_let_alone() {
+    if let Some(scene) = Scene::new() {
+        number_is_used_again(&scene);
+    }
+}
+
+#[test]
+fn a_process_that_got_the_number_of_a_dead_owner_is_let_alone_on_older_kernels_too() {
+    let injection = "inject=getsockopt:error=ENOPROTOOPT:when=1";
+    if let Some(scene) = Scene::with_calls_that_fail(injection, "getsockopt") {
+        number_is_used_again(&scene);
+    }
 }
 
 #[test]

@@ -399,7 +399,18 @@ impl Daemon {
         }
         match self.process_of(connection) {
             Ok(process) if !process.is_dead() => self.fence(pid, process),
-            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free(pid),
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => {
+                if self.has_successor(pid) {
+                    tracing::warn!(
+                        target: "locking.lock_daemon",
+                        "A process with pid {pid} is dead and a later one of the same number holds \
+                         locks, too: whatever either holds is kept until {} ends",
+                        self.owner_text(pid)
+                    );
+                } else {
+                    self.free(pid);
+                }
+            }
             Err(errno) => tracing::error!(
                 target: "locking.lock_daemon",
                 "{} closed its connection but cannot be fenced, because its process cannot be \
@@ -407,6 +418,21 @@ impl Daemon {
                 self.owner_text(pid), crate::host::errno::text(errno)
             ),
         }
+    }
+
+    /// Whether the number of a dead owner belongs to another one by now. Somebody else may have kept
+    /// the connection of the dead one open for long.
+    fn has_successor(&self, pid: Pid) -> bool {
+        let number_is_free = match Process::open_any(pid) {
+            Ok(process) => process.is_dead(),
+            Err(errno) => errno == Errno::ESRCH,
+        };
+        // All connections are looked through only in the rare other case.
+        !number_is_free
+            && self.connections.iter().any(|(_, connection)| {
+                let owner = connection.session.owner();
+                connection.peer.pid == pid && owner.is_some_and(|owner| owner.pid == pid)
+            })
     }
 
     /// The process that made a connection. ESRCH or EINVAL if it has been reaped.

@@ -180,6 +180,12 @@ impl Libvirt {
         self.lockd.as_mut().expect("a session starts its daemon")
     }
 
+    /// The lock daemon, for a test that looks after it while others use libvirt. It has to be
+    /// dropped after the guests are gone, or it takes their locks with it.
+    pub fn take_lockd(&mut self) -> Daemon {
+        self.lockd.take().expect("a session starts its daemon")
+    }
+
     /// Ends the lock daemon and starts `program` in its place, knowing nothing of the past.
     pub fn replace_lockd(&mut self, program: &Path) {
         self.lockd().stop();

@@ -11,6 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 const SOCKET_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_SOCKET";
 const MARK: &str = "answer> ";
@@ -96,6 +98,14 @@ impl Owner {
         assert_eq!(self.answer(), "connected", "a second connection");
     }
 
+    /// Starts a process that has the connection open as well, for as long as it lives; its pid.
+    pub fn lend_connection(&mut self) -> i32 {
+        self.order("lend");
+        let answer = self.answer();
+        let pid = answer.strip_prefix("lent to ").expect("a pid");
+        pid.parse().expect("a pid is a number")
+    }
+
     /// Closes the connection. The process lives on, unless the daemon kills it for that.
     pub fn close_connection(&mut self) {
         self.order("close");
@@ -173,7 +183,36 @@ impl Drop for Owner {
     }
 }
 
+/// The state letter of a process in `/proc`; `None` when it is gone.
+pub fn process_state(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// Whether a process may still do something. A zombie cannot.
+pub fn runs(pid: i32) -> bool {
+    !matches!(process_state(pid), None | Some('Z' | 'X'))
+}
+
+/// Tries to get an exclusive lock on a disk until it does, as a program that waits for it would.
+/// The moment, and whether `owner` could still run then.
+pub fn rival(disk: &Path, owner: i32, give_up: &AtomicBool) -> Option<(Instant, bool)> {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(disk)
+        .expect("open the disk");
+    while !give_up.load(Ordering::Relaxed) {
+        if super::try_lock(&file) {
+            return Some((Instant::now(), runs(owner)));
+        }
+    }
+    None
+}
+
 /// Not a test: what [`Owner`] runs in its process.
+// What a connection is lent to outlives this process, which never waits for it.
+#[allow(clippy::zombie_processes)]
 #[test]
 #[ignore = "a helper process that tests start themselves"]
 fn the_owner_process() {
@@ -195,6 +234,15 @@ fn the_owner_process() {
         if line == "close" {
             stream = None;
             answer("closed");
+        } else if line == "lend" {
+            let stream = stream.as_ref().expect("the connection is open");
+            let copy = stream.try_clone().expect("copy the descriptor");
+            let borrower = Command::new("cat")
+                .stdin(Stdio::from(std::os::fd::OwnedFd::from(copy)))
+                .stdout(Stdio::null())
+                .spawn()
+                .expect("start cat on the connection");
+            answer(&format!("lent to {}", borrower.id()));
         } else if line == "connect" {
             earlier.extend(stream.replace(connect()));
             answer("connected");
