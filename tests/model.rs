@@ -76,7 +76,7 @@ fn owner(pid: Pid, id: u32) -> Owner {
     Owner {
         pid,
         id,
-        name: format!("guest-{pid}-{id}").into_bytes(),
+        name: format!("guest-{pid}-{id}").into_bytes().into(),
         uuid: [0; 16],
     }
 }
