@@ -56,7 +56,7 @@ const PLACES: [(&str, &str); 22] = [
     (TWO, "new"),
     (UNKNOWN, "x"),
 ];
-const PIDS: [Pid; 3] = [0, 100, 200];
+const PIDS: [Pid; 2] = [0, 100];
 
 type Key = (&'static str, &'static str);
 
@@ -75,15 +75,10 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Step> {
-    // Few names at a time meet more often than many: half of the choices fall on four of them.
+    // Steps that never meet show nothing: most of them fall on a few names and two owners.
     let key = prop_oneof![
-        (0..PLACES.len()).prop_map(|number| PLACES[number]),
-        prop::sample::select(vec![
-            (DEFAULT, "disk"),
-            (DEFAULT, "one/x"),
-            (ONE, "x"),
-            (ONE, "link")
-        ]),
+        1 => prop::sample::select(&PLACES[..]),
+        2 => prop::sample::select(vec![(DEFAULT, "disk"), (ONE, "x"), (ONE, "link")]),
     ];
     let key = key.boxed();
     let pid = prop::sample::select(&PIDS[..]).boxed();
@@ -157,7 +152,7 @@ fn owner(pid: Pid) -> Owner {
     Owner {
         pid,
         id: 1,
-        name: b"guest"[..].into(),
+        name: (*b"guest").into(),
         uuid: [0; 16],
     }
 }

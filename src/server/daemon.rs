@@ -371,6 +371,10 @@ impl Daemon {
             self.owner_left(pid, &connection);
         }
         let service = connection.service;
+        // After the fencing was written down, before the descriptor's number is free for another.
+        self.ledger.note(&Event::Gone {
+            descriptor: connection.socket.as_raw_fd(),
+        });
         drop(connection);
         self.reserve.refill();
         self.admit_waiting(service);
