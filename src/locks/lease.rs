@@ -231,6 +231,22 @@ impl Lease {
         };
     }
 
+    /// Gives the lock up and its descriptors away: the file has a POSIX lock under another name, and
+    /// none of them must be closed while that is held.
+    pub fn park(self) -> Vec<OwnedFd> {
+        match self.kind {
+            LockKind::OpenFile => {
+                // As in `end`: it stands in nobody's way for longer than it must.
+                let _ = file::lock_open_file(&self.descriptor, LockType::Unlock);
+                vec![self.descriptor]
+            }
+            LockKind::Process { mut parked } => {
+                parked.push(self.descriptor);
+                parked
+            }
+        }
+    }
+
     /// Whether nobody on another host or in another daemon shares the lock: then it can be made
     /// exclusive.
     fn is_last(&self, mode: Mode) -> bool {

@@ -97,6 +97,9 @@ impl Daemon {
 
     /// Writes the ledger anew if it has grown too long or lacks something.
     pub fn tend_ledger(&mut self) {
+        if self.keeper.take_has_parked() {
+            self.ledger.lose();
+        }
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
             return;
         }
