@@ -163,6 +163,7 @@ impl Start {
                 .listen(serving(listener, service))
                 .map_err(no_event_loop)?;
         }
+        reactor.daemon.renew_ledger();
         Ok(reactor)
     }
 

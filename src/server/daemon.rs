@@ -359,9 +359,8 @@ impl Daemon {
             return;
         };
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
-        let _ = self
-            .registry
-            .deregister(&mut SourceFd(&connection.socket.as_raw_fd()));
+        let descriptor = connection.socket.as_raw_fd();
+        let _ = self.registry.deregister(&mut SourceFd(&descriptor));
         self.clients_mut(connection.service)
             .by_id
             .remove(&connection.id);
@@ -371,6 +370,8 @@ impl Daemon {
             self.owner_left(pid, &connection);
         }
         let service = connection.service;
+        // Behind what becomes of its owner, and before anybody else can have its number.
+        self.ledger.note(&Event::Gone { descriptor });
         drop(connection);
         self.reserve.refill();
         self.admit_waiting(service);
@@ -518,6 +519,7 @@ impl Daemon {
         }
         self.deadlines
             .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+        self.note_fence(pid);
     }
 
     fn still_alive(&mut self, pid: Pid) {
