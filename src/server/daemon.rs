@@ -542,6 +542,15 @@ impl Daemon {
 
     /// A fenced owner is dead: its locks go.
     pub fn fenced(&mut self, pid: Pid) {
+        // Its death may have been noticed twice, and a later process of the same number may be
+        // being fenced by now.
+        if self
+            .fences
+            .of(pid)
+            .is_some_and(|fence| !fence.process.is_dead())
+        {
+            return;
+        }
         let Some(fence) = self.fences.remove(pid) else {
             return;
         };
