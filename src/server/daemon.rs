@@ -69,6 +69,8 @@ pub struct Daemon {
     pub ledger: Ledger,
     /// Owners that are to die.
     pub fences: Fences,
+    /// Owners that ought to be fenced and cannot be reached.
+    unreachable: BTreeSet<Pid>,
     /// What happens when.
     pub deadlines: Deadlines,
     /// Clients that there is no room for.
@@ -115,6 +117,7 @@ impl Daemon {
             keeper: Keeper::new(),
             ledger,
             fences: Fences::default(),
+            unreachable: BTreeSet::new(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
             reserve,
@@ -401,12 +404,15 @@ impl Daemon {
         match self.process_of(connection) {
             Ok(process) if !process.is_dead() => self.fence(pid, process),
             Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free(pid),
-            Err(errno) => tracing::error!(
-                target: "locking.lock_daemon",
-                "{} closed its connection but cannot be fenced, because its process cannot be \
-                 reached: {}. Its locks stay until the daemon ends: stop the process by hand",
-                self.owner_text(pid), crate::host::errno::text(errno)
-            ),
+            Err(errno) => {
+                self.unreachable.insert(pid);
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{} closed its connection but cannot be fenced, because its process cannot be \
+                     reached: {}. Its locks stay until the daemon ends: stop the process by hand",
+                    self.owner_text(pid), crate::host::errno::text(errno)
+                );
+            }
         }
     }
 
@@ -566,6 +572,7 @@ impl Daemon {
     /// Frees the locks of an owner that is dead.
     fn free(&mut self, pid: Pid) {
         let text = self.owner_text(pid);
+        self.unreachable.remove(&pid);
         let count = self.keeper.end_owner(pid);
         self.ledger.note(&Event::OwnerEnded { pid });
         tracing::info!(
@@ -657,7 +664,15 @@ impl Daemon {
                 .map(|owner| owner.pid)
                 .collect();
             for pid in pids {
-                self.keeper.end_owner(pid);
+                if self.unreachable.contains(&pid) {
+                    tracing::error!(
+                        target: "locking.lock_daemon",
+                        "{} could not be fenced and loses its locks, perhaps while it lives",
+                        self.owner_text(pid)
+                    );
+                } else {
+                    self.keeper.end_owner(pid);
+                }
             }
             self.state = State::Ended;
         }
