@@ -26,6 +26,9 @@ const REFUSED_LIMIT: usize = 64;
 /// How long a refused client has to make the call that its refusal answers, milliseconds.
 const REFUSED_MS: u64 = 10_000;
 
+/// After connections that could not be accepted, how long until it is tried again, milliseconds.
+const ACCEPT_RETRY_MS: u64 = 1000;
+
 /// A socket that clients connect to.
 #[derive(Debug)]
 pub struct Listener {
@@ -94,20 +97,38 @@ impl Daemon {
                 }
                 Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
                     if !self.accept_to_refuse(number, service) {
-                        // Tried again when a connection has ended.
+                        // Tried again when a connection has ended, too.
+                        self.accept_later();
                         return false;
                     }
                 }
                 // The client is gone before it was let in, or was interrupted: the next one.
-                Err(_) => (),
+                Err(Errno::EINTR | Errno::ECONNABORTED) => (),
+                Err(errno) => {
+                    tracing::error!(
+                        target: "rpc.netsocket",
+                        "Clients of the {} server cannot be accepted: {}",
+                        service.name(), crate::host::errno::text(errno)
+                    );
+                    self.accept_later();
+                    return false;
+                }
             }
         }
         true
     }
 
+    /// What keeps connections from being accepted may pass without any event that says so.
+    fn accept_later(&mut self) {
+        if self.deadlines.get(Deadline::Accept).is_none() {
+            let again = Moment::now().plus_ms(ACCEPT_RETRY_MS);
+            self.deadlines.set(Deadline::Accept, again);
+        }
+    }
+
     /// No descriptor is left: one of the reserve is spent on telling the client so.
     fn accept_to_refuse(&mut self, number: usize, service: Service) -> bool {
-        if !self.reserve.give_up_one() {
+        if !self.reserve.give_up_one_to_refuse() {
             return false;
         }
         let Some(listener) = self.listeners.get_mut(number) else {

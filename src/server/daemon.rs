@@ -378,10 +378,8 @@ impl Daemon {
         drop(connection);
         self.reserve.refill();
         self.admit_waiting(service);
-        for number in 0..self.listeners.len() {
-            // One that could not accept for want of descriptors tries again.
-            self.enqueue_listener(number);
-        }
+        // One that could not accept for want of descriptors tries again.
+        self.enqueue_listeners();
     }
 
     /// The owner whose life this connection stood for: the one that made it itself, and holds
@@ -599,6 +597,7 @@ impl Daemon {
             Deadline::Kill(pid) => self.kill(pid),
             Deadline::StillAlive(pid) => self.still_alive(pid),
             Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
                 tracing::info!(
                     target: "rpc.netdaemon",
@@ -694,9 +693,9 @@ impl Daemon {
         }
     }
 
-    /// Puts a listening socket in the list of things to do, if it may have a connection waiting.
-    pub fn enqueue_listener(&mut self, number: usize) {
-        if let Some(listener) = self.listeners.get_mut(number) {
+    /// Puts the listening sockets that may have a connection waiting in the list of things to do.
+    fn enqueue_listeners(&mut self) {
+        for listener in &mut self.listeners {
             listener.queued = listener.readable;
         }
     }
