@@ -53,6 +53,9 @@ pub struct Reserve {
 
 impl Reserve {
     const SIZE: usize = 16;
+    /// So many are not spent on refusing clients, who keep theirs for seconds: an owner that leaves
+    /// meanwhile must be fenced all the same, which takes one until its connection is cleared away.
+    const FOR_FENCES: usize = 2;
 
     /// Opens what is missing, as far as that is possible.
     pub fn refill(&mut self) {
@@ -67,6 +70,11 @@ impl Reserve {
     /// Closes one, if there is one.
     pub fn give_up_one(&mut self) -> bool {
         self.kept.pop().is_some()
+    }
+
+    /// Closes one to refuse a client, if there are more than fencing may need.
+    fn give_up_one_to_refuse(&mut self) -> bool {
+        self.kept.len() > Self::FOR_FENCES && self.give_up_one()
     }
 }
 
@@ -170,7 +178,7 @@ impl Daemon {
         let mut connection = Connection::new(socket, service, id, peer, phase);
         connection.connected_at = seconds_now();
         if !self.names_processes {
-            connection.start_time = process::start_time(peer.pid);
+            connection.start_time = self.start_time(peer.pid);
         }
         let place = self.connections.insert(connection);
         if let Err(error) = self.watch(place) {
@@ -187,6 +195,19 @@ impl Daemon {
             Phase::Refused(reason) => self.refuse(place, id, reason),
             _ => {
                 self.clients_mut(service).by_id.insert(id, place);
+            }
+        }
+    }
+
+    /// When the process of a client started, should it take one of the last descriptors to find out.
+    fn start_time(&mut self, pid: i32) -> Option<u64> {
+        loop {
+            match process::start_time(pid) {
+                Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
+                found => {
+                    self.reserve.refill();
+                    return found.ok();
+                }
             }
         }
     }
