@@ -2,7 +2,7 @@
 //! owners are fenced, the daemon ends. Each step here is short; what can be long is cut into
 //! pieces that wait in `ending` and `dead` for their turn.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsRawFd;
 
 use mio::Interest;
@@ -420,9 +420,12 @@ impl Daemon {
             let result = if self.names_processes {
                 stream::peer_process(&connection.socket)
             } else {
+                let pid = connection.peer.pid;
                 match connection.start_time {
-                    Some(start_time) => Process::open(connection.peer.pid, start_time),
-                    None => Err(Errno::ESRCH),
+                    Some(start_time) => Process::open(pid, start_time),
+                    // Never found out: nobody knows whether the one that has the number now is the
+                    // one that connected. Only that there is none is certain.
+                    None => Process::open_any(pid).and(Err(Errno::EPERM)),
                 }
             };
             match result {

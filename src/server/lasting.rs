@@ -308,7 +308,7 @@ impl Daemon {
         let mut connection = Connection::new(socket, client.server, client.id, peer, phase);
         connection.start_time = client.start_time;
         if !self.names_processes && connection.start_time.is_none() {
-            connection.start_time = process::start_time(peer.pid);
+            connection.start_time = process::start_time(peer.pid).ok();
         }
         connection.connected_at = client.connected_at;
         connection.has_called = client.has_called;

@@ -226,7 +226,7 @@ impl Daemon {
     /// The C daemon dies of a client whose process is gone while its connection lives on.
     fn gone_client(&self) -> Option<String> {
         self.connections.iter().find_map(|(_, connection)| {
-            process::start_time(connection.peer.pid).is_none().then(|| {
+            process::start_time(connection.peer.pid).is_err().then(|| {
                 format!(
                     "the process {} that made one of the connections is gone, which libvirt's \
                      daemon does not survive ({})",
