@@ -216,6 +216,8 @@ impl Daemon {
                 .map_err(|error| format!("its state document cannot be written: {error}"))
         });
         if let Err(reason) = written {
+            // Half a document would keep the next daemon from starting.
+            let _ = std::fs::remove_file(&self.upgrade.document);
             return self.upgrade_failed(&reason);
         }
         state.clients.retain(|client| !client.refused);
