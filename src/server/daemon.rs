@@ -602,6 +602,13 @@ impl Daemon {
             Deadline::Refused(place) => self.end_connection(place),
             Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
+                // Somebody may have come in the same moment.
+                for number in 0..self.listeners.len() {
+                    self.accept(number);
+                }
+                if !self.is_idle() {
+                    return;
+                }
                 tracing::info!(
                     target: "rpc.netdaemon",
                     "No client and no lock for {} s: the daemon ends", self.idle_timeout_s
