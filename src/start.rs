@@ -48,7 +48,16 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
     if let Some(predecessor) = takeover::take_ledger() {
         return takeover::resume(predecessor?, options, command_line);
     }
-    let start = Start::prepare(options, command_line)?;
+    let start = match Start::prepare(options.clone(), command_line.clone()) {
+        Ok(start) => start,
+        // Nobody asked this program beforehand whether it could take over: ending now would lose
+        // every lock of the host.
+        Err(failed) if takeover::is_awaited(&Paths::of_this_process()) => {
+            takeover::go_on_regardless(&failed);
+            Start::of_successor(options, command_line, Config::default())
+        }
+        Err(failed) => return Err(failed),
+    };
     if let Some(predecessor) = takeover::find_document(&start.paths)? {
         // What was activated for a process before an exec is part of its state.
         drop(activation);

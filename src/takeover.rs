@@ -112,6 +112,28 @@ pub fn find_document(paths: &Paths) -> Result<Option<Predecessor>, StartError> {
     }
 }
 
+/// Whether the C daemon left its state for this process.
+pub fn is_awaited(paths: &Paths) -> bool {
+    let document = read_document(&paths.restart_state);
+    document.is_ok_and(|document| {
+        document.is_some_and(|document| {
+            libvirt_json::read(&document, std::process::id(), |_| Vec::new()).is_ok()
+        })
+    })
+}
+
+/// Says what is wrong and will be, until it is put right and the daemon told (SIGHUP).
+pub fn go_on_regardless(failed: &Failed) {
+    let reason = match failed {
+        Failed::Error(error) => error.to_string(),
+        Failed::Log(error) => error.to_string(),
+    };
+    tracing::error!(
+        "The daemon takes over without its configuration, because of this: {reason}. Put it right \
+         and send SIGHUP"
+    );
+}
+
 fn read_document(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     let length = match std::fs::metadata(path) {
         Ok(found) => found.len(),
@@ -176,7 +198,10 @@ pub fn resume_started(predecessor: Predecessor, start: Start) -> Result<ExitCode
         Predecessor::Libvirt(state, document) => (state, document),
         Predecessor::Ours(..) => return Err(unusable("it is not libvirt's").into()),
     };
-    let pid_file = start.take_pid_file()?;
+    let pid_file = start.take_pid_file().unwrap_or_else(|error| {
+        tracing::error!("The daemon takes over without a pid file: {error}");
+        None
+    });
     state.process.idle_timeout_s = start.options.timeout_seconds;
     // A limit of the configuration that counts already is not news.
     state.lock_server.configured = start.config.max_clients;

@@ -15,7 +15,7 @@ use support::client::{
 };
 use support::daemon::{self, Daemon};
 use support::namespace::Namespace;
-use support::owner::from_hex;
+use support::owner::{OnTerm, Owner, from_hex};
 use support::random::Random;
 use support::{DEADLINE, wait_until};
 
@@ -659,6 +659,31 @@ fn a_client_for_whom_no_descriptor_is_left_is_told_so_and_the_others_are_served(
     for client in &mut served {
         client.ping();
     }
+}
+
+#[test]
+fn an_owner_that_leaves_is_fenced_although_refused_clients_took_every_descriptor() {
+    if !support::require_root() {
+        return;
+    }
+    let namespace = Namespace::sealed();
+    let disk = namespace.path("/run/disk");
+    std::fs::write(&disk, "data").expect("write a disk");
+    let program = daemon::program();
+    let program = program.to_str().expect("a path in UTF-8");
+    let limited = ["--nofile=64:64", program];
+    let daemon = Daemon::start_program(Path::new("prlimit"), &namespace, &limited, &[]);
+    let mut owner = Owner::register(daemon.lock_socket(), "guest", OnTerm::Die);
+    owner.call(&acquire("", "/run/disk", 0)).expect_ok();
+    // Each refused client that has not called yet keeps a descriptor.
+    let silent: Vec<Client> = (0..100).map(|_| daemon.client()).collect();
+    daemon.wait_until_asleep();
+    owner.close_connection();
+    assert_eq!(owner.wait_signal(), Some(libc::SIGTERM));
+    wait_until(DEADLINE, "its lock to be free", || {
+        support::lock_probe(&disk).is_none()
+    });
+    drop(silent);
 }
 
 /// A client whose REGISTER is granted, after those that are leaving have left.

@@ -20,14 +20,16 @@ impl Process {
     }
 
     /// The process that has the number `pid` now, unless it started at another time than
-    /// `start_time` (see [`start_time`]): then the one meant is gone, as it is with ESRCH.
+    /// `start_time_then` (see [`start_time`]): then the one meant is gone, as it is with ESRCH. Any
+    /// other error says nothing about it.
     pub fn open(pid: i32, start_time_then: u64) -> Result<Process, Errno> {
         let process = Process::open_any(pid)?;
         // Read after the pidfd is open: if the number had been taken over before, this shows it,
         // and afterwards the pidfd cannot change its meaning.
-        match start_time(pid) {
-            Some(now) if now == start_time_then => Ok(process),
-            _ => Err(Errno::ESRCH),
+        if start_time(pid)? == start_time_then {
+            Ok(process)
+        } else {
+            Err(Errno::ESRCH)
         }
     }
 
@@ -70,10 +72,15 @@ impl Process {
 }
 
 /// When a process started, in clock ticks since boot (`/proc/PID/stat`, field 22; proc(5)).
-/// `None` if there is no such process or it cannot be seen.
-pub fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parse_start_time(&stat)
+/// ESRCH if there is no such process; another error, which says nothing about the process, if its
+/// file cannot be read.
+pub fn start_time(pid: i32) -> Result<u64, Errno> {
+    let stat = match std::fs::read(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(Errno::ESRCH),
+        Err(error) => return Err(super::errno::of(&error)),
+    };
+    parse_start_time(&stat).ok_or(Errno::EIO)
 }
 
 fn parse_start_time(stat: &[u8]) -> Option<u64> {
@@ -115,6 +122,13 @@ mod tests {
         let stat = b"7 (a) S 1 (b c) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
         assert_eq!(parse_start_time(stat), Some(4711));
         assert_eq!(parse_start_time(b"7 (cut"), None);
+    }
+
+    #[test]
+    fn only_a_missing_process_is_said_to_be_missing() {
+        // Greater than any process id can be (PID_MAX_LIMIT).
+        assert_eq!(start_time(i32::MAX), Err(Errno::ESRCH));
+        assert!(start_time(own_pid()).is_ok());
     }
 
     #[test]

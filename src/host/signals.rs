@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// The signals that the daemon acts on.
@@ -32,10 +32,45 @@ pub fn block() -> Result<(), Errno> {
     blocked().thread_block()
 }
 
+/// Signals of which a program that takes over must not die before it is ready for them.
+const HARMLESS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGXFSZ];
+
 /// Lets the daemon's signals through again: for a program that expects to get them, not to read
-/// them. Whoever unblocks them must be about to exec.
+/// them. Whoever unblocks them must be about to exec, and calls [`block_again`] if that fails.
+///
+/// One that is pending would end this process here, or the next program before it has a handler:
+/// those that ask for nothing but what is being done are ignored until that program says
+/// otherwise. EINTR if one is pending that asks the daemon to end: it must be read first.
 pub fn unblock() -> Result<(), Errno> {
+    handle(SigHandler::SigIgn)?;
+    let pending = pending()?;
+    let end = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+    if end.into_iter().any(|signal| pending.contains(signal)) {
+        return Err(Errno::EINTR);
+    }
     blocked().thread_unblock()
+}
+
+/// As it was before [`unblock`].
+pub fn block_again() -> Result<(), Errno> {
+    block()?;
+    handle(SigHandler::SigDfl)
+}
+
+fn handle(handler: SigHandler) -> Result<(), Errno> {
+    HARMLESS.into_iter().try_for_each(|which| {
+        // SAFETY: ignoring a signal and the default action run no code of this program.
+        unsafe { signal(which, handler) }.map(drop)
+    })
+}
+
+fn pending() -> Result<SigSet, Errno> {
+    let mut pending = std::mem::MaybeUninit::uninit();
+    // SAFETY: the pointer is to room for a signal set, which the call fills in if it succeeds.
+    let result = unsafe { libc::sigpending(pending.as_mut_ptr()) };
+    Errno::result(result)?;
+    // SAFETY: it succeeded, so this is a valid signal set.
+    Ok(unsafe { SigSet::from_sigset_t_unchecked(pending.assume_init()) })
 }
 
 /// Where blocked signals are read.

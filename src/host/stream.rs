@@ -119,15 +119,12 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, Er
     // `vector` at `buffer`, borrowed mutably for the call.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let bytes = usize::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
-    if message.msg_controllen == 0 {
-        return Ok(Received {
-            bytes,
-            descriptors: false,
-        });
-    }
+    // Those for which this process had no room, in its buffer or its table of open files, came too.
+    let dropped = message.msg_flags & libc::MSG_CTRUNC != 0;
+    let closed = message.msg_controllen > 0 && close_passed(&message);
     Ok(Received {
         bytes,
-        descriptors: close_passed(&message),
+        descriptors: closed || dropped,
     })
 }
 

@@ -2,6 +2,7 @@
 //! entered in the table. Nothing above this module opens, locks or removes a file.
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 
@@ -11,7 +12,7 @@ use super::place::{Place, Unreachable};
 use super::table::{
     Decision, Ended, Granted, Mode, NotReleased, Owner, Pid, Released, Resource, ResourceId, Table,
 };
-use crate::host::file;
+use crate::host::file::{self, FileIdentity};
 
 /// All lockspaces and all held resources.
 #[derive(Debug, Default)]
@@ -21,8 +22,8 @@ pub struct Keeper {
     /// How many leases are POSIX locks: while there are any, files are looked at before they are
     /// opened.
     process_locks: usize,
-    /// A descriptor was parked: the ledger has no event for that and must be written anew.
-    parked: bool,
+    /// Descriptors were parked, of which the ledger does not know yet.
+    has_parked: bool,
 }
 
 /// What an acquire did.
@@ -183,11 +184,6 @@ impl Keeper {
         count
     }
 
-    /// Whether a descriptor was parked since this was last asked.
-    pub fn take_parked(&mut self) -> bool {
-        std::mem::take(&mut self.parked)
-    }
-
     /// Enters a resource that an earlier image of this process locked.
     pub fn adopt(&mut self, adopted: Granted<'_, Lease>, holders: &[(Owner, u32)]) {
         let Some((first, rest)) = holders.split_first() else {
@@ -207,22 +203,16 @@ impl Keeper {
     }
 
     fn end(&mut self, ended: Ended<Lease>) {
-        let Ended {
-            mut resource,
-            same_file,
-        } = ended;
-        if let LockKind::Process { parked } = &mut resource.lease.kind {
+        let Ended { resource, .. } = ended;
+        if matches!(resource.lease.kind, LockKind::Process { .. }) {
             self.process_locks = self.process_locks.saturating_sub(1);
-            // The same file is held under another name: that name's lock would go with ours.
-            if let Some(LockKind::Process { parked: theirs }) = same_file
-                .and_then(|id| self.table.get_mut(id))
-                .map(|held| &mut held.lease.kind)
-            {
-                theirs.append(parked);
-                theirs.push(resource.lease.descriptor);
-                self.parked = true;
-                return;
-            }
+        }
+        // The same file is held under another name with a POSIX lock, which would go with ours, and
+        // with any descriptor of the file that we close.
+        if let Some(theirs) = self.process_lock_on(resource.identity) {
+            theirs.extend(resource.lease.park());
+            self.has_parked = true;
+            return;
         }
         let (at_end, identity) = (at_end(&resource), resource.identity);
         let (lease, name) = resource.into_lease();
@@ -231,6 +221,27 @@ impl Keeper {
             name: name.name(),
         };
         lease.end(place, identity, at_end);
+    }
+
+    /// The parked descriptors of a held resource that is this file and has a POSIX lock.
+    fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<OwnedFd>> {
+        if self.process_locks == 0 {
+            return None;
+        }
+        let is_process = |id: &ResourceId| {
+            let held = self.table.get(*id);
+            held.is_some_and(|held| matches!(held.lease.kind, LockKind::Process { .. }))
+        };
+        let id = self.table.same_file(identity).find(is_process)?;
+        match &mut self.table.get_mut(id)?.lease.kind {
+            LockKind::Process { parked } => Some(parked),
+            LockKind::OpenFile => None,
+        }
+    }
+
+    /// Whether descriptors were parked since this was asked last.
+    pub fn take_has_parked(&mut self) -> bool {
+        std::mem::take(&mut self.has_parked)
     }
 
     /// Makes the file of a resource, if it is missing. A file that is there is not even opened: it
@@ -291,5 +302,67 @@ fn at_end(resource: &Resource<Lease>) -> AtEnd {
         AtEnd::Remove(resource.mode)
     } else {
         AtEnd::Keep
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::file::{Conflict, LockType, Start};
+
+    fn owner(pid: Pid) -> Owner {
+        Owner {
+            pid,
+            id: 1,
+            name: (*b"guest").into(),
+            uuid: [0; 16],
+        }
+    }
+
+    // What two exchanges with the C daemon can leave behind: it shares a file that we hold, under
+    // another name, with a lock of its own kind.
+    #[test]
+    fn no_descriptor_of_a_file_is_closed_while_another_name_holds_it_with_a_posix_lock() {
+        let path = std::env::temp_dir().join(format!("virtlockd-keeper-{}", std::process::id()));
+        std::fs::write(&path, "").unwrap();
+        let open = || {
+            use std::os::unix::ffi::OsStrExt;
+            file::open_existing(Start::Anywhere, path.as_os_str().as_bytes()).unwrap()
+        };
+        let (first, second, outside) = (open(), open(), open());
+        let identity = file::identity(&first).unwrap();
+        file::lock_process(&first, LockType::Read).unwrap();
+        file::lock_open_file(&second, LockType::Read).unwrap();
+        let mut keeper = Keeper::new();
+        let process = LockKind::Process { parked: Vec::new() };
+        for (name, descriptor, kind) in [
+            (&b"first"[..], first, process),
+            (b"second", second, LockKind::OpenFile),
+        ] {
+            let lease = Lease {
+                descriptor,
+                kind,
+                created: false,
+            };
+            let granted = Granted {
+                lockspace: b"",
+                name,
+                identity,
+                mode: Mode::Shared,
+                autocreate: false,
+                lease,
+            };
+            keeper.adopt(granted, &[(owner(7), 1)]);
+        }
+        let second = Place {
+            lockspace: b"",
+            name: b"second",
+        };
+        keeper.release(second, 7).unwrap();
+        let own_pid = i32::try_from(std::process::id()).unwrap();
+        let seen = file::conflict(&outside, LockType::Write).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(seen, Conflict::Process(own_pid));
+        assert!(keeper.take_has_parked());
     }
 }

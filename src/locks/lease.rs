@@ -124,22 +124,7 @@ impl Acquisition<'_> {
 
     fn open(&self, held: impl Fn(FileIdentity) -> bool) -> Result<(OwnedFd, bool), Refused> {
         if self.care == Care::LookFirst {
-            match self.place.reach(file::handle) {
-                Ok(handle) => {
-                    let identity = file::identity(&handle).map_err(Refused::Open)?;
-                    if held(identity) {
-                        return Err(Refused::Held(identity));
-                    }
-                    return file::open_handle(&handle)
-                        .map(|descriptor| (descriptor, false))
-                        .map_err(Refused::Open);
-                }
-                // Missing: nobody can hold it, and what is made below is new.
-                Err(Unreachable::System(Errno::ENOENT)) if self.autocreate => {
-                    return Ok((self.place.reach(file::create)?, true));
-                }
-                Err(reason) => return Err(reason.into()),
-            }
+            return self.look_and_open(held);
         }
         if !self.autocreate {
             return Ok((self.place.reach(file::open_existing)?, false));
@@ -159,6 +144,36 @@ impl Acquisition<'_> {
             },
             result => Ok((result?, false)),
         }
+    }
+
+    /// Opens a file only if it is known not to be held.
+    fn look_and_open(
+        &self,
+        held: impl Fn(FileIdentity) -> bool,
+    ) -> Result<(OwnedFd, bool), Refused> {
+        for _ in 0..ROUNDS {
+            match self.place.reach(file::handle) {
+                Ok(handle) => {
+                    let identity = file::identity(&handle).map_err(Refused::Open)?;
+                    if held(identity) {
+                        return Err(Refused::Held(identity));
+                    }
+                    return file::open_handle(&handle)
+                        .map(|descriptor| (descriptor, false))
+                        .map_err(Refused::Open);
+                }
+                Err(Unreachable::System(Errno::ENOENT)) if self.autocreate => (),
+                Err(reason) => return Err(reason.into()),
+            }
+            // Missing: nobody can hold it, and what is made here is new.
+            match self.place.reach(file::create) {
+                // Made by somebody else just now: looked at like any other.
+                Err(Unreachable::System(Errno::EEXIST)) => (),
+                made => return Ok((made?, true)),
+            }
+        }
+        // A symbolic link that leads to nothing.
+        Err(Refused::Open(Errno::EEXIST))
     }
 }
 
@@ -229,6 +244,22 @@ impl Lease {
             LockKind::OpenFile => file::lock_open_file(&self.descriptor, LockType::Unlock),
             LockKind::Process { .. } => file::lock_process(&self.descriptor, LockType::Unlock),
         };
+    }
+
+    /// Gives the lock up and its descriptors away: the file has a POSIX lock under another name, and
+    /// none of them must be closed while that is held.
+    pub fn park(self) -> Vec<OwnedFd> {
+        match self.kind {
+            LockKind::OpenFile => {
+                // As in `end`: it stands in nobody's way for longer than it must.
+                let _ = file::lock_open_file(&self.descriptor, LockType::Unlock);
+                vec![self.descriptor]
+            }
+            LockKind::Process { mut parked } => {
+                parked.push(self.descriptor);
+                parked
+            }
+        }
     }
 
     /// Whether nobody on another host or in another daemon shares the lock: then it can be made

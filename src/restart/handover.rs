@@ -266,10 +266,13 @@ fn execute(
     if successor == Successor::Libvirt
         && let Err(reason) = signals::unblock()
     {
+        let _ = signals::block_again();
         return format!("signals cannot be unblocked: {}", errno::text(reason));
     }
     let Err(reason) = nix::unistd::execve(program, words, environment);
-    let _ = signals::block();
+    if successor == Successor::Libvirt {
+        let _ = signals::block_again();
+    }
     format!(
         "{} cannot be executed: {}",
         program.to_string_lossy(),

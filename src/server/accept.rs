@@ -26,6 +26,9 @@ const REFUSED_LIMIT: usize = 64;
 /// How long a refused client has to make the call that its refusal answers, milliseconds.
 const REFUSED_MS: u64 = 10_000;
 
+/// After connections that could not be accepted, how long until it is tried again, milliseconds.
+const ACCEPT_RETRY_MS: u64 = 1000;
+
 /// A socket that clients connect to.
 #[derive(Debug)]
 pub struct Listener {
@@ -102,15 +105,33 @@ impl Daemon {
                 }
                 Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
                     if !self.accept_to_refuse(number, service) {
-                        // Tried again when a connection has ended.
+                        // Tried again when a connection has ended, too.
+                        self.accept_later();
                         return false;
                     }
                 }
                 // The client is gone before it was let in, or was interrupted: the next one.
-                Err(_) => (),
+                Err(Errno::EINTR | Errno::ECONNABORTED) => (),
+                Err(errno) => {
+                    tracing::error!(
+                        target: "rpc.netsocket",
+                        "Clients of the {} server cannot be accepted: {}",
+                        service.name(), crate::host::errno::text(errno)
+                    );
+                    self.accept_later();
+                    return false;
+                }
             }
         }
         true
+    }
+
+    /// What keeps connections from being accepted may pass without any event that says so.
+    fn accept_later(&mut self) {
+        if self.deadlines.get(Deadline::Accept).is_none() {
+            let again = Moment::now().plus_ms(ACCEPT_RETRY_MS);
+            self.deadlines.set(Deadline::Accept, again);
+        }
     }
 
     /// No descriptor is left: one of the reserve is spent on telling the client so.
@@ -157,7 +178,7 @@ impl Daemon {
         let mut connection = Connection::new(socket, service, id, peer, phase);
         connection.connected_at = seconds_now();
         if !self.names_processes {
-            connection.start_time = process::start_time(peer.pid);
+            connection.start_time = self.start_time(peer.pid);
         }
         let place = self.connections.insert(connection);
         if let Err(error) = self.watch(place) {
@@ -174,6 +195,19 @@ impl Daemon {
             Phase::Refused(reason) => self.refuse(place, id, reason),
             _ => {
                 self.clients_mut(service).by_id.insert(id, place);
+            }
+        }
+    }
+
+    /// When the process of a client started, should it take one of the last descriptors to find out.
+    fn start_time(&mut self, pid: i32) -> Option<u64> {
+        loop {
+            match process::start_time(pid) {
+                Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
+                found => {
+                    self.reserve.refill();
+                    return found.ok();
+                }
             }
         }
     }

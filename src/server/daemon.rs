@@ -2,7 +2,7 @@
 //! owners are fenced, the daemon ends. Each step here is short; what can be long is cut into
 //! pieces that wait in `ending` and `dead` for their turn.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsRawFd;
 
 use mio::Interest;
@@ -69,6 +69,8 @@ pub struct Daemon {
     pub ledger: Ledger,
     /// Owners that are to die.
     pub fences: Fences,
+    /// Owners that ought to be fenced and cannot be reached.
+    unreachable: BTreeSet<Pid>,
     /// What happens when.
     pub deadlines: Deadlines,
     /// Clients that there is no room for.
@@ -115,6 +117,7 @@ impl Daemon {
             keeper: Keeper::new(),
             ledger,
             fences: Fences::default(),
+            unreachable: BTreeSet::new(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
             reserve,
@@ -359,9 +362,8 @@ impl Daemon {
             return;
         };
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
-        let _ = self
-            .registry
-            .deregister(&mut SourceFd(&connection.socket.as_raw_fd()));
+        let descriptor = connection.socket.as_raw_fd();
+        let _ = self.registry.deregister(&mut SourceFd(&descriptor));
         self.clients_mut(connection.service)
             .by_id
             .remove(&connection.id);
@@ -371,17 +373,13 @@ impl Daemon {
             self.owner_left(pid, &connection);
         }
         let service = connection.service;
-        // After the fencing was written down, before the descriptor's number is free for another.
-        self.ledger.note(&Event::Gone {
-            descriptor: connection.socket.as_raw_fd(),
-        });
+        // Behind what becomes of its owner, and before anybody else can have its number.
+        self.ledger.note(&Event::Gone { descriptor });
         drop(connection);
         self.reserve.refill();
         self.admit_waiting(service);
-        for number in 0..self.listeners.len() {
-            // One that could not accept for want of descriptors tries again.
-            self.enqueue_listener(number);
-        }
+        // One that could not accept for want of descriptors tries again.
+        self.enqueue_listeners();
     }
 
     /// The owner whose life this connection stood for: the one that made it itself, and holds
@@ -415,12 +413,15 @@ impl Daemon {
                     self.free(pid);
                 }
             }
-            Err(errno) => tracing::error!(
-                target: "locking.lock_daemon",
-                "{} closed its connection but cannot be fenced, because its process cannot be \
-                 reached: {}. Its locks stay until the daemon ends: stop the process by hand",
-                self.owner_text(pid), crate::host::errno::text(errno)
-            ),
+            Err(errno) => {
+                self.unreachable.insert(pid);
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{} closed its connection but cannot be fenced, because its process cannot be \
+                     reached: {}. Its locks stay until the daemon ends: stop the process by hand",
+                    self.owner_text(pid), crate::host::errno::text(errno)
+                );
+            }
         }
     }
 
@@ -445,9 +446,12 @@ impl Daemon {
             let result = if self.names_processes {
                 stream::peer_process(&connection.socket)
             } else {
+                let pid = connection.peer.pid;
                 match connection.start_time {
-                    Some(start_time) => Process::open(connection.peer.pid, start_time),
-                    None => Err(Errno::ESRCH),
+                    Some(start_time) => Process::open(pid, start_time),
+                    // Never found out: nobody knows whether the one that has the number now is the
+                    // one that connected. Only that there is none is certain.
+                    None => Process::open_any(pid).and(Err(Errno::EPERM)),
                 }
             };
             match result {
@@ -548,6 +552,7 @@ impl Daemon {
         }
         self.deadlines
             .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+        self.note_fence(pid);
     }
 
     fn still_alive(&mut self, pid: Pid) {
@@ -570,6 +575,15 @@ impl Daemon {
 
     /// A fenced owner is dead: its locks go.
     pub fn fenced(&mut self, pid: Pid) {
+        // Its death may have been noticed twice, and a later process of the same number may be
+        // being fenced by now.
+        if self
+            .fences
+            .of(pid)
+            .is_some_and(|fence| !fence.process.is_dead())
+        {
+            return;
+        }
         let Some(fence) = self.fences.remove(pid) else {
             return;
         };
@@ -585,6 +599,7 @@ impl Daemon {
     /// Frees the locks of an owner that is dead.
     fn free(&mut self, pid: Pid) {
         let text = self.owner_text(pid);
+        self.unreachable.remove(&pid);
         let count = self.keeper.end_owner(pid);
         self.ledger.note(&Event::OwnerEnded { pid });
         tracing::info!(
@@ -611,7 +626,15 @@ impl Daemon {
             Deadline::Kill(pid) => self.kill(pid),
             Deadline::StillAlive(pid) => self.still_alive(pid),
             Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
+                // Somebody may have come in the same moment.
+                for number in 0..self.listeners.len() {
+                    self.accept(number);
+                }
+                if !self.is_idle() {
+                    return;
+                }
                 tracing::info!(
                     target: "rpc.netdaemon",
                     "No client and no lock for {} s: the daemon ends", self.idle_timeout_s
@@ -675,6 +698,8 @@ impl Daemon {
         }
     }
 
+    /// Frees what is left. What was made for an owner that may live on stays: it is all that tells
+    /// another daemon's owners of it.
     fn end_all_owners(&mut self) {
         let pids: Vec<Pid> = self
             .keeper
@@ -683,7 +708,15 @@ impl Daemon {
             .map(|owner| owner.pid)
             .collect();
         for pid in pids {
-            self.keeper.end_owner(pid);
+            if self.unreachable.contains(&pid) {
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{} could not be fenced and loses its locks, perhaps while it lives",
+                    self.owner_text(pid)
+                );
+            } else if self.fences.of(pid).is_none() {
+                self.keeper.end_owner(pid);
+            }
         }
     }
 
@@ -703,9 +736,9 @@ impl Daemon {
         }
     }
 
-    /// Puts a listening socket in the list of things to do, if it may have a connection waiting.
-    pub fn enqueue_listener(&mut self, number: usize) {
-        if let Some(listener) = self.listeners.get_mut(number) {
+    /// Puts the listening sockets that may have a connection waiting in the list of things to do.
+    fn enqueue_listeners(&mut self) {
+        for listener in &mut self.listeners {
             listener.queued = listener.readable;
         }
     }

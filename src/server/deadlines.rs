@@ -14,6 +14,8 @@ pub enum Deadline {
     StillAlive(Pid),
     /// A client that was refused has still not made the call that the refusal would answer.
     Refused(usize),
+    /// Connections could not be accepted: time to try again.
+    Accept,
     /// Nothing was served for as long as the daemon was told to wait for work.
     Idle,
     /// The end of the daemon must not take longer.

@@ -16,6 +16,7 @@ use super::deadlines::Deadline;
 use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::clock::Moment;
+use crate::host::file::FileIdentity;
 use crate::host::log::{self, Printable};
 use crate::host::process::Process;
 use crate::host::{errno, file, process, stream};
@@ -103,7 +104,7 @@ impl Daemon {
 
     /// Makes the ledger whole for a successor: what is not written down as it happens.
     pub fn complete_ledger(&mut self) -> Result<(), Errno> {
-        if self.ledger.is_stale() || self.keeper.take_parked() {
+        if self.ledger.is_stale() || self.keeper.take_has_parked() {
             self.ledger = Ledger::of(&self.state())?;
         } else {
             for service in Service::ALL {
@@ -190,7 +191,7 @@ impl Daemon {
 
     /// Writes the ledger anew if it has grown too long or lacks something.
     pub fn tend_ledger(&mut self) {
-        if self.keeper.take_parked() {
+        if self.keeper.take_has_parked() {
             self.ledger.lose();
         }
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
@@ -349,8 +350,16 @@ impl Daemon {
                 .map_err(|reason| not_open(resource.descriptor, &what(), reason))?;
             let identity = match resource.identity {
                 Some(identity) => identity,
-                None => file::identity(&descriptor)
-                    .map_err(|reason| format!("{} is unknown: {}", what(), errno::text(reason)))?,
+                None => file::identity(&descriptor).unwrap_or_else(|reason| {
+                    // One stale file of a network must not cost the locks of all others.
+                    tracing::error!(
+                        target: "locking.lock_daemon",
+                        "{} stays locked, but other names of it are not recognized: {}",
+                        what(),
+                        errno::text(reason)
+                    );
+                    no_identity(&descriptor)
+                }),
             };
             adopted.push((resource, descriptor, identity));
         }
@@ -411,7 +420,7 @@ impl Daemon {
         let mut connection = Connection::new(socket, client.server, client.id, peer, phase);
         connection.start_time = client.start_time;
         if !self.names_processes && connection.start_time.is_none() {
-            connection.start_time = process::start_time(peer.pid);
+            connection.start_time = process::start_time(peer.pid).ok();
         }
         connection.connected_at = client.connected_at;
         connection.has_called = client.has_called;
@@ -467,6 +476,14 @@ pub fn resume_listeners(listeners: &[ListenerState]) -> Result<Vec<Listener>, St
     listeners.iter().map(resume).collect()
 }
 
+/// Stands for a file that cannot be asked which one it is: no other has it.
+fn no_identity(descriptor: &OwnedFd) -> FileIdentity {
+    FileIdentity {
+        device: u64::MAX,
+        inode: u64::try_from(descriptor.as_raw_fd()).unwrap_or(u64::MAX),
+    }
+}
+
 fn resume_kind(
     resource: &ResourceState,
     descriptor: &OwnedFd,
@@ -476,13 +493,15 @@ fn resume_kind(
         LockKindState::OpenFile => Found::OpenFile,
         LockKindState::Process => Found::Process,
         LockKindState::Unknown => {
-            lease::adopt(descriptor, resource.mode, is_alone).map_err(|reason| {
-                let name = Printable(&resource.name);
-                format!(
-                    "the lock on '{name}' cannot be looked at: {}",
-                    errno::text(reason)
-                )
-            })?
+            lease::adopt(descriptor, resource.mode, is_alone).unwrap_or_else(|reason| {
+                // What the C daemon takes, and what needs most care: nothing is lost if it is wrong.
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "The lock on '{}' cannot be looked at, and is kept as it is: {}",
+                    Printable(&resource.name), errno::text(reason)
+                );
+                Found::Process
+            })
         }
     };
     match found {
@@ -571,5 +590,31 @@ fn log_state() -> LogState {
         filters: log::filters_setting(&settings.filters),
         outputs: log::format_outputs(&settings.outputs),
         default_output: settings.default_output.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::locks::table::Mode;
+
+    #[test]
+    fn a_file_whose_lock_cannot_be_looked_at_is_kept_with_the_care_of_a_posix_lock() {
+        // The kernel answers no question about locks on such a descriptor.
+        let descriptor = file::open_directory(b"/").unwrap();
+        let resource = ResourceState {
+            lockspace: Vec::new(),
+            name: b"/stale".to_vec(),
+            descriptor: descriptor.as_raw_fd(),
+            identity: None,
+            mode: Mode::Exclusive,
+            autocreate: false,
+            created: false,
+            kind: LockKindState::Unknown,
+            parked: Vec::new(),
+            holders: Vec::new(),
+        };
+        let kind = resume_kind(&resource, &descriptor, true).unwrap();
+        assert!(matches!(kind, LockKind::Process { .. }));
     }
 }

@@ -230,6 +230,8 @@ impl Daemon {
                 .map_err(|error| format!("its state document cannot be written: {error}"))
         });
         if let Err(reason) = written {
+            // Half a document would keep the next daemon from starting.
+            let _ = std::fs::remove_file(&self.upgrade.document);
             return self.upgrade_failed(&reason);
         }
         state.clients.retain(|client| !client.refused);
@@ -256,7 +258,7 @@ impl Daemon {
     /// The C daemon dies of a client whose process is gone while its connection lives on.
     fn gone_client(&self) -> Option<String> {
         self.connections.iter().find_map(|(_, connection)| {
-            process::start_time(connection.peer.pid).is_none().then(|| {
+            process::start_time(connection.peer.pid).is_err().then(|| {
                 format!(
                     "the process {} that made one of the connections is gone, which libvirt's \
                      daemon does not survive ({})",

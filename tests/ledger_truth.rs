@@ -1,0 +1,149 @@
+//! At every moment the ledger of a running daemon says what the daemon knows: it is read from
+//! outside and replayed after each change.
+
+mod support;
+
+use std::path::PathBuf;
+use support::client::{Client, acquire, register_as, release, restrict};
+use support::daemon::Daemon;
+use support::namespace::Namespace;
+use support::owner::{OnTerm, Owner};
+use support::{DEADLINE, wait_until};
+use virtlockd::restart::ledger;
+use virtlockd::restart::state::State;
+
+fn ledger_file(daemon: &Daemon) -> PathBuf {
+    let directory = format!("/proc/{}/fd", daemon.pid());
+    std::fs::read_dir(&directory)
+        .expect("list the daemon's descriptors")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| {
+            std::fs::read_link(path)
+                .is_ok_and(|target| target.to_string_lossy().contains("memfd:virtlockd-ledger"))
+        })
+        .expect("the daemon has a ledger")
+}
+
+fn state(daemon: &Daemon) -> State {
+    daemon.wait_until_asleep();
+    let content = std::fs::read(ledger_file(daemon)).expect("read the ledger");
+    ledger::replay(&content).expect("replay the ledger")
+}
+
+/// The clients that the ledger knows: name of the owner, if registered, and whether restricted.
+fn clients(daemon: &Daemon) -> Vec<(Option<String>, bool)> {
+    let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    state(daemon)
+        .clients
+        .iter()
+        .map(|client| {
+            let owner = client.owner.as_ref().map(|owner| name(&owner.name));
+            (owner, client.restricted)
+        })
+        .collect()
+}
+
+/// The resources that the ledger knows, each with the pids of its holders.
+fn resources(daemon: &Daemon) -> Vec<(String, Vec<i32>)> {
+    let mut resources: Vec<_> = state(daemon)
+        .resources
+        .iter()
+        .map(|resource| {
+            let name = String::from_utf8_lossy(&resource.name).into_owned();
+            let mut holders: Vec<i32> = resource.holders.iter().map(|(one, _)| one.pid).collect();
+            holders.sort_unstable();
+            (name, holders)
+        })
+        .collect();
+    resources.sort();
+    resources
+}
+
+fn quiet_daemon(namespace: &Namespace) -> Daemon {
+    for name in ["/run/one", "/run/two"] {
+        std::fs::write(namespace.path(name), "data").expect("write a disk");
+    }
+    let daemon = Daemon::start(namespace, &[], &[]);
+    // The connection that waited for the start may still be open.
+    wait_until(DEADLINE, "no client to be left", || {
+        clients(&daemon).is_empty()
+    });
+    daemon
+}
+
+#[test]
+fn a_ledger_knows_the_sockets_and_the_process_from_the_start() {
+    if !support::require_root() {
+        return;
+    }
+    let namespace = Namespace::sealed();
+    let daemon = quiet_daemon(&namespace);
+    let state = state(&daemon);
+    assert_eq!(state.listeners.len(), 2);
+    assert!(!state.process.program.is_empty());
+    assert!(state.process.pid_file.is_some());
+    assert!(!state.process.logging.default_output.is_empty());
+}
+
+#[test]
+fn clients_that_come_and_go_come_and_go_in_the_ledger() {
+    if !support::require_root() {
+        return;
+    }
+    let namespace = Namespace::sealed();
+    let daemon = quiet_daemon(&namespace);
+    let mut first = daemon.client();
+    first.call(&register_as("first", 4242)).expect_ok();
+    let owner = |name: &str| Some(name.to_owned());
+    assert_eq!(clients(&daemon), [(owner("first"), false)]);
+    // Each of these has the descriptor of the one before.
+    for _ in 0..3 {
+        let mut second = daemon.client();
+        second.call(&register_as("second", 4243)).expect_ok();
+        second.call(&restrict()).expect_ok();
+        let both = [(owner("first"), false), (owner("second"), true)];
+        assert_eq!(clients(&daemon), both);
+        drop(second);
+        wait_until(DEADLINE, "the second client to be gone", || {
+            clients(&daemon) == [(owner("first"), false)]
+        });
+    }
+    drop::<Client>(first);
+    wait_until(DEADLINE, "the first client to be gone", || {
+        clients(&daemon).is_empty()
+    });
+}
+
+#[test]
+fn locks_and_the_fencing_of_their_owners_are_in_the_ledger() {
+    if !support::require_root() {
+        return;
+    }
+    let namespace = Namespace::sealed();
+    let daemon = quiet_daemon(&namespace);
+    let mut owner = Owner::register(daemon.lock_socket(), "hung", OnTerm::Ignore);
+    let mut other = daemon.client();
+    other.call(&register_as("other", 4242)).expect_ok();
+    let pid = owner.pid();
+    owner.call(&acquire("", "/run/one", 1)).expect_ok();
+    other.call(&acquire("", "/run/one", 1)).expect_ok();
+    owner.call(&acquire("", "/run/two", 0)).expect_ok();
+    let mut both = vec![pid, 4242];
+    both.sort_unstable();
+    let one = ("/run/one".to_owned(), both);
+    let two = ("/run/two".to_owned(), vec![pid]);
+    assert_eq!(resources(&daemon), [one, two.clone()]);
+    other.call(&release("", "/run/one")).expect_ok();
+    let one = ("/run/one".to_owned(), vec![pid]);
+    assert_eq!(resources(&daemon), [one, two]);
+
+    owner.close_connection();
+    let fences = state(&daemon).fences;
+    assert_eq!(fences.len(), 1);
+    assert_eq!((fences[0].pid, fences[0].killed), (pid, false));
+    assert_eq!(resources(&daemon).len(), 2);
+    assert_eq!(owner.wait_signal(), Some(libc::SIGKILL));
+    wait_until(DEADLINE, "the owner's locks to be free", || {
+        state(&daemon).fences.is_empty() && resources(&daemon).is_empty()
+    });
+}
