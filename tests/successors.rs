@@ -248,6 +248,46 @@ fn a_right_successor_is_found_although_one_before_it_hung() {
     assert_eq!(children(&scene.daemon), "");
 }
 
+/// The flags with which the daemon has its descriptors open, by number.
+fn flags(daemon: &Daemon) -> Vec<(i32, String)> {
+    let mut all: Vec<(i32, String)> = descriptors(daemon)
+        .into_iter()
+        .filter_map(|number| {
+            let path = format!("/proc/{}/fdinfo/{number}", daemon.pid());
+            let text = std::fs::read_to_string(path).ok()?;
+            let flags = text.lines().find(|line| line.starts_with("flags:"))?;
+            Some((number, flags.to_owned()))
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn a_successor_that_is_gone_when_its_time_has_come_is_not_missed() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let ours = "echo 'x (virtlockd-rs) 0.0.1'; echo 'ledger readable'";
+    let theirs = "echo 'x (libvirt) 11.3.0'";
+    for said in [ours, theirs] {
+        scene.daemon.wait_until_asleep();
+        let before = flags(&scene.daemon);
+        scene
+            .host
+            .install_script(&format!("{said}; rm /run/programs/virtlockd"));
+        let reason = scene.refuses();
+        assert!(reason.contains("cannot be executed"), "{reason}");
+        assert_eq!(flags(&scene.daemon), before, "descriptors are as before");
+        let document = scene.host.path("/run/virtlockd-restart-exec.json");
+        assert!(!document.exists(), "the document is removed");
+    }
+    // SIGUSR1 is still blocked, or this would be the end.
+    scene.refuses();
+    scene.recovers();
+}
+
 #[test]
 fn a_successor_that_refuses_the_configuration_does_not_get_to_run() {
     if !require_root() {

@@ -155,6 +155,9 @@ pub fn wait_for_successor(pid: i32, before: &[u8]) {
 /// Tells the daemon to replace itself and waits until it has.
 #[track_caller]
 pub fn upgrade(daemon: &Daemon) {
+    wait_until(DEADLINE, "the daemon to be ready for SIGUSR1", || {
+        survives_usr1(daemon.pid())
+    });
     let before = image(daemon.pid());
     daemon.signal(Signal::SIGUSR1);
     wait_for_successor(daemon.pid(), &before);
