@@ -194,7 +194,7 @@ fn assert_refused_by_lock_daemon(result: Result<(), String>, disk: &Path) {
     );
 }
 
-/// Guests that run for the whole test, two disks each.
+/// Guests that run for the whole test, two disks each, and two more that share one.
 fn start_guests(libvirt: &Libvirt, count: usize) -> (Vec<String>, Vec<PathBuf>) {
     let mut names = Vec::new();
     let mut disks = Vec::new();
@@ -206,6 +206,13 @@ fn start_guests(libvirt: &Libvirt, count: usize) -> (Vec<String>, Vec<PathBuf>) 
         names.push(name);
         disks.extend(own);
     }
+    let shared = libvirt.disk("shared");
+    for name in ["sharing0", "sharing1"] {
+        let guest = Guest::new(name).shareable(&shared);
+        libvirt.create(&guest).expect("start a guest that shares");
+        names.push(name.to_owned());
+    }
+    disks.push(shared);
     (names, disks)
 }
 
@@ -295,7 +302,7 @@ fn upgrades_under_load(rounds: usize, delayed: bool) {
     let installed = Installed::new(&program());
     let mut libvirt = Libvirt::start(&installed.path(), "");
     let mut lockd = libvirt.take_lockd();
-    let (names, disks) = start_guests(&libvirt, 3);
+    let (names, disks) = start_guests(&libvirt, 2);
     let delays = match delayed {
         true => match Delays::of(&lockd) {
             Some(delays) => Some(delays),
@@ -407,7 +414,7 @@ fn there_and_back(delayed: bool) {
     let installed = Installed::new(&theirs);
     let mut libvirt = Libvirt::start(&installed.path(), "");
     let mut lockd = libvirt.take_lockd();
-    let (mut names, disks) = start_guests(&libvirt, 3);
+    let (mut names, disks) = start_guests(&libvirt, 2);
     let delays = match delayed {
         true => match Delays::of(&lockd) {
             Some(delays) => Some(delays),
@@ -415,7 +422,11 @@ fn there_and_back(delayed: bool) {
         },
         false => None,
     };
+    let paused = libvirt.disk("pausing");
+    let guest = Guest::new("pausing").disk(&paused);
+    libvirt.create(&guest).expect("start a guest");
     let competitor = Competitor::new(&disks);
+    let shared = disks.last().expect("there are disks");
     let mut more = Vec::new();
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&competitor.stop);
@@ -444,7 +455,7 @@ fn there_and_back(delayed: bool) {
             }
             wait_until_free(std::slice::from_ref(&left));
             assert!(disks.iter().all(|disk| is_locked(disk)));
-            for disk in &disks[..2] {
+            for disk in [&disks[0], shared] {
                 let second = Guest::new("second").disk(disk);
                 assert_refused_by_lock_daemon(libvirt.create(&second), disk);
             }
@@ -460,6 +471,10 @@ fn there_and_back(delayed: bool) {
             libvirt.create(&guest).expect("start a guest meanwhile");
             names.push(name);
             more.push(disk);
+            // A suspended guest gives its locks back to one program and takes them from another.
+            let act = if step % 2 == 0 { "suspend" } else { "resume" };
+            libvirt.virsh(&[act, "pausing"]).expect("suspend or resume");
+            assert_eq!(is_locked(&paused), act == "resume");
             // One that was started under the program before stops under this one.
             if step == 1 {
                 libvirt.destroy("step0");
@@ -476,6 +491,7 @@ fn there_and_back(delayed: bool) {
     if let Some(delays) = delays {
         delays.check(3);
     }
+    libvirt.destroy("pausing");
     let all: Vec<PathBuf> = disks.into_iter().chain(more).collect();
     check_afterwards(&libvirt, &names, &all);
 }
@@ -488,4 +504,64 @@ fn guests_come_from_libvirts_daemon_go_back_and_come_again() {
 #[test]
 fn no_lock_is_free_for_a_moment_on_the_way_from_libvirts_daemon_and_back() {
     there_and_back(true);
+}
+
+#[test]
+fn a_lock_file_goes_with_its_guest_whichever_daemon_made_it() {
+    if !libvirt::can_run() {
+        return;
+    }
+    let Some(theirs) = c_daemon() else {
+        return skip("needs libvirt's own daemon (tests/run installs it)");
+    };
+    let _alone = alone();
+    let directory = TempDir::new();
+    let conf = format!("file_lockspace_dir = \"{}\"\n", directory.path().display());
+    let installed = Installed::new(&theirs);
+    let mut libvirt = Libvirt::start(&installed.path(), &conf);
+    let mut lockd = libvirt.take_lockd();
+    // Starts a guest; its lock file.
+    let start = |name: &str| {
+        let before = files_in(directory.path());
+        let guest = Guest::new(name).disk(&libvirt.disk(name));
+        libvirt.create(&guest).expect("start a guest");
+        let mut files = files_in(directory.path());
+        files.retain(|file| !before.contains(file));
+        let [file] = files.try_into().expect("one disk is one lock file");
+        assert!(is_locked(&file));
+        file
+    };
+    let stop = |name: &str, file: &Path| {
+        libvirt.destroy(name);
+        wait_until(DEADLINE, "the end of the lock file", || !file.exists());
+    };
+
+    let first = start("first");
+    let kept = [start("kept")];
+    let competitor = Competitor::new(&kept);
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&competitor.stop);
+        let competing = scope.spawn(|| competitor.run());
+        installed.upgrade(&mut lockd, &program());
+        stop("first", &first);
+        let second = start("second");
+        installed.upgrade(&mut lockd, &theirs);
+        stop("second", &second);
+        let third = start("third");
+        installed.upgrade(&mut lockd, &program());
+        installed.upgrade(&mut lockd, &program());
+        stop("third", &third);
+        competitor.stop.store(true, Ordering::Relaxed);
+        let got = competing.join().expect("the competitor's thread");
+        assert_eq!(got, None, "somebody else got a running guest's lock");
+    });
+    stop("kept", &kept[0]);
+    assert!(files_in(directory.path()).is_empty());
+}
+
+fn files_in(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).expect("list a directory");
+    entries
+        .map(|entry| entry.expect("list a directory").path())
+        .collect()
 }
