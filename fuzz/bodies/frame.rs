@@ -52,7 +52,7 @@ fn take_in(pieces: &[Piece<'_>], pause: usize) -> (Frames, Taken) {
                 LONGEST_FRAME,
                 |header, payload| {
                     frames.push((header, payload.to_vec()));
-                    if frames.len() % pause == 0 {
+                    if frames.len().is_multiple_of(pause) {
                         Flow::Pause
                     } else {
                         Flow::Continue
