@@ -247,8 +247,13 @@ impl std::fmt::Display for Unreadable {
     }
 }
 
+/// The limit of one event when it is read, bytes: bincode takes a length's word for it and asks for
+/// as much memory. The longest event holds what a client sent and what it has not read, of which
+/// the server keeps less than half as much.
+const LONGEST_EVENT: usize = 128 * 1024 * 1024;
+
 fn configuration() -> impl bincode::config::Config {
-    bincode::config::standard()
+    bincode::config::standard().with_limit::<LONGEST_EVENT>()
 }
 
 /// The ledger of a running daemon.

@@ -1,0 +1,257 @@
+//! What the fuzzer starts from: the bytes captured from libvirt's daemon (`tests/vectors/`), put in
+//! the form of each target's input, and a few texts and states for the rest.
+
+use std::path::Path;
+
+use serde_json::Value;
+use virtlockd::host::clock::Moment;
+use virtlockd::host::file::FileIdentity;
+use virtlockd::host::stream::Peer;
+use virtlockd::locks::table::{Mode, Owner};
+use virtlockd::restart::ledger::Ledger;
+use virtlockd::restart::libvirt_json;
+use virtlockd::restart::state::{
+    ClientState, FenceState, ListenerState, LockKindState, ResourceState, Service, State,
+};
+use virtlockd::wire::frame::{self, Frame, HEADER, LONGEST, STATUS_ERROR, Split};
+use virtlockd::wire::{admin, lock};
+
+/// An input of a target, named.
+pub struct Seed {
+    pub target: &'static str,
+    pub name: String,
+    pub bytes: Vec<u8>,
+}
+
+const VECTORS: [&str; 6] = [
+    "framing",
+    "keepalive",
+    "lock_success",
+    "lock_errors",
+    "limits",
+    "admin",
+];
+
+/// Longer inputs than this slow the fuzzer down more than they teach it, bytes.
+const LONGEST_SEED: usize = 4096;
+
+pub fn all() -> Vec<Seed> {
+    let mut seeds = Vec::new();
+    for file in VECTORS {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/vectors/{file}.jsonl"));
+        let text = std::fs::read_to_string(&path).expect("read the vectors");
+        for line in text.lines() {
+            let vector: Value = serde_json::from_str(line).expect("a vector");
+            from_vector(&mut seeds, &vector);
+        }
+    }
+    add(&mut seeds, "config", "empty", b"");
+    add(
+        &mut seeds,
+        "config",
+        "default",
+        include_bytes!("../src/dist/virtlockd.conf"),
+    );
+    for (number, text) in CONFIGURATIONS.into_iter().enumerate() {
+        add(&mut seeds, "config", &number.to_string(), text.as_bytes());
+    }
+    for (number, text) in LOG_SETTINGS.into_iter().enumerate() {
+        add(
+            &mut seeds,
+            "log_settings",
+            &number.to_string(),
+            text.as_bytes(),
+        );
+    }
+    let mut state = state();
+    let events = |state| Ledger::of(state).expect("a ledger").content()[32..].to_vec();
+    add(&mut seeds, "ledger", "state", &events(&state));
+    add(&mut seeds, "ledger", "nothing", &events(&State::default()));
+    state.fences.clear();
+    let document = libvirt_json::write(&state, 1).expect("a document");
+    add(&mut seeds, "libvirt_json", "state", &document);
+    seeds
+}
+
+const CONFIGURATIONS: [&str; 4] = [
+    "log_level = 3\nlog_filters=\"3:remote 4:event\"\nlog_outputs = \"1:stderr\" # why\n",
+    "max_clients = 1024\nadmin_max_clients=5 ; log_level = 1\n",
+    "key = [ \"a\", 'b', \"\"\"c\nd\"\"\", [ 1, -2 ] ]\n",
+    "log_filters = '1:a'\r\n\r\n# end",
+];
+
+const LOG_SETTINGS: [&str; 6] = [
+    "1:stderr",
+    "3:syslog:virtlockd 1:file:/var/log/x.log",
+    "2:journald 4:file:relative",
+    "3:remote 4:event",
+    "1:+util *:x 2:*a?b*",
+    "1:qemu.* 2:+*x* 3:",
+];
+
+fn add(seeds: &mut Vec<Seed>, target: &'static str, name: &str, bytes: &[u8]) {
+    if bytes.len() <= LONGEST_SEED {
+        let (name, bytes) = (name.to_owned(), bytes.to_vec());
+        seeds.push(Seed {
+            target,
+            name,
+            bytes,
+        });
+    }
+}
+
+fn bytes_of(vector: &Value, key: &str) -> Vec<u8> {
+    let digits = vector[key].as_str().unwrap_or_default().as_bytes();
+    let digit = |digit: u8| char::from(digit).to_digit(16).expect("a hexadecimal digit") as u8;
+    let pairs = digits.as_chunks::<2>().0.iter();
+    pairs
+        .map(|[high, low]| digit(*high) << 4 | digit(*low))
+        .collect()
+}
+
+fn from_vector(seeds: &mut Vec<Seed>, vector: &Value) {
+    let name = vector["name"].as_str().expect("the vector's name");
+    let request = bytes_of(vector, "request_hex");
+    let connection = if vector["socket"] == "admin" { 2 } else { 0 };
+    let mut steps = Vec::new();
+    let setup = vector["setup"].as_array().into_iter().flatten();
+    for step in setup {
+        // What another connection did before is done by the second one.
+        let other = u8::from(connection == 0 && step["conn"] != "self");
+        step_of(
+            &mut steps,
+            connection + other,
+            &bytes_of(step, "request_hex"),
+        );
+    }
+    step_of(&mut steps, connection, &request);
+    add(seeds, "connection", name, &steps);
+    for (kind, plan) in [("whole", &[0u8][..]), ("cut", &[3, 1, 0, 29, 2, 200, 0])] {
+        add(
+            seeds,
+            "frame",
+            &format!("{name}-{kind}"),
+            &[plan, &request].concat(),
+        );
+    }
+    for Frame {
+        header, payload, ..
+    } in frames(&request)
+    {
+        let Ok(procedure) = u8::try_from(header.procedure) else {
+            continue;
+        };
+        match header.program {
+            lock::PROGRAM => {
+                let choice = procedure.wrapping_sub(1);
+                add(seeds, "lock_call", name, &[&[choice], payload].concat());
+            }
+            admin::PROGRAM => add(seeds, "admin_call", name, &[&[procedure], payload].concat()),
+            _ => (),
+        }
+    }
+    for Frame {
+        header, payload, ..
+    } in frames(&bytes_of(vector, "reply_hex"))
+    {
+        if header.status == STATUS_ERROR {
+            add(seeds, "error_object", name, payload);
+        }
+    }
+}
+
+/// The whole frames at the front.
+fn frames(mut stream: &[u8]) -> Vec<Frame<'_>> {
+    let mut frames = Vec::new();
+    while let Split::Frame(frame) = frame::split(stream, LONGEST) {
+        debug_assert!(frame.length >= HEADER);
+        stream = &stream[frame.length..];
+        frames.push(frame);
+    }
+    frames
+}
+
+/// A step of the target `connection`.
+fn step_of(steps: &mut Vec<u8>, connection: u8, bytes: &[u8]) {
+    for part in bytes.chunks(usize::from(u16::MAX)) {
+        let length = u16::try_from(part.len()).expect("a chunk's length");
+        steps.push(connection);
+        steps.extend_from_slice(&length.to_le_bytes());
+        steps.extend_from_slice(part);
+    }
+}
+
+/// A state with one of everything.
+fn state() -> State {
+    let owner = |pid| Owner {
+        pid,
+        id: 7,
+        name: (*b"guest").into(),
+        uuid: [7; 16],
+    };
+    let mut state = State::default();
+    state.lock_server.limit = 9;
+    state.lock_server.unauthenticated_limit = 9;
+    state.lock_server.next_id = 3;
+    state.lockspaces.push(b"/lockspace".to_vec());
+    state.listeners.push(ListenerState {
+        server: Service::Lock,
+        descriptor: 3,
+        path: Some(b"virtlockd".to_vec()),
+    });
+    let peer = Peer {
+        pid: 42,
+        uid: 0,
+        gid: 0,
+    };
+    for (descriptor, server) in [(4, Service::Lock), (5, Service::Admin)] {
+        state.clients.push(ClientState {
+            descriptor,
+            server,
+            id: 1,
+            peer: Some(peer),
+            start_time: None,
+            connected_at: 1_700_000_000,
+            has_called: true,
+            refused: false,
+            owner: (server == Service::Lock).then(|| owner(42)),
+            restricted: false,
+            traffic: Default::default(),
+        });
+    }
+    let holders = [vec![(owner(42), 1)], vec![(owner(42), 2), (owner(43), 1)]];
+    for (number, holders) in holders.into_iter().enumerate() {
+        let is_disk = number == 0;
+        state.resources.push(ResourceState {
+            lockspace: if is_disk {
+                vec![]
+            } else {
+                b"/lockspace".to_vec()
+            },
+            name: b"/disk".to_vec(),
+            descriptor: 6 + number as i32,
+            identity: Some(FileIdentity {
+                device: 1,
+                inode: number as u64,
+            }),
+            mode: if is_disk {
+                Mode::Exclusive
+            } else {
+                Mode::Shared
+            },
+            autocreate: !is_disk,
+            created: false,
+            kind: LockKindState::OpenFile,
+            parked: vec![],
+            holders,
+        });
+    }
+    state.fences.push(FenceState {
+        pid: 43,
+        descriptor: 8,
+        killed: false,
+        next_step: Moment::now(),
+    });
+    state
+}
