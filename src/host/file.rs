@@ -114,6 +114,12 @@ pub fn open_handle(handle: &OwnedFd) -> Result<OwnedFd, Errno> {
     open(Start::Anywhere, path.as_bytes(), OFlag::O_RDWR)
 }
 
+/// Another descriptor of an open file through which it can be read and not changed.
+pub fn read_only(file: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    open(Start::Anywhere, path.as_bytes(), OFlag::O_RDONLY)
+}
+
 /// A handle on a directory, to start paths from.
 pub fn open_directory(path: &[u8]) -> Result<OwnedFd, Errno> {
     open(Start::Anywhere, path, OFlag::O_PATH | OFlag::O_DIRECTORY)
@@ -322,6 +328,19 @@ mod tests {
             conflict(&second, LockType::Write),
             Ok(Conflict::Process(own_pid))
         );
+    }
+
+    #[test]
+    fn what_is_shown_for_reading_can_be_neither_written_nor_cut() {
+        let memory =
+            nix::sys::memfd::memfd_create(c"shown", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+                .unwrap();
+        unistd::write(&memory, b"state").unwrap();
+        let shown = read_only(&memory).unwrap();
+        assert_eq!(unistd::write(&shown, b"x"), Err(Errno::EBADF));
+        assert_eq!(unistd::ftruncate(&shown, 0), Err(Errno::EINVAL));
+        let mut content = [0; 8];
+        assert_eq!(unistd::read(&shown, &mut content), Ok(5));
     }
 
     #[test]

@@ -83,11 +83,13 @@ pub struct Check {
 }
 
 impl Check {
-    /// Starts the successor. It gets a copy of the ledger's descriptor.
+    /// Starts the successor. It can read the ledger.
     pub fn begin(command_line: &CommandLine, ledger: &OwnedFd) -> Result<Check, String> {
         let path = command_line.path()?;
-        let ledger = ledger.try_clone().map_err(|error| {
-            format!("the ledger cannot be shown to {}: {error}", path.display())
+        // It is the running daemon's own: a program that is not the right one must not spoil it.
+        let ledger = file::read_only(ledger).map_err(|reason| {
+            let reason = errno::text(reason);
+            format!("the ledger cannot be shown to {}: {reason}", path.display())
         })?;
         // Room for the descriptor that watches it: a successor that nobody watches is never reaped.
         let room = ledger.try_clone().map_err(|error| {
