@@ -47,7 +47,7 @@ impl Installed {
     /// As a package upgrade does it: the new file takes the name of the old one.
     fn exchange(&self, program: &Path) {
         let new = self.directory.path().join("virtlockd.new");
-        std::fs::copy(program, &new).expect("copy the program");
+        support::install_program(program, &new);
         std::fs::rename(new, self.path()).expect("exchange the program");
     }
 

@@ -43,7 +43,7 @@ fn a_signal_that_nobody_reads_does_not_end_the_daemon_when_libvirts_takes_over()
     };
     let namespace = Namespace::sealed();
     let program = namespace.path(PROGRAM);
-    std::fs::copy(daemon::program(), &program).expect("install the program");
+    support::install_program(daemon::program(), &program);
     let disk = namespace.path("/run/disk");
     std::fs::write(&disk, "data").expect("write a disk");
     let mut daemon = Daemon::start_program(PROGRAM.as_ref(), &namespace, &[], &[]);
@@ -60,7 +60,7 @@ fn a_signal_that_nobody_reads_does_not_end_the_daemon_when_libvirts_takes_over()
     file_size_limit(&daemon, "--fsize=unlimited:unlimited");
 
     let next = namespace.path("/run/next");
-    std::fs::copy(c_daemon, &next).expect("install libvirt's daemon");
+    support::install_program(c_daemon, &next);
     std::fs::rename(&next, &program).expect("replace the program");
     let inode = |path: &std::path::Path| {
         use std::os::unix::fs::MetadataExt;

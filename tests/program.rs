@@ -312,7 +312,11 @@ fn what_a_killed_daemon_leaves_behind_is_replaced() {
         return;
     }
     let namespace = Namespace::new();
-    Daemon::start(&namespace, &[], &[]).kill();
+    let mut killed = Daemon::start(&namespace, &[], &[]);
+    wait_until(DEADLINE, "the admin socket", || {
+        namespace.path(ADMIN_SOCKET).exists()
+    });
+    killed.kill();
     for path in [LOCK_SOCKET, ADMIN_SOCKET, PID_FILE] {
         assert!(namespace.path(path).exists(), "{path} is gone");
     }
@@ -430,7 +434,7 @@ impl UsersDaemon {
     fn start(namespace: &Namespace, variables: &[&str], socket: &str) -> Self {
         // The place where the program was built may be closed to other users.
         let copy = "/run/program";
-        std::fs::copy(program(), namespace.path(copy)).expect("copy the program");
+        support::install_program(program(), namespace.path(copy));
         let child = namespace
             .command("setpriv")
             .args([
@@ -816,7 +820,7 @@ fn a_configuration_file_that_cannot_be_read_ends_the_start() {
     let file = namespace.path("/run/secret.conf");
     std::fs::write(&file, "").expect("write a file");
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o000)).expect("close it");
-    std::fs::copy(program(), namespace.path("/run/program")).expect("copy the program");
+    support::install_program(program(), namespace.path("/run/program"));
     let output = namespace
         .command("setpriv")
         .args([

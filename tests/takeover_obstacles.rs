@@ -29,7 +29,7 @@ impl Scene {
         }
         let c_daemon = daemon::c_daemon()?;
         let namespace = Namespace::sealed();
-        std::fs::copy(c_daemon, namespace.path(PROGRAM)).expect("install libvirt's daemon");
+        support::install_program(c_daemon, namespace.path(PROGRAM));
         std::fs::write(namespace.path("/run/disk"), "data").expect("write a disk");
         std::fs::write(namespace.path(CONFIG), "max_clients = 5\n").expect("write a configuration");
         let options = ["-f", CONFIG, "-p", PID_FILE];
@@ -50,7 +50,7 @@ impl Scene {
             self.namespace.path(PROGRAM),
             self.namespace.path("/run/next"),
         );
-        std::fs::copy(daemon::program(), &next).expect("install the program");
+        support::install_program(daemon::program(), &next);
         std::fs::rename(&next, &program).expect("replace the program");
         let inode = |path: &Path| {
             use std::os::unix::fs::MetadataExt;

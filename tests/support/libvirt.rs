@@ -112,7 +112,7 @@ impl Libvirt {
         for directory in [&program_directory, &configuration] {
             std::fs::create_dir_all(directory).expect("make a directory for the session");
         }
-        std::fs::copy(program, program_directory.join("virtlockd")).expect("copy the program");
+        super::install_program(program, program_directory.join("virtlockd"));
         write(&configuration.join("qemu.conf"), QEMU_CONF);
         let log = "log_outputs = \"3:stderr\"\n";
         write(&configuration.join("libvirtd.conf"), log);

@@ -165,3 +165,15 @@ fn byte_zero(kind: i32) -> libc::flock {
         l_pid: 0,
     }
 }
+
+/// Copies a program that is to be executed. A child process does the copying: a copy that this
+/// process writes may be open for writing in a child that another test forks at that moment, and
+/// then nobody can execute it (ETXTBSY).
+pub fn install_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    let status = std::process::Command::new("cp")
+        .arg("--remove-destination")
+        .args([from.as_ref(), to.as_ref()])
+        .status()
+        .expect("run cp");
+    assert!(status.success(), "copy {}", from.as_ref().display());
+}

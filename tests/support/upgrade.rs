@@ -55,7 +55,7 @@ impl Host {
     /// As [`Host::install`], but with a file of its own.
     pub fn install_copy(&self, program: &Path) {
         let new = self.path("/run/programs/new");
-        std::fs::copy(program, &new).expect("copy the new program");
+        super::install_program(program, &new);
         std::fs::rename(new, self.path(PROGRAM)).expect("put the new program in place");
     }
 
