@@ -138,6 +138,10 @@ impl Daemon {
         };
         for state in [&mut said, &mut is] {
             state.clients.sort_by_key(|client| client.descriptor);
+            for client in &mut state.clients {
+                // One that ends need not be refused any more.
+                client.refused &= !client.traffic.closing;
+            }
             state.lockspaces.sort();
             state.resources.sort_by_key(|resource| resource.descriptor);
             for resource in &mut state.resources {
