@@ -4,7 +4,7 @@
 mod support;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use support::client::{Client, SHARED, acquire, register, release};
@@ -248,15 +248,17 @@ fn a_right_successor_is_found_although_one_before_it_hung() {
     assert_eq!(children(&scene.daemon), "");
 }
 
-/// The flags with which the daemon has its descriptors open, by number.
-fn flags(daemon: &Daemon) -> Vec<(i32, String)> {
-    let mut all: Vec<(i32, String)> = descriptors(daemon)
+/// What the daemon has open and with which flags. The numbers are left out: a ledger that was
+/// written anew has another one.
+fn open_files(daemon: &Daemon) -> Vec<(PathBuf, String)> {
+    let mut all: Vec<(PathBuf, String)> = descriptors(daemon)
         .into_iter()
         .filter_map(|number| {
-            let path = format!("/proc/{}/fdinfo/{number}", daemon.pid());
-            let text = std::fs::read_to_string(path).ok()?;
+            let process = format!("/proc/{}", daemon.pid());
+            let what = std::fs::read_link(format!("{process}/fd/{number}")).ok()?;
+            let text = std::fs::read_to_string(format!("{process}/fdinfo/{number}")).ok()?;
             let flags = text.lines().find(|line| line.starts_with("flags:"))?;
-            Some((number, flags.to_owned()))
+            Some((what, flags.to_owned()))
         })
         .collect();
     all.sort();
@@ -273,13 +275,17 @@ fn a_successor_that_is_gone_when_its_time_has_come_is_not_missed() {
     let theirs = "echo 'x (libvirt) 11.3.0'";
     for said in [ours, theirs] {
         scene.daemon.wait_until_asleep();
-        let before = flags(&scene.daemon);
+        let before = open_files(&scene.daemon);
         scene
             .host
             .install_script(&format!("{said}; rm /run/programs/virtlockd"));
         let reason = scene.refuses();
         assert!(reason.contains("cannot be executed"), "{reason}");
-        assert_eq!(flags(&scene.daemon), before, "descriptors are as before");
+        assert_eq!(
+            open_files(&scene.daemon),
+            before,
+            "descriptors are as before"
+        );
         let document = scene.host.path("/run/virtlockd-restart-exec.json");
         assert!(!document.exists(), "the document is removed");
     }

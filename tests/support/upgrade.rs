@@ -206,6 +206,7 @@ pub struct Rival {
 }
 
 impl Rival {
+    /// It is at work when this returns.
     pub fn of(paths: Vec<PathBuf>) -> Rival {
         let stop = Arc::new(AtomicBool::new(false));
         let tries = Arc::new(AtomicU64::new(0));
@@ -213,22 +214,29 @@ impl Rival {
             let (stop, tries) = (stop.clone(), tries.clone());
             move || rob(&paths, &stop, &tries)
         });
-        Rival {
+        let rival = Rival {
             stop,
             tries,
             thread: Some(thread),
-        }
+        };
+        rival.wait_for_tries(1);
+        rival
+    }
+
+    fn wait_for_tries(&self, count: u64) {
+        wait_until(DEADLINE, "the rival to try", || {
+            self.tries.load(Ordering::Relaxed) >= count
+        });
     }
 
     /// Stops; fails if a lock could be had even once.
     #[track_caller]
     pub fn never_succeeded(mut self) {
+        self.wait_for_tries(100);
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take().expect("a rival stops once");
         let robbed = thread.join().expect("the rival's thread");
         assert_eq!(robbed, Vec::<PathBuf>::new(), "somebody else got the lock");
-        let tries = self.tries.load(Ordering::Relaxed);
-        assert!(tries > 100, "the rival tried only {tries} times");
     }
 }
 
