@@ -248,6 +248,41 @@ fn a_right_successor_is_found_although_one_before_it_hung() {
     assert_eq!(children(&scene.daemon), "");
 }
 
+/// Scripts that say what our program says that can take over, and what libvirt's says.
+const SAYS_OURS: &str = "echo 'x (virtlockd-rs) 0.0.1'; echo 'ledger readable'";
+const SAYS_THEIRS: &str = "echo 'x (libvirt) 11.3.0'";
+
+#[test]
+fn a_program_that_is_exchanged_while_it_is_looked_at_is_looked_at_again() {
+    if !require_root() {
+        return;
+    }
+    let Some(theirs) = daemon::c_daemon() else {
+        return support::skip("needs libvirt's virtlockd");
+    };
+    let mut scene = Scene::new();
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    // Each says that it is the other program than the one that then is in its place.
+    for (said, program) in [(SAYS_OURS, theirs), (SAYS_THEIRS, daemon::program())] {
+        let next = scene.host.path("/run/programs/next");
+        std::os::unix::fs::symlink(&program, &next).expect("link the next program");
+        if said == SAYS_THEIRS {
+            // Libvirt's daemon executes what is there without a look, and does not survive a
+            // connection that has not registered: the last one must be gone.
+            scene.daemon.wait_until_asleep();
+            scene.host.install(&daemon::program());
+            upgrade(&scene.daemon);
+        }
+        let exchange = "mv /run/programs/next /run/programs/virtlockd";
+        scene.host.install_script(&format!("{said}; {exchange}"));
+        upgrade(&scene.daemon);
+        scene.serves();
+    }
+    assert_eq!(refusals(&scene.daemon), Vec::<String>::new());
+    rival.never_succeeded();
+    scene.recovers();
+}
+
 /// What the daemon has open and with which flags. The numbers are left out: a ledger that was
 /// written anew has another one.
 fn open_files(daemon: &Daemon) -> Vec<(PathBuf, String)> {
@@ -271,23 +306,20 @@ fn a_successor_that_is_gone_when_its_time_has_come_is_not_missed() {
         return;
     }
     let mut scene = Scene::new();
-    let ours = "echo 'x (virtlockd-rs) 0.0.1'; echo 'ledger readable'";
-    let theirs = "echo 'x (libvirt) 11.3.0'";
-    for said in [ours, theirs] {
-        scene.daemon.wait_until_asleep();
-        let before = open_files(&scene.daemon);
-        scene
-            .host
-            .install_script(&format!("{said}; rm /run/programs/virtlockd"));
-        let reason = scene.refuses();
-        assert!(reason.contains("cannot be executed"), "{reason}");
-        assert_eq!(
-            open_files(&scene.daemon),
-            before,
-            "descriptors are as before"
-        );
-        let document = scene.host.path("/run/virtlockd-restart-exec.json");
-        assert!(!document.exists(), "the document is removed");
+    for said in [SAYS_OURS, SAYS_THEIRS] {
+        for (leaves, why) in [("rm", "No such file"), ("chmod 644", "Permission denied")] {
+            scene.daemon.wait_until_asleep();
+            let before = open_files(&scene.daemon);
+            scene
+                .host
+                .install_script(&format!("{said}; {leaves} /run/programs/virtlockd"));
+            let reason = scene.refuses();
+            assert!(reason.contains(why), "{reason}");
+            let after = open_files(&scene.daemon);
+            assert_eq!(after, before, "descriptors are as before");
+            let document = scene.host.path("/run/virtlockd-restart-exec.json");
+            assert!(!document.exists(), "the document is removed");
+        }
     }
     // SIGUSR1 is still blocked, or this would be the end.
     scene.refuses();

@@ -75,6 +75,30 @@ impl CommandLine {
     }
 }
 
+/// Which file a program is. When one of these differs, another program is in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramFile {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl CommandLine {
+    /// The program's file as it is now; `None` if there is none.
+    pub fn file(&self) -> Option<ProgramFile> {
+        use std::os::unix::fs::MetadataExt;
+        let found = std::fs::metadata(self.path().ok()?).ok()?;
+        Some(ProgramFile {
+            device: found.dev(),
+            inode: found.ino(),
+            size: found.size(),
+            modified: (found.mtime(), found.mtime_nsec()),
+        })
+    }
+}
+
 /// A successor that is being looked at.
 #[derive(Debug)]
 pub struct Check {

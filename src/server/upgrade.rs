@@ -17,7 +17,9 @@ use super::deadlines::Deadline;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::{notify, process};
-use crate::restart::handover::{self, Check, CommandLine, HANDOVER_VARIABLE, Successor};
+use crate::restart::handover::{
+    self, Check, CommandLine, HANDOVER_VARIABLE, ProgramFile, Successor,
+};
 use crate::restart::libvirt_json;
 
 /// How long a successor may take to show that it can take over, milliseconds.
@@ -51,6 +53,8 @@ pub struct Upgrade {
     /// It was looked at once more for that reason. Not a third time: whoever sends SIGUSR1 without
     /// end must not keep the upgrade from happening.
     looked_again: bool,
+    /// The program that was looked at last.
+    seen: Option<ProgramFile>,
     /// Successors that took too long and were killed, and are not over yet.
     abandoned: Vec<Check>,
 }
@@ -70,6 +74,7 @@ impl Daemon {
             return;
         };
         let command_line = command_line.clone();
+        self.upgrade.seen = command_line.file();
         // Short and true: it is what the successor reads now, and what it will go on from.
         let begun = match self.renew_ledger() {
             Ok(()) => Check::begin(&command_line, self.ledger.descriptor()),
@@ -177,18 +182,33 @@ impl Daemon {
         if self.state != State::Serving {
             return;
         }
-        // It was asked for again since the check began: what was checked may not be what is there.
-        if std::mem::take(&mut self.upgrade.again) && !self.upgrade.looked_again {
+        self.finish_endings();
+        if successor == Successor::Libvirt && !self.is_quiet() {
+            // Tried again after the next turn, until the time for it is over.
+            return;
+        }
+        // What was looked at may not be what is there: the state of one program would be lost on
+        // the other one.
+        let is_another = self.program_file() != self.upgrade.seen;
+        let again = std::mem::take(&mut self.upgrade.again);
+        if (again || is_another) && !self.upgrade.looked_again {
             self.upgrade.looked_again = true;
             self.upgrade.stage = Stage::None;
             self.deadlines.unset(Deadline::Quiet);
             return self.begin_upgrade();
         }
-        self.finish_endings();
+        if is_another {
+            let reason = "its program is exchanged all the time; try again when it is in place";
+            return self.upgrade_failed(reason);
+        }
         match successor {
             Successor::Ours => self.hand_over(),
             Successor::Libvirt => self.hand_over_to_libvirt(),
         }
+    }
+
+    fn program_file(&self) -> Option<ProgramFile> {
+        self.upgrade.command_line.as_ref()?.file()
     }
 
     /// Connections that are over and owners that are dead need not be handed over.
@@ -215,10 +235,6 @@ impl Daemon {
     }
 
     fn hand_over_to_libvirt(&mut self) {
-        if !self.is_quiet() {
-            // Tried again after the next turn, until the time for it is over.
-            return;
-        }
         let mut state = self.state();
         // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
         state.process.pid_file = None;
