@@ -405,6 +405,9 @@ fn number_is_used_again(scene: &Scene) {
         let (pid, borrower) = (first.pid(), first.lend_connection());
         first.kill();
         first.wait_end();
+        // Start times, which older kernels offer, count in hundredths of a second. Without a choice
+        // no number comes again so soon.
+        std::thread::sleep(Duration::from_millis(30));
         let Some(mut second) = owner_with_pid(scene, pid) else {
             return;
         };
