@@ -444,17 +444,17 @@ fn there_and_back(delayed: bool) {
             let left = libvirt.disk(&name);
             let mut owner = Owner::register(lockd.lock_socket(), &name, OnTerm::Ignore);
             owner.call(&acquire("", text(&left), 0)).expect_ok();
-            let fences = step > 0;
-            if fences {
+            let leaves_before = step > 0;
+            if leaves_before {
                 owner.close_connection();
             }
 
             installed.upgrade(&mut lockd, program);
-            if fences {
-                assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
-            } else {
-                owner.kill();
+            if !leaves_before {
+                // It came to the program before, and leaves this one.
+                owner.close_connection();
             }
+            assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
             wait_until_free(std::slice::from_ref(&left));
             assert!(disks.iter().all(|disk| is_locked(disk)));
             for disk in [&disks[0], shared] {

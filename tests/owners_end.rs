@@ -101,6 +101,15 @@ impl Scene {
         })
     }
 
+    /// How many descriptors the daemon may have from now on.
+    fn limit_descriptors(&self, count: usize) {
+        let (pid, limit) = (self.daemon.pid(), format!("--nofile={count}:"));
+        let status = Command::new("prlimit")
+            .args([&format!("--pid={pid}"), &limit])
+            .status();
+        assert!(status.expect("run prlimit").success());
+    }
+
     fn configure(&self, text: &str) {
         let file = self.namespace.path(CONFIGURATION);
         std::fs::write(file, text).expect("write the configuration");
@@ -405,6 +414,9 @@ fn number_is_used_again(scene: &Scene) {
         let (pid, borrower) = (first.pid(), first.lend_connection());
         first.kill();
         first.wait_end();
+        // Start times, which older kernels offer, count in hundredths of a second. Without a choice
+        // no number comes again so soon.
+        std::thread::sleep(Duration::from_millis(30));
         let Some(mut second) = owner_with_pid(scene, pid) else {
             return;
         };
@@ -669,10 +681,7 @@ fn without_descriptors_left_clients_are_told_so_and_owners_are_still_ended() {
     let Some(scene) = Scene::new() else { return };
     let (mut owner, disk) = scene.owner_with_disk("guest", OnTerm::Ignore);
     scene.daemon.wait_until_asleep();
-    let limit = format!("--nofile={0}:{0}", scene.daemon.descriptors() + 4);
-    let pid = format!("--pid={}", scene.daemon.pid());
-    let status = Command::new("prlimit").args([&pid, &limit]).status();
-    assert!(status.expect("run prlimit").success());
+    scene.limit_descriptors(scene.daemon.descriptors() + 4);
 
     let mut served = Vec::new();
     let refusal = wait_for(DEADLINE, "a client to be refused", || {
@@ -696,6 +705,34 @@ fn without_descriptors_left_clients_are_told_so_and_owners_are_still_ended() {
     owner.close_connection();
     assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
     wait_until_free(&disk);
+}
+
+#[test]
+fn owners_that_took_the_last_descriptors_are_ended_on_older_kernels_too() {
+    let injection = "inject=getsockopt:error=ENOPROTOOPT:when=1";
+    let Some(scene) = Scene::with_calls_that_fail(injection, "getsockopt") else {
+        return;
+    };
+    scene.daemon.wait_until_asleep();
+    let limit = scene.daemon.descriptors() + 2;
+    scene.limit_descriptors(limit);
+    let mut owners = Vec::new();
+    loop {
+        let mut owner = Owner::connect(scene.daemon.lock_socket(), OnTerm::Ignore);
+        match owner.call(&register_as("late", owner.pid())) {
+            Reply::Ok { .. } => owners.push(owner),
+            Reply::Error(_) => break,
+        }
+    }
+    assert!(!owners.is_empty());
+    scene.limit_descriptors(limit + 100);
+    for (number, owner) in owners.iter_mut().enumerate() {
+        let disk = scene.disk(&format!("disk{number}"));
+        owner.call(&take(&disk)).expect_ok();
+        owner.close_connection();
+        assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+        wait_until_free(&disk);
+    }
 }
 
 #[test]
