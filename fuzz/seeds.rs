@@ -83,7 +83,7 @@ pub fn all() -> Vec<Seed> {
 }
 
 /// Calls as the target `connection` chooses them: what to do; procedure, lockspace, name, flags.
-const CALLS: [[[u8; 5]; 6]; 3] = [
+const CALLS: [[[u8; 5]; 6]; 4] = [
     // Two owners share a file and give it back.
     [
         [32, 0, 1, 1, 65],
@@ -93,13 +93,22 @@ const CALLS: [[[u8; 5]; 6]; 3] = [
         [32, 9, 1, 0, 0],
         [33, 9, 1, 0, 0],
     ],
+    // A disk under two names, shared and not.
+    [
+        [32, 0, 1, 1, 65],
+        [33, 0, 1, 2, 66],
+        [32, 5, 0, 9, 1],
+        [33, 5, 0, 10, 1],
+        [33, 5, 0, 11, 0],
+        [33, 5, 0, 9, 1],
+    ],
     // A disk under two names; its owner dies.
     [
         [32, 0, 1, 1, 65],
         [32, 5, 0, 9, 0],
         [33, 0, 1, 2, 66],
         [33, 5, 0, 10, 0],
-        [48, 5, 0, 12, 2],
+        [48, 5, 0, 9, 1],
         [33, 5, 0, 10, 1],
     ],
     // A lockspace and its files come and go; so do connections.

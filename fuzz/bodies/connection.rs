@@ -33,6 +33,9 @@ use virtlockd::wire::{admin, keepalive};
 use super::log_reader;
 use super::world::{self, World};
 
+/// The answer to every PING, written out: the code under test must not vouch for itself.
+const PONG: &[u8] = b"\0\0\0\x1ckeep\0\0\0\x01\0\0\0\x02\0\0\0\x02\0\0\0\0\0\0\0\0";
+
 const SERVICES: [Service; 4] = [Service::Lock, Service::Lock, Service::Admin, Service::Lock];
 
 struct Run<'a> {
@@ -315,9 +318,7 @@ fn harmless(world: &World, service: Service, header: Header, payload: &[u8]) -> 
 fn check_reply(service: Service, header: Header, flow: Flow, reply: &[u8]) {
     let is_ping = keepalive::is_ours(&header) && header.procedure == keepalive::PING;
     if is_ping {
-        let mut pong = Vec::new();
-        keepalive::pong(&mut pong);
-        assert_eq!(reply, pong);
+        assert_eq!(reply, PONG);
         return;
     }
     if !matches!(header.kind, Kind::Call | Kind::CallWithDescriptors) {
