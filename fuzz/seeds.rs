@@ -46,6 +46,14 @@ pub fn all() -> Vec<Seed> {
             from_vector(&mut seeds, &vector);
         }
     }
+    for (number, steps) in CALLS.into_iter().enumerate() {
+        add(
+            &mut seeds,
+            "connection",
+            &format!("calls-{number}"),
+            &steps.concat(),
+        );
+    }
     add(&mut seeds, "config", "empty", b"");
     add(
         &mut seeds,
@@ -73,6 +81,46 @@ pub fn all() -> Vec<Seed> {
     add(&mut seeds, "libvirt_json", "state", &document);
     seeds
 }
+
+/// Calls as the target `connection` chooses them: what to do; procedure, lockspace, name, flags.
+const CALLS: [[[u8; 5]; 6]; 4] = [
+    // Two owners share a file and give it back.
+    [
+        [32, 0, 1, 1, 65],
+        [33, 0, 1, 2, 66],
+        [32, 5, 1, 0, 3],
+        [33, 5, 1, 0, 3],
+        [32, 9, 1, 0, 0],
+        [33, 9, 1, 0, 0],
+    ],
+    // A disk under two names, shared and not.
+    [
+        [32, 0, 1, 1, 65],
+        [33, 0, 1, 2, 66],
+        [32, 5, 0, 9, 1],
+        [33, 5, 0, 10, 1],
+        [33, 5, 0, 11, 0],
+        [33, 5, 0, 9, 1],
+    ],
+    // A disk under two names; its owner dies.
+    [
+        [32, 0, 1, 1, 65],
+        [32, 5, 0, 9, 0],
+        [33, 0, 1, 2, 66],
+        [33, 5, 0, 10, 0],
+        [48, 5, 0, 9, 1],
+        [33, 5, 0, 10, 1],
+    ],
+    // A lockspace and its files come and go; so do connections.
+    [
+        [32, 0, 1, 1, 65],
+        [32, 2, 4, 0, 0],
+        [32, 3, 4, 0, 0],
+        [40, 5, 4, 0, 2],
+        [33, 0, 1, 1, 65],
+        [33, 4, 4, 0, 0],
+    ],
+];
 
 const CONFIGURATIONS: [&str; 4] = [
     "log_level = 3\nlog_filters=\"3:remote 4:event\"\nlog_outputs = \"1:stderr\" # why\n",

@@ -5,9 +5,12 @@
 //! Nothing is killed: the peers cannot be seen, as those of another pid namespace (pid 0). The one
 //! call that is left out is the daemon's shutdown, which may start a program.
 //!
-//! Input, again and again: a byte that says what to do, two bytes with a length, low byte first,
-//! and as many bytes. Bits 0 and 1 choose the connection; bit 2: descriptors come with the last
-//! byte; bit 3: the connection ends afterwards; bit 4: its owner dies afterwards.
+//! Input, again and again: a byte that says what to do, and what it is done with. Bits 0 and 1 of
+//! that byte choose the connection. If bit 5 is set, four bytes follow that choose a lock call and
+//! its arguments (see [`call`]), because long sequences of good calls do not come about by chance.
+//! Otherwise two bytes with a length follow, low byte first, and as many bytes for the connection.
+//! Bit 2: descriptors come with the last of them. Bit 3: the connection ends afterwards; bit 4: its
+//! owner dies afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,10 +27,14 @@ use virtlockd::server::daemon::Daemon;
 use virtlockd::server::dispatch;
 use virtlockd::wire::error;
 use virtlockd::wire::frame::{self, HEADER, Header, Kind, LONGEST, STATUS_ERROR, STATUS_OK, Split};
-use virtlockd::wire::lock::{self, LONGEST_FRAME, Procedure};
+use virtlockd::wire::lock::{self, Call, LONGEST_FRAME, Procedure, Target};
 use virtlockd::wire::{admin, keepalive};
 
+use super::log_reader;
 use super::world::{self, World};
+
+/// The answer to every PING, written out: the code under test must not vouch for itself.
+const PONG: &[u8] = b"\0\0\0\x1ckeep\0\0\0\x01\0\0\0\x02\0\0\0\x02\0\0\0\0\0\0\0\0";
 
 const SERVICES: [Service; 4] = [Service::Lock, Service::Lock, Service::Admin, Service::Lock];
 
@@ -41,6 +48,7 @@ struct Run<'a> {
 }
 
 pub fn run(data: &[u8]) {
+    log_reader::install();
     world::with(|world| {
         let poll = mio::Poll::new().expect("a poll");
         let registry = poll.registry().try_clone().expect("its registry");
@@ -86,12 +94,23 @@ impl Run<'_> {
     }
 
     fn steps(&mut self, mut data: &[u8]) {
-        while let Some(([what, low, high], rest)) = data.split_first_chunk() {
-            let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
-            let (bytes, rest) = rest.split_at(length);
-            data = rest;
+        while let Some((&what, rest)) = data.split_first() {
             let place = self.places[usize::from(what & 3)];
-            self.take_in(place, bytes, what & 4 != 0);
+            if what & 32 != 0 {
+                let Some((choices, rest)) = rest.split_first_chunk() else {
+                    return;
+                };
+                data = rest;
+                self.take_in(place, &call(choices), false);
+            } else {
+                let Some(([low, high], rest)) = rest.split_first_chunk() else {
+                    return;
+                };
+                let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
+                let (bytes, rest) = rest.split_at(length);
+                data = rest;
+                self.take_in(place, bytes, what & 4 != 0);
+            }
             if what & 16 != 0 {
                 self.owner_dies(place);
             }
@@ -204,6 +223,60 @@ impl Run<'_> {
     }
 }
 
+/// A lock call, as the four bytes choose it: the procedure, the lockspace, the name, the flags. For
+/// a registration the last three are the domain's id, the process, and the name.
+fn call(&[procedure, lockspace, name, flags]: &[u8; 4]) -> Vec<u8> {
+    const NAMES: [&[u8]; 12] = [
+        b"x", b"./x", b"link", b"out", b"new", b"sub/y", b"sub", b"", b"up/x", b"../x", b"/x",
+        b"a/../x",
+    ];
+    let name_in_directory = NAMES[usize::from(name) % NAMES.len()];
+    let lockspace = &[lockspace][usize::from(lockspace % 3 == 0)..];
+    let target = Target {
+        lockspace,
+        name: if lockspace.is_empty() {
+            std::slice::from_ref(&name)
+        } else {
+            name_in_directory
+        },
+    };
+    let flags_word = u32::from(flags);
+    // Most calls are good ones, and most of those take and give back locks.
+    let call = match procedure % 12 {
+        0 => Call::Register {
+            uuid: &[7; 16],
+            name: &[flags],
+            id: u32::from(lockspace.len() as u8),
+            pid: i32::from(name % 3),
+            flags: 0,
+        },
+        1 => Call::Restrict {
+            flags: flags_word / 128,
+        },
+        2 => Call::New {
+            path: lockspace,
+            flags: flags_word / 128,
+        },
+        3 => Call::CreateResource {
+            target,
+            flags: flags_word / 128,
+        },
+        4 => Call::DeleteResource {
+            target,
+            flags: flags_word / 128,
+        },
+        5..=8 => Call::AcquireResource {
+            target,
+            flags: flags_word % 4,
+        },
+        9 | 10 => Call::ReleaseResource { target, flags: 0 },
+        _ => Call::CreateLockspace { path: lockspace },
+    };
+    let mut frame = Vec::new();
+    call.encode(&mut frame, 1);
+    frame
+}
+
 /// A second open file of a locked file sees the lock.
 fn check_kernel(descriptor: &OwnedFd, mode: Mode) {
     let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
@@ -245,9 +318,7 @@ fn harmless(world: &World, service: Service, header: Header, payload: &[u8]) -> 
 fn check_reply(service: Service, header: Header, flow: Flow, reply: &[u8]) {
     let is_ping = keepalive::is_ours(&header) && header.procedure == keepalive::PING;
     if is_ping {
-        let mut pong = Vec::new();
-        keepalive::pong(&mut pong);
-        assert_eq!(reply, pong);
+        assert_eq!(reply, PONG);
         return;
     }
     if !matches!(header.kind, Kind::Call | Kind::CallWithDescriptors) {

@@ -7,7 +7,7 @@
 //! that a handover follows. When the pieces are used up they are used again.
 
 use virtlockd::server::conversation::{Conversation, Flow, Taken};
-use virtlockd::wire::frame::Header;
+use virtlockd::wire::frame::{self, Header, Kind, MOST_DESCRIPTORS, Split};
 use virtlockd::wire::lock::LONGEST_FRAME;
 
 /// A part of the stream as one read gets it.
@@ -95,11 +95,49 @@ fn joined<'a>(stream: &'a [u8], pieces: &[Piece<'_>]) -> Vec<Piece<'a>> {
     joined
 }
 
+/// What should come out, found by one walk over the whole stream.
+fn reference(stream: &[u8], pieces: &[Piece<'_>]) -> (Frames, Taken) {
+    let mut ends_with_descriptors = Vec::new();
+    for piece in pieces {
+        ends_with_descriptors.resize(ends_with_descriptors.len() + piece.bytes.len(), false);
+        *ends_with_descriptors.last_mut().unwrap() = piece.descriptors;
+    }
+    let mut frames = Frames::new();
+    let mut at = 0;
+    loop {
+        let (header, payload, length) = match frame::split(&stream[at..], LONGEST_FRAME) {
+            Split::Incomplete { .. } => return (frames, Taken::All),
+            Split::Invalid => return (frames, Taken::Close),
+            Split::Frame(frame) => (frame.header, frame.payload, frame.length),
+        };
+        at += length;
+        let mut arguments = payload;
+        if header.kind == Kind::CallWithDescriptors {
+            let Some((count, rest)) = payload
+                .split_first_chunk()
+                .filter(|(count, _)| u32::from_be_bytes(**count) <= MOST_DESCRIPTORS)
+            else {
+                return (frames, Taken::Close);
+            };
+            arguments = rest;
+            for _ in 0..u32::from_be_bytes(*count) {
+                match ends_with_descriptors.get(at) {
+                    None => return (frames, Taken::All),
+                    Some(false) => return (frames, Taken::Close),
+                    Some(true) => at += 1,
+                }
+            }
+        }
+        frames.push((header, arguments.to_vec()));
+    }
+}
+
 pub fn run(data: &[u8]) {
     let Some(pieces) = pieces(data) else { return };
     let length: usize = pieces.iter().map(|piece| piece.bytes.len()).sum();
     let stream = &data[data.len() - length..];
     let cut = take_in(&pieces, usize::MAX);
+    assert_eq!(cut, reference(stream, &pieces));
     assert_eq!(cut, take_in(&joined(stream, &pieces), usize::MAX));
     assert_eq!(cut, take_in(&pieces, 1 + length % 3));
 }

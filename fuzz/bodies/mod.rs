@@ -10,6 +10,7 @@ pub mod frame;
 pub mod ledger;
 pub mod libvirt_json;
 pub mod lock_call;
+mod log_reader;
 pub mod log_settings;
 mod world;
 

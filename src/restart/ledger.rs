@@ -477,6 +477,8 @@ struct Replay {
     /// Places of the resources that a process holds.
     held: HashMap<Pid, Vec<usize>>,
     fences: HashMap<Pid, FenceState>,
+    /// What each process last said of itself. The table keeps nothing else.
+    owners: HashMap<Pid, Owner>,
 }
 
 impl Replay {
@@ -540,6 +542,8 @@ impl Replay {
                 created,
                 kind,
             } => {
+                let owner = self.latest(owner);
+                let pid = owner.pid;
                 let place = self.resources.insert(ResourceState {
                     lockspace: lockspace.to_vec(),
                     name: name.to_vec(),
@@ -550,9 +554,9 @@ impl Replay {
                     created,
                     kind,
                     parked: Vec::new(),
-                    holders: vec![(owner.to_owner(), 1)],
+                    holders: vec![(owner, 1)],
                 });
-                self.held.entry(owner.pid).or_default().push(place);
+                self.held.entry(pid).or_default().push(place);
                 if self.by_name.insert(key(lockspace, name), place).is_some() {
                     return Err("a resource is granted twice".into());
                 }
@@ -562,6 +566,7 @@ impl Replay {
                 lockspace,
                 name,
             } => {
+                let owner = self.latest(owner);
                 let place = self.place(lockspace, name)?;
                 let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
                 let holder = resource
@@ -571,8 +576,8 @@ impl Replay {
                 match holder {
                     Some((_, times)) => *times = times.saturating_add(1),
                     None => {
-                        resource.holders.push((owner.to_owner(), 1));
                         self.held.entry(owner.pid).or_default().push(place);
+                        resource.holders.push((owner, 1));
                     }
                 }
             }
@@ -652,6 +657,13 @@ impl Replay {
         Ok(Left::Nothing)
     }
 
+    /// The owner of an event, whose word about itself holds for everything that it has.
+    fn latest(&mut self, owner: OwnerRecord<'_>) -> Owner {
+        let owner = owner.to_owner();
+        self.owners.insert(owner.pid, owner.clone());
+        owner
+    }
+
     fn finish(self) -> State {
         let mut state = self.state;
         state.clients = self.clients.into_values().collect();
@@ -663,6 +675,15 @@ impl Replay {
             .into_iter()
             .map(|(_, resource)| resource)
             .collect();
+        for (owner, _) in state
+            .resources
+            .iter_mut()
+            .flat_map(|held| &mut held.holders)
+        {
+            if let Some(latest) = self.owners.get(&owner.pid) {
+                owner.clone_from(latest);
+            }
+        }
         state.fences = self.fences.into_values().collect();
         state
     }
