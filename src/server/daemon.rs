@@ -665,6 +665,7 @@ impl Daemon {
             return;
         }
         self.state = State::Stopping;
+        self.abandon_upgrade();
         notify::stopping();
         self.deadlines.unset(Deadline::Idle);
         self.deadlines

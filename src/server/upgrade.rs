@@ -131,6 +131,13 @@ impl Daemon {
         }
     }
 
+    /// The daemon ends: a successor that is being looked at must not stay behind.
+    pub fn abandon_upgrade(&mut self) {
+        if let Some(check) = self.end_check() {
+            self.abandon(check);
+        }
+    }
+
     fn end_check(&mut self) -> Option<Check> {
         self.deadlines.unset(Deadline::Successor);
         match std::mem::take(&mut self.upgrade.stage) {

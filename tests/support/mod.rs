@@ -129,8 +129,20 @@ pub fn lock_probe(path: &Path) -> Option<SeenLock> {
     })
 }
 
-/// Takes a lock on byte 0 as a stranger to the daemon would; it ends when the file is dropped.
-pub fn foreign_lock(path: &Path, exclusive: bool) -> std::fs::File {
+/// A lock that a stranger to the daemon has, until it is dropped.
+pub struct ForeignLock(std::fs::File);
+
+impl Drop for ForeignLock {
+    fn drop(&mut self) {
+        // Closing alone does not do: a child that another test forks at this moment has the open
+        // file, too.
+        let lock = byte_zero(libc::F_UNLCK);
+        let _ = nix::fcntl::fcntl(self.0.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock));
+    }
+}
+
+/// Takes a lock on byte 0 as a stranger to the daemon would.
+pub fn foreign_lock(path: &Path, exclusive: bool) -> ForeignLock {
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -143,7 +155,7 @@ pub fn foreign_lock(path: &Path, exclusive: bool) -> std::fs::File {
     });
     nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))
         .unwrap_or_else(|error| panic!("F_OFD_SETLK on {}: {error}", path.display()));
-    file
+    ForeignLock(file)
 }
 
 /// Tries to take an exclusive lock on byte 0 of an open file, as a stranger to the daemon would.
