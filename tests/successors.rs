@@ -230,6 +230,24 @@ fn a_hanging_successor_stops_nobody_and_is_given_up_after_ten_seconds() {
 }
 
 #[test]
+fn the_end_of_the_daemon_leaves_no_successor_behind() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.host.install_script("exec sleep 1000");
+    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+    wait_until(DEADLINE, "the successor to run", || {
+        !children(&scene.daemon).is_empty()
+    });
+    let successor = children(&scene.daemon).trim().to_owned();
+    scene.daemon.stop();
+    wait_until(DEADLINE, "the successor to be dead", || {
+        !support::owner::runs(successor.parse().expect("a pid"))
+    });
+}
+
+#[test]
 fn a_right_successor_is_found_although_one_before_it_hung() {
     if !require_root() {
         return;
