@@ -90,7 +90,7 @@ impl Daemon {
 
     /// Writes the ledger anew, to have it short for a successor. If that fails it stays as it is.
     pub fn renew_ledger(&mut self) -> Result<(), Errno> {
-        self.ledger = Ledger::of(&self.state())?;
+        self.ledger = Ledger::of(&self.settled_state())?;
         Ok(())
     }
 
@@ -100,6 +100,17 @@ impl Daemon {
         if self.renew_ledger().is_err() {
             self.ledger.lose();
         }
+    }
+
+    /// The state without the bytes that are on their way: those are written down only when a
+    /// successor takes over. Written down earlier, they would be sent or worked on once more there
+    /// if they had gone out meanwhile.
+    fn settled_state(&self) -> State {
+        let mut state = self.state();
+        for client in &mut state.clients {
+            client.traffic = Traffic::default();
+        }
+        state
     }
 
     /// Makes the ledger whole for a successor: what is not written down as it happens.
@@ -201,7 +212,7 @@ impl Daemon {
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
             return;
         }
-        match Ledger::of(&self.state()) {
+        match Ledger::of(&self.settled_state()) {
             Ok(ledger) => self.ledger = ledger,
             Err(reason) => {
                 if self.ledger.is_stale() {
