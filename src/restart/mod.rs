@@ -5,7 +5,9 @@
 //! to the program that takes over.
 #![forbid(unsafe_code)]
 
+pub mod event;
 pub mod handover;
 pub mod ledger;
 pub mod libvirt_json;
+pub mod replay;
 pub mod state;

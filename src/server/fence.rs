@@ -6,8 +6,23 @@
 //! have by now. Nothing here waits: the pidfd becomes readable, or the deadline passes.
 
 use std::collections::HashMap;
+use std::os::fd::AsRawFd;
 
+use mio::Interest;
+use mio::unix::SourceFd;
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use slab::Slab;
+
+use super::connection::Connection;
+use super::daemon::{Daemon, State};
+use super::deadlines::Deadline;
+use super::token::Source;
+use crate::host::clock::Moment;
+use crate::host::log::Printable;
+use crate::host::{process, stream};
+use crate::restart::event::Event;
+use crate::restart::state::uuid_text;
 
 use crate::host::process::Process;
 use crate::locks::table::Pid;
@@ -81,5 +96,245 @@ impl Fences {
     /// All of them, with their places.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Fence)> {
         self.fences.iter()
+    }
+}
+
+impl Daemon {
+    /// The owner whose life this connection stood for: the one that made it itself, and holds
+    /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
+    pub fn ends_with(&self, connection: &Connection) -> Option<Pid> {
+        let pid = connection.session.owner()?.pid;
+        let is_peer = pid > 0 && pid == connection.peer.pid;
+        (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
+    }
+
+    pub fn owner_left(&mut self, pid: Pid, connection: &Connection) {
+        if self.fences.of(pid).is_some() {
+            return;
+        }
+        // Process 1 of a host or container cannot be fenced: it goes with everything else.
+        if pid == 1 {
+            self.free(pid);
+            return;
+        }
+        match self.process_of(connection) {
+            Ok(process) if !process.is_dead() => self.fence(pid, process),
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => {
+                if self.has_successor(pid) {
+                    tracing::warn!(
+                        target: "locking.lock_daemon",
+                        "A process with pid {pid} is dead and a later one of the same number holds \
+                         locks, too: whatever either holds is kept until {} ends",
+                        self.owner_text(pid)
+                    );
+                } else {
+                    self.free(pid);
+                }
+            }
+            Err(errno) => {
+                self.unreachable.insert(pid);
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{} closed its connection but cannot be fenced, because its process cannot be \
+                     reached: {}. Its locks stay until the daemon ends: stop the process by hand",
+                    self.owner_text(pid), crate::host::errno::text(errno)
+                );
+            }
+        }
+    }
+
+    /// Whether the number of a dead owner belongs to another one by now. Somebody else may have kept
+    /// the connection of the dead one open for long.
+    fn has_successor(&self, pid: Pid) -> bool {
+        let number_is_free = match Process::open_any(pid) {
+            Ok(process) => process.is_dead(),
+            Err(errno) => errno == Errno::ESRCH,
+        };
+        // All connections are looked through only in the rare other case.
+        !number_is_free
+            && self.connections.iter().any(|(_, connection)| {
+                let owner = connection.session.owner();
+                connection.peer.pid == pid && owner.is_some_and(|owner| owner.pid == pid)
+            })
+    }
+
+    /// The process that made a connection. ESRCH or EINVAL if it has been reaped.
+    fn process_of(&mut self, connection: &Connection) -> Result<Process, Errno> {
+        loop {
+            let result = if self.names_processes {
+                stream::peer_process(&connection.socket)
+            } else {
+                let pid = connection.peer.pid;
+                match connection.start_time {
+                    Some(start_time) => Process::open(pid, start_time),
+                    // Never found out: nobody knows whether the one that has the number now is the
+                    // one that connected. Only that there is none is certain.
+                    None => Process::open_any(pid).and(Err(Errno::EPERM)),
+                }
+            };
+            match result {
+                Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
+                result => return result,
+            }
+        }
+    }
+
+    /// Begins to fence an owner.
+    fn fence(&mut self, pid: Pid, process: Process) {
+        let text = self.owner_text(pid);
+        if process::is_exiting(pid) {
+            tracing::info!(target: "locking.lock_daemon", "{text} is ending");
+        } else {
+            let why = match self.state {
+                State::Serving => "closed its connection while it holds locks",
+                State::Stopping | State::Ended => "holds locks while the daemon ends",
+            };
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "{text} {why}: it is sent SIGTERM now, and SIGKILL if it has not ended within \
+                 1.6 s; its locks are kept until it is dead"
+            );
+        }
+        match process.signal(Signal::SIGTERM) {
+            Ok(()) => (),
+            Err(Errno::ESRCH) => return self.free(pid),
+            Err(errno) => tracing::error!(
+                target: "locking.lock_daemon",
+                "{text} could not be sent SIGTERM: {}", crate::host::errno::text(errno)
+            ),
+        }
+        let kill_at = Moment::now().plus_ms(GRACE_MS);
+        self.follow(
+            Fence {
+                pid,
+                process,
+                stage: Stage::Asked,
+            },
+            kill_at,
+        );
+    }
+
+    /// Waits for the death of a process, or for the time to do more about it.
+    pub fn follow(&mut self, fence: Fence, next_step: Moment) {
+        let (pid, stage, descriptor) = (fence.pid, fence.stage, fence.process.pidfd().as_raw_fd());
+        let place = self.fences.insert(fence);
+        let token = Source::Fence(place).token();
+        let interest = Interest::READABLE;
+        if let Err(error) = self
+            .registry
+            .register(&mut SourceFd(&descriptor), token, interest)
+        {
+            // The deadlines still look whether it is dead.
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The death of process {pid} cannot be waited for: {error}"
+            );
+        }
+        let deadline = match stage {
+            Stage::Asked => Deadline::Kill(pid),
+            Stage::Killed => Deadline::StillAlive(pid),
+        };
+        self.deadlines.set(deadline, next_step);
+        self.note_fence(pid);
+    }
+
+    /// A process that is being fenced gave a sign.
+    pub fn look_at_fence(&mut self, place: usize) {
+        if let Some(fence) = self.fences.get(place)
+            && fence.process.is_dead()
+        {
+            self.dead.push_back(fence.pid);
+        }
+    }
+
+    /// The grace of an owner is over.
+    pub fn kill(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        let Some(fence) = self.fences.of_mut(pid) else {
+            return;
+        };
+        if fence.process.is_dead() {
+            self.dead.push_back(pid);
+            return;
+        }
+        fence.stage = Stage::Killed;
+        match fence.process.signal(Signal::SIGKILL) {
+            Ok(()) => tracing::warn!(
+                target: "locking.lock_daemon",
+                "{text} did not end on SIGTERM: it is sent SIGKILL"
+            ),
+            Err(errno) => tracing::error!(
+                target: "locking.lock_daemon",
+                "{text} could not be sent SIGKILL: {}", crate::host::errno::text(errno)
+            ),
+        }
+        self.deadlines
+            .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+        self.note_fence(pid);
+    }
+
+    pub fn still_alive(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        let Some(fence) = self.fences.of(pid) else {
+            return;
+        };
+        if fence.process.is_dead() {
+            self.dead.push_back(pid);
+            return;
+        }
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "{text} is still alive {} s after SIGKILL, probably stuck in the kernel: its locks \
+             are kept until it is dead", OVERDUE_MS / 1000
+        );
+        self.deadlines
+            .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
+    }
+
+    /// A fenced owner is dead: its locks go.
+    pub fn fenced(&mut self, pid: Pid) {
+        // Its death may have been noticed twice, and a later process of the same number may be
+        // being fenced by now.
+        if self
+            .fences
+            .of(pid)
+            .is_some_and(|fence| !fence.process.is_dead())
+        {
+            return;
+        }
+        let Some(fence) = self.fences.remove(pid) else {
+            return;
+        };
+        self.deadlines.unset(Deadline::Kill(pid));
+        self.deadlines.unset(Deadline::StillAlive(pid));
+        let _ = self
+            .registry
+            .deregister(&mut SourceFd(&fence.process.pidfd().as_raw_fd()));
+        self.ledger.note(&Event::Fenced { pid });
+        self.free(pid);
+    }
+
+    /// Frees the locks of an owner that is dead.
+    fn free(&mut self, pid: Pid) {
+        let text = self.owner_text(pid);
+        self.unreachable.remove(&pid);
+        let count = self.keeper.end_owner(pid);
+        self.ledger.note(&Event::OwnerEnded { pid });
+        tracing::info!(
+            target: "locking.lock_daemon",
+            "{text} is dead: {count} of its locks are free"
+        );
+    }
+
+    /// An owner as an operator reads it.
+    pub fn owner_text(&self, pid: Pid) -> String {
+        match self.keeper.table().owner(pid) {
+            Some(owner) => format!(
+                "Domain '{}' (uuid {}, pid {pid})",
+                Printable(&owner.name),
+                uuid_text(&owner.uuid)
+            ),
+            None => format!("Process {pid}"),
+        }
     }
 }

@@ -22,7 +22,8 @@ use crate::host::process::Process;
 use crate::host::{errno, file, process, stream};
 use crate::locks::lease::{self, Found, Lease, LockKind};
 use crate::locks::table::{Granted, Pid};
-use crate::restart::ledger::{Event, Ledger};
+use crate::restart::event::Event;
+use crate::restart::ledger::Ledger;
 use crate::restart::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
     ServerState, State, Traffic,

@@ -14,6 +14,7 @@ pub mod conversation;
 pub mod daemon;
 pub mod deadlines;
 pub mod dispatch;
+pub mod ending;
 pub mod fence;
 pub mod lasting;
 pub mod lock_service;

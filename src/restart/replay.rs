@@ -1,0 +1,245 @@
+//! From events back to the state: each is applied in its turn, and one that does not fit what came
+//! before says that the ledger is damaged.
+
+use foldhash::HashMap;
+use slab::Slab;
+
+use super::event::{Event, OwnerRecord};
+use super::state::{ClientState, FenceState, ResourceState, State, Traffic};
+use crate::locks::table::{Owner, Pid};
+
+/// A state under replay, with the look-ups that a long ledger needs.
+#[derive(Default)]
+pub struct Replay {
+    state: State,
+    clients: HashMap<i32, ClientState>,
+    resources: Slab<ResourceState>,
+    /// Places of the resources by lockspace, zero byte, name.
+    by_name: HashMap<Box<[u8]>, usize>,
+    /// Places of the resources that a process holds.
+    held: HashMap<Pid, Vec<usize>>,
+    fences: HashMap<Pid, FenceState>,
+    /// What each process last said of itself. The table keeps nothing else.
+    owners: HashMap<Pid, Owner>,
+}
+
+impl Replay {
+    /// Applies the next event; a sentence about the damage if it does not fit.
+    pub fn apply(&mut self, event: Event<'_>) -> Result<(), String> {
+        match event {
+            Event::Connected {
+                descriptor,
+                server,
+                id,
+                peer,
+                start_time,
+                connected_at,
+                refused,
+            } => {
+                let next = id.checked_add(1).ok_or("a client's number is too great")?;
+                let numbers = self.state.server_mut(server);
+                numbers.next_id = numbers.next_id.max(next);
+                let client = ClientState {
+                    descriptor,
+                    server,
+                    id,
+                    peer,
+                    start_time,
+                    connected_at,
+                    has_called: false,
+                    refused,
+                    owner: None,
+                    restricted: false,
+                    traffic: Traffic::default(),
+                };
+                if self.clients.insert(descriptor, client).is_some() {
+                    return Err(format!("two clients have the descriptor {descriptor}"));
+                }
+            }
+            Event::Called { descriptor } => {
+                let client = self.client(descriptor)?;
+                client.has_called = true;
+                client.refused = false;
+            }
+            Event::Registered { descriptor, owner } => {
+                self.client(descriptor)?.owner = Some(owner.to_owner());
+            }
+            Event::Restricted { descriptor } => self.client(descriptor)?.restricted = true,
+            Event::Traffic {
+                descriptor,
+                traffic,
+            } => self.client(descriptor)?.traffic = traffic,
+            Event::Gone { descriptor } => {
+                self.client(descriptor)?;
+                self.clients.remove(&descriptor);
+            }
+            Event::Lockspace { directory } => self.state.lockspaces.push(directory.to_vec()),
+            Event::Granted {
+                owner,
+                lockspace,
+                name,
+                descriptor,
+                identity,
+                mode,
+                autocreate,
+                created,
+                kind,
+            } => {
+                let owner = self.latest(owner);
+                let pid = owner.pid;
+                let place = self.resources.insert(ResourceState {
+                    lockspace: lockspace.to_vec(),
+                    name: name.to_vec(),
+                    descriptor,
+                    identity: Some(identity),
+                    mode,
+                    autocreate,
+                    created,
+                    kind,
+                    parked: Vec::new(),
+                    holders: vec![(owner, 1)],
+                });
+                self.held.entry(pid).or_default().push(place);
+                if self.by_name.insert(key(lockspace, name), place).is_some() {
+                    return Err("a resource is granted twice".into());
+                }
+            }
+            Event::Joined {
+                owner,
+                lockspace,
+                name,
+            } => {
+                let owner = self.latest(owner);
+                let place = self.place(lockspace, name)?;
+                let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                let holder = resource
+                    .holders
+                    .iter_mut()
+                    .find(|(known, _)| known.pid == owner.pid);
+                match holder {
+                    Some((_, times)) => *times = times.saturating_add(1),
+                    None => {
+                        self.held.entry(owner.pid).or_default().push(place);
+                        resource.holders.push((owner, 1));
+                    }
+                }
+            }
+            Event::Parked {
+                lockspace,
+                name,
+                descriptor,
+            } => {
+                let place = self.place(lockspace, name)?;
+                let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                resource.parked.push(descriptor);
+            }
+            Event::Released {
+                pid,
+                lockspace,
+                name,
+            } => {
+                let place = self.place(lockspace, name)?;
+                if self.release(pid, place, 1)? == Left::Nothing
+                    && let Some(held) = self.held.get_mut(&pid)
+                {
+                    held.retain(|known| *known != place);
+                }
+            }
+            Event::OwnerEnded { pid } => {
+                for place in self.held.remove(&pid).unwrap_or_default() {
+                    self.release(pid, place, u32::MAX)?;
+                }
+            }
+            Event::Fencing(fence) => {
+                self.fences.insert(fence.pid, fence);
+            }
+            Event::Fenced { pid } => {
+                self.fences.remove(&pid);
+            }
+            Event::Server { name, state } => *self.state.server_mut(name) = state,
+            Event::Listening(listener) => self.state.listeners.push(listener),
+            Event::Process(process) => self.state.process = process,
+            Event::Logging(logging) => self.state.process.logging = logging,
+            Event::IdleTimeout(seconds) => self.state.process.idle_timeout_s = seconds,
+        }
+        Ok(())
+    }
+
+    fn client(&mut self, descriptor: i32) -> Result<&mut ClientState, String> {
+        self.clients
+            .get_mut(&descriptor)
+            .ok_or_else(|| format!("it speaks of a client {descriptor} that never connected"))
+    }
+
+    fn place(&self, lockspace: &[u8], name: &[u8]) -> Result<usize, String> {
+        self.by_name
+            .get(&*key(lockspace, name))
+            .copied()
+            .ok_or_else(|| "it speaks of a resource that nobody holds".to_owned())
+    }
+
+    /// Takes holdings away from a process, which may leave the resource without any.
+    fn release(&mut self, pid: Pid, place: usize, count: u32) -> Result<Left, String> {
+        let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+        let position = resource
+            .holders
+            .iter()
+            .position(|(owner, _)| owner.pid == pid)
+            .ok_or("it releases what an owner does not hold")?;
+        if let Some((_, times)) = resource.holders.get_mut(position) {
+            *times = times.saturating_sub(count);
+            if *times > 0 {
+                return Ok(Left::Something);
+            }
+        }
+        resource.holders.swap_remove(position);
+        if resource.holders.is_empty() {
+            let ended = self.resources.remove(place);
+            self.by_name.remove(&*key(&ended.lockspace, &ended.name));
+        }
+        Ok(Left::Nothing)
+    }
+
+    /// The owner of an event, whose word about itself holds for everything that it has.
+    fn latest(&mut self, owner: OwnerRecord<'_>) -> Owner {
+        let owner = owner.to_owner();
+        self.owners.insert(owner.pid, owner.clone());
+        owner
+    }
+
+    /// The state that the events so far say.
+    pub fn finish(self) -> State {
+        let mut state = self.state;
+        state.clients = self.clients.into_values().collect();
+        state
+            .clients
+            .sort_by_key(|client| (client.server, client.id));
+        state.resources = self
+            .resources
+            .into_iter()
+            .map(|(_, resource)| resource)
+            .collect();
+        for (owner, _) in state
+            .resources
+            .iter_mut()
+            .flat_map(|held| &mut held.holders)
+        {
+            if let Some(latest) = self.owners.get(&owner.pid) {
+                owner.clone_from(latest);
+            }
+        }
+        state.fences = self.fences.into_values().collect();
+        state
+    }
+}
+
+/// What a process has left of a resource.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Something,
+    Nothing,
+}
+
+fn key(lockspace: &[u8], name: &[u8]) -> Box<[u8]> {
+    [lockspace, b"\0", name].concat().into()
+}
