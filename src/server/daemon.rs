@@ -1,6 +1,7 @@
-//! Everything that the reactor turns over, and what happens to it: clients are served and go,
-//! owners are fenced, the daemon ends. Each step here is short; what can be long is cut into
-//! pieces that wait in `ending` and `dead` for their turn.
+//! Everything that the reactor turns over, and the turn of one connection. What else happens to it
+//! is told in [`super::accept`], [`super::fence`], [`super::ending`], [`super::lasting`] and
+//! [`super::upgrade`]. Each step is short; what can be long is cut into pieces that wait in `ending`
+//! and `dead` for their turn.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsRawFd;

@@ -108,6 +108,8 @@ impl Daemon {
         (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
     }
 
+    /// The connection that stood for an owner is over: the owner is fenced, or its locks are free if
+    /// it is dead already.
     pub fn owner_left(&mut self, pid: Pid, connection: &Connection) {
         if self.fences.of(pid).is_some() {
             return;
@@ -273,6 +275,7 @@ impl Daemon {
         self.note_fence(pid);
     }
 
+    /// An owner that was sent SIGKILL should long be dead.
     pub fn still_alive(&mut self, pid: Pid) {
         let text = self.owner_text(pid);
         let Some(fence) = self.fences.of(pid) else {
