@@ -11,7 +11,8 @@ use virtlockd::host::clock::Moment;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::{Mode, Owner};
-use virtlockd::restart::ledger::{self, Event, Ledger, Unreadable};
+use virtlockd::restart::event::Event;
+use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
