@@ -68,7 +68,15 @@ impl Replay {
             Event::Traffic {
                 descriptor,
                 traffic,
-            } => self.client(descriptor)?.traffic = traffic,
+            } => {
+                // Where there are no bytes, nothing can be said about them.
+                let traffic = if traffic.is_empty() {
+                    Traffic::default()
+                } else {
+                    traffic
+                };
+                self.client(descriptor)?.traffic = traffic;
+            }
             Event::Gone { descriptor } => {
                 self.client(descriptor)?;
                 self.clients.remove(&descriptor);
