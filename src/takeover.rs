@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use virtlockd::cli::{self, Options, Outcome};
 use virtlockd::config::Config;
 use virtlockd::exit::{ExitCode, StartError};
+use virtlockd::host::descriptors::{self, Inherited};
 use virtlockd::host::log::{self, Level, Settings};
 use virtlockd::host::paths::Paths;
 use virtlockd::host::pid_file::PidFile;
-use virtlockd::host::{environment, file, listen};
+use virtlockd::host::{environment, listen};
 use virtlockd::restart::handover::{CommandLine, HANDOVER_VARIABLE, READABLE};
-use virtlockd::restart::ledger::{self, Ledger, Unreadable};
+use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{LogState, Service, State};
 use virtlockd::server::lasting;
@@ -45,15 +46,12 @@ pub fn take_ledger() -> Option<Result<Predecessor, Failed>> {
     if pid != std::process::id().to_string() {
         return None;
     }
-    let descriptor: OwnedFd = match descriptor.parse().ok().map(file::adopt) {
+    let descriptor: OwnedFd = match descriptor.parse().ok().map(descriptors::adopt) {
         Some(Ok(descriptor)) => descriptor,
         _ => return Some(Err(unusable("its descriptor is not open").into())),
     };
-    let loaded = ledger::load(&descriptor)
-        .and_then(|state| {
-            let ledger = Ledger::resume(descriptor).map_err(Unreadable::System)?;
-            Ok(Predecessor::Ours(state, ledger))
-        })
+    let loaded = Ledger::take_over(descriptor)
+        .map(|(state, ledger)| Predecessor::Ours(state, ledger))
         .map_err(|reason| unusable(&reason.to_string()).into());
     Some(loaded)
 }
@@ -164,11 +162,13 @@ pub fn resume(
     if !state.process.program.is_empty() {
         command_line.program = OsString::from_vec(state.process.program.clone());
     }
+    let mut inherited = inherit(&state)?;
     let pid_file = match &state.process.pid_file {
         None => None,
         Some((descriptor, path)) => {
             let path = PathBuf::from(OsString::from_vec(path.clone()));
-            let descriptor = file::adopt(*descriptor)
+            let descriptor = inherited
+                .take(*descriptor)
                 .map_err(|_| unusable("the descriptor of its pid file is not open"))?;
             Some(PidFile::inherited(descriptor, path))
         }
@@ -183,7 +183,7 @@ pub fn resume(
     let limits_are_known = config.is_some();
     let start = Start::of_successor(options, command_line, config.unwrap_or_default());
     let mut reactor = set_up(
-        state,
+        (state, &mut inherited),
         Some(ledger),
         start,
         pid_file.as_ref(),
@@ -206,15 +206,28 @@ pub fn resume_started(predecessor: Predecessor, start: Start) -> Result<ExitCode
     // A limit of the configuration that counts already is not news.
     state.lock_server.configured = start.config.max_clients;
     state.admin_server.configured = start.config.admin_max_clients;
-    let mut reactor = set_up(state, None, start, pid_file.as_ref(), true)?;
+    let mut inherited = inherit(&state)?;
+    let took_over = (state, &mut inherited);
+    let mut reactor = set_up(took_over, None, start, pid_file.as_ref(), true)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
     let _ = std::fs::remove_file(&document);
     start::run(&mut reactor, pid_file)
 }
 
+/// The descriptors that the state speaks of.
+fn inherit(state: &State) -> Result<Inherited, StartError> {
+    state.check_descriptors().map_err(|why| unusable(&why))?;
+    Inherited::of(&state.descriptors()).map_err(|number| {
+        let kind = state.meaning(number);
+        unusable(&format!(
+            "descriptor {number}, which should be {kind}, is not open"
+        ))
+    })
+}
+
 /// The reactor as it was. Without a ledger of the predecessor's one is written.
 fn set_up(
-    state: State,
+    (mut state, inherited): (State, &mut Inherited),
     ledger: Option<Ledger>,
     start: Start,
     pid_file: Option<&PidFile>,
@@ -228,8 +241,21 @@ fn set_up(
     if let Some(ledger) = ledger {
         reactor.daemon.ledger = ledger;
     }
-    let listeners = lasting::resume_listeners(&state.listeners).map_err(|why| unusable(&why))?;
-    reactor.daemon.resume(state).map_err(|why| unusable(&why))?;
+    let listeners =
+        lasting::resume_listeners(&state.listeners, inherited).map_err(|why| unusable(&why))?;
+    if let Some(poll) = state.poll.take() {
+        let descriptor = inherited
+            .take(poll.descriptor)
+            .map_err(|_| unusable("the descriptor of its poll is not open"))?;
+        // Without it every connection is watched anew, which takes longer.
+        if poll.knows(&state.clients) && reactor.inherit(descriptor).is_ok() {
+            state.poll = Some(poll);
+        }
+    }
+    reactor
+        .daemon
+        .resume(state, inherited)
+        .map_err(|why| unusable(&why))?;
     reactor.daemon.process = process;
     if limits_are_known {
         reactor.configure_if_changed(limits);

@@ -15,8 +15,8 @@ use virtlockd::restart::event::Event;
 use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{
-    ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
-    ServerState, Service, State, Traffic,
+    ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
+    ResourceState, ServerState, Service, State, Traffic,
 };
 
 /// Bytes in front of the events.
@@ -184,6 +184,10 @@ fn everything() -> State {
                 default_output: "1:journald".into(),
             },
         },
+        poll: Some(PollState {
+            descriptor: 7,
+            places: vec![(10, 0), (11, 3), (12, 1), (13, 2), (14, 4)],
+        }),
     }
 }
 
@@ -229,17 +233,23 @@ fn make_the_saved_ledgers() {
 #[test]
 fn a_saved_ledger_of_every_format_loads() {
     let state = ledger::replay(&read_saved("format-1.bin")).expect("a ledger of format 1");
+    let without_poll = State {
+        poll: None,
+        ..everything()
+    };
+    assert_eq!(sorted(state), sorted(without_poll));
+    let state = ledger::replay(&read_saved("format-2.bin")).expect("a ledger of format 2");
     assert_eq!(sorted(state), sorted(everything()));
 }
 
 #[test]
 fn a_truncated_ledger_is_refused() {
-    let refused = ledger::replay(&read_saved("format-1-truncated.bin"));
+    let refused = ledger::replay(&read_saved("format-2-truncated.bin"));
     assert!(
         matches!(refused, Err(Unreadable::Damaged(_))),
         "{refused:?}"
     );
-    let whole = read_saved("format-1.bin");
+    let whole = read_saved("format-2.bin");
     for length in 0..whole.len() {
         assert!(ledger::replay(&whole[..length]).is_err(), "{length} bytes");
     }
@@ -247,12 +257,12 @@ fn a_truncated_ledger_is_refused() {
 
 #[test]
 fn a_ledger_with_a_flipped_bit_is_refused() {
-    let refused = ledger::replay(&read_saved("format-1-flipped.bin"));
+    let refused = ledger::replay(&read_saved("format-2-flipped.bin"));
     assert!(
         matches!(refused, Err(Unreadable::Damaged(_))),
         "{refused:?}"
     );
-    let whole = read_saved("format-1.bin");
+    let whole = read_saved("format-2.bin");
     for position in HEADER..whole.len() {
         for bit in 0..8 {
             let mut damaged = whole.clone();
@@ -265,9 +275,9 @@ fn a_ledger_with_a_flipped_bit_is_refused() {
 
 #[test]
 fn a_ledger_of_a_later_format_says_so() {
-    let mut later = read_saved("format-1.bin");
-    later[8] = 2;
-    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(2)));
+    let mut later = read_saved("format-2.bin");
+    later[8] = 3;
+    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(3)));
     later[8] = 0;
     assert_eq!(ledger::replay(&later), Err(Unreadable::Version(0)));
 }
@@ -460,6 +470,7 @@ fn any_state() -> impl Strategy<Value = State> {
                     resources,
                     fences,
                     process,
+                    poll: None,
                 };
                 // Descriptors are numbers of things that are open at the same time.
                 for (number, client) in (100..).zip(&mut state.clients) {

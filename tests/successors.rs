@@ -301,6 +301,39 @@ fn a_program_that_is_exchanged_while_it_is_looked_at_is_looked_at_again() {
     scene.recovers();
 }
 
+// It lives on for seconds, and a lock lives as long as anybody has its file open.
+#[test]
+fn a_successor_that_is_looked_at_gets_no_descriptor_that_was_taken_over() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    upgrade(&scene.daemon);
+    scene.host.install_script("exec sleep 1000");
+    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+    let mut sleeper = String::new();
+    wait_until(DEADLINE, "the successor to sleep", || {
+        sleeper = children(&scene.daemon).trim().to_owned();
+        let name = std::fs::read_to_string(format!("/proc/{sleeper}/comm"));
+        name.is_ok_and(|name| name == "sleep\n")
+    });
+    let open: Vec<String> = std::fs::read_dir(format!("/proc/{sleeper}/fd"))
+        .expect("the sleeper's descriptors")
+        .map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap())
+        .map(|what| what.display().to_string())
+        .filter(|what| what.starts_with("socket:") || what.starts_with("/run/"))
+        .filter(|what| what != "/run/programs/virtlockd")
+        .collect();
+    assert_eq!(open, [""; 0], "clients and locks");
+    scene.serves();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(sleeper.parse().unwrap()),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+    scene.recovers();
+}
+
 /// What the daemon has open and with which flags. The numbers are left out: a ledger that was
 /// written anew has another one.
 fn open_files(daemon: &Daemon) -> Vec<(PathBuf, String)> {

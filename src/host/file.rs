@@ -1,7 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, told apart by device and inode.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -223,22 +223,6 @@ pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
     } else {
         Conflict::OpenFile
     })
-}
-
-/// Sets or clears close-on-exec of the descriptor with this number. EBADF if it is not open.
-pub fn set_close_on_exec(number: i32, on: bool) -> Result<(), Errno> {
-    let flags = if on { libc::FD_CLOEXEC } else { 0 };
-    // SAFETY: F_SETFD takes two integers and touches no memory of ours.
-    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags) }).map(drop)
-}
-
-/// Takes over a descriptor that the previous image of this process left open under `number`, and
-/// makes it close-on-exec. EBADF if it is not open.
-pub fn adopt(number: i32) -> Result<OwnedFd, Errno> {
-    set_close_on_exec(number, true)?;
-    // SAFETY: it is open, and the caller adopts each number of the state it was given once; no
-    // other part of this young process knows of it.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Reads what a pipe holds now; 0 if it is empty or broken.

@@ -25,19 +25,22 @@ impl Memory {
     pub fn new(size: NonZeroUsize) -> Result<Memory, Errno> {
         let descriptor = memfd_create(c"virtlockd-ledger", MFdFlags::MFD_CLOEXEC)?;
         allocate(&descriptor, size)?;
-        Memory::map(descriptor, size)
+        Memory::map(descriptor, size, MapFlags::empty())
     }
 
     /// A memory file that was passed on, whole.
     pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
         let length = usize::try_from(fstat(&descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
-        Memory::map(descriptor, NonZeroUsize::new(length).ok_or(Errno::EINVAL)?)
+        let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
+        // It is read at once: to map its pages one by one would take longer.
+        Memory::map(descriptor, length, MapFlags::MAP_POPULATE)
     }
 
-    fn map(descriptor: OwnedFd, size: NonZeroUsize) -> Result<Memory, Errno> {
+    fn map(descriptor: OwnedFd, size: NonZeroUsize, how: MapFlags) -> Result<Memory, Errno> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_SHARED | how;
         // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.
-        let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &descriptor, 0) }?;
+        let start = unsafe { mmap(None, size, protection, flags, &descriptor, 0) }?;
         Ok(Memory {
             descriptor,
             start,

@@ -4,6 +4,7 @@
 
 pub mod clock;
 pub mod daemonize;
+pub mod descriptors;
 pub mod environment;
 pub mod errno;
 pub mod file;

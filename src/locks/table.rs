@@ -290,6 +290,13 @@ impl<L> Table<L> {
         Table::default()
     }
 
+    /// Makes room for so many resources, to enter them quickly.
+    pub fn reserve(&mut self, count: usize) {
+        self.resources.reserve(count);
+        self.by_name.reserve(count);
+        self.by_identity.reserve(count);
+    }
+
     /// How many resources are held.
     pub fn len(&self) -> usize {
         self.resources.len()

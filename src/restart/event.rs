@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::state::{
-    ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
-    ServerState, Service, State, Traffic,
+    ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
+    ResourceState, ServerState, Service, State, Traffic,
 };
 use crate::host::file::FileIdentity;
 use crate::host::stream::Peer;
@@ -48,7 +48,7 @@ impl OwnerRecord<'_> {
 }
 
 /// A change of lasting state. The order of the variants is part of the format: new ones go to the
-/// end, none is ever removed.
+/// end, none is ever removed. What is rare and large is boxed, so that the others are short to move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event<'a> {
     /// A client connected.
@@ -172,14 +172,16 @@ pub enum Event<'a> {
         /// The client's descriptor.
         descriptor: i32,
         /// The bytes.
-        traffic: Traffic,
+        traffic: Box<Traffic>,
     },
     /// The process's own things.
-    Process(ProcessState),
+    Process(Box<ProcessState>),
     /// The log settings.
-    Logging(LogState),
+    Logging(Box<LogState>),
     /// The idle timeout, seconds.
     IdleTimeout(u32),
+    /// The poll, as it is handed over.
+    Poll(PollState),
 }
 
 /// The fewest events that say a state.
@@ -195,7 +197,7 @@ pub fn events(state: &State) -> impl Iterator<Item = Event<'_>> {
         .iter()
         .map(|directory| Event::Lockspace { directory });
     let fences = state.fences.iter().cloned().map(Event::Fencing);
-    std::iter::once(Event::Process(state.process.clone()))
+    std::iter::once(Event::Process(Box::new(state.process.clone())))
         .chain(listeners)
         .chain(state.clients.iter().flat_map(client_events))
         .chain(lockspaces)
@@ -203,6 +205,7 @@ pub fn events(state: &State) -> impl Iterator<Item = Event<'_>> {
         .chain(fences)
         // Behind the clients, whose numbers would otherwise raise the next one.
         .chain(servers)
+        .chain(state.poll.iter().cloned().map(Event::Poll))
 }
 
 fn client_events(client: &ClientState) -> impl Iterator<Item = Event<'_>> {
@@ -226,7 +229,7 @@ fn client_events(client: &ClientState) -> impl Iterator<Item = Event<'_>> {
         .then_some(Event::Restricted { descriptor });
     let traffic = (!client.traffic.is_empty()).then(|| Event::Traffic {
         descriptor,
-        traffic: client.traffic.clone(),
+        traffic: Box::new(client.traffic.clone()),
     });
     std::iter::once(connected)
         .chain(called)

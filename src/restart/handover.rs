@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::host::process::Process;
-use crate::host::{errno, file, signals};
+use crate::host::{descriptors, errno, file, signals};
 
 /// Set in a program that is only to say whether it could take over: the ledger is its standard
 /// input.
@@ -107,9 +107,15 @@ pub struct Check {
 }
 
 impl Check {
-    /// Starts the successor. It can read the ledger.
-    pub fn begin(command_line: &CommandLine, ledger: &OwnedFd) -> Result<Check, String> {
+    /// Starts the successor. It can read the ledger, and it gets none of the descriptors in
+    /// `withheld`: those that this process took over are open for any program that it starts.
+    pub fn begin(
+        command_line: &CommandLine,
+        ledger: &OwnedFd,
+        withheld: &[RawFd],
+    ) -> Result<Check, String> {
         let path = command_line.path()?;
+        keep(withheld, false)?;
         // It is the running daemon's own: a program that is not the right one must not spoil it.
         let ledger = file::read_only(ledger).map_err(|reason| {
             let reason = errno::text(reason);
@@ -262,22 +268,25 @@ pub fn replace(
             (Ok(program), Ok(words), Ok(environment)) => (program, words, environment),
             (Err(reason), _, _) | (_, Err(reason), _) | (_, _, Err(reason)) => return reason,
         };
-    let mut reason = None;
-    for descriptor in kept {
-        if let Err(error) = file::set_close_on_exec(*descriptor, false) {
-            reason = Some(format!(
-                "descriptor {descriptor} cannot be kept: {}",
-                errno::text(error)
-            ));
-            break;
-        }
-    }
-    let reason = reason.unwrap_or_else(|| execute(successor, &program, &words, &environment));
-    for descriptor in kept {
-        // One that is not open cannot have been kept either.
-        let _ = file::set_close_on_exec(*descriptor, true);
-    }
+    let reason = match keep(kept, true) {
+        Err(reason) => reason,
+        Ok(()) => execute(successor, &program, &words, &environment),
+    };
+    // Should this fail, it is done again before another program is started.
+    let _ = keep(kept, false);
     reason
+}
+
+/// An exec keeps these descriptors, or closes them.
+fn keep(descriptors: &[RawFd], is_kept: bool) -> Result<(), String> {
+    for number in descriptors {
+        descriptors::keep_on_exec(*number, is_kept).map_err(|reason| {
+            let what = if is_kept { "kept" } else { "withheld" };
+            let reason = errno::text(reason);
+            format!("descriptor {number} cannot be {what}: {reason}")
+        })?;
+    }
+    Ok(())
 }
 
 /// The exec. Comes back only with the reason why there was none.

@@ -28,7 +28,7 @@ use super::state::State;
 use crate::host::memory::{self, Memory};
 
 /// The version of the format that this program writes. It reads this one and all before.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";
 const HEADER: usize = 32;
@@ -114,9 +114,10 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// Goes on writing the ledger that an earlier image of the process closed, after it was read.
-    pub fn resume(descriptor: OwnedFd) -> Result<Ledger, Errno> {
-        let memory = Memory::adopt(descriptor)?;
+    /// Reads the ledger that an earlier image of the process closed, and goes on writing it.
+    pub fn take_over(descriptor: OwnedFd) -> Result<(State, Ledger), Unreadable> {
+        let memory = Memory::adopt(descriptor).map_err(Unreadable::System)?;
+        let state = replay(memory.bytes())?;
         let length = memory
             .bytes()
             .get(16..)
@@ -130,7 +131,7 @@ impl Ledger {
             is_stale: false,
         };
         ledger.write_header(0, 0);
-        Ok(ledger)
+        Ok((state, ledger))
     }
 
     /// Appends an event. If that fails nothing was appended, and what the event says must not
@@ -279,7 +280,7 @@ pub fn replay(content: &[u8]) -> Result<State, Unreadable> {
     if is_closed && checksum(events) != word(24) {
         return Err(Unreadable::Damaged("its checksum does not fit".into()));
     }
-    let mut replay = Replay::default();
+    let mut replay = Replay::of_length(events.len());
     while !events.is_empty() {
         let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;

@@ -1,10 +1,12 @@
 //! Everything that a new image of the process needs to go on where the old one stopped, as plain
 //! data: no sockets, no locks, only their descriptors' numbers.
 
+use foldhash::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 
 use crate::host::clock::Moment;
 use crate::host::file::FileIdentity;
+use crate::host::log::Printable;
 use crate::host::stream::Peer;
 use crate::locks::table::{Mode, Owner, Pid};
 
@@ -49,6 +51,8 @@ pub struct State {
     pub fences: Vec<FenceState>,
     /// The process that was started.
     pub process: ProcessState,
+    /// The poll that watches the connections already, if it is handed over.
+    pub poll: Option<PollState>,
 }
 
 /// A server's numbers.
@@ -188,6 +192,31 @@ pub struct FenceState {
     pub next_step: Moment,
 }
 
+/// The poll of an earlier image of this process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PollState {
+    /// Its descriptor.
+    pub descriptor: i32,
+    /// The connections that it watches: each one's descriptor, and its place, which is what the poll
+    /// calls it by.
+    pub places: Vec<(i32, u32)>,
+}
+
+/// Places in the poll's tokens stay below this, far above what there can be descriptors for.
+const PLACES: u32 = 1 << 24;
+
+impl PollState {
+    /// Whether it watches all of these clients, each by a place of its own.
+    pub fn knows(&self, clients: &[ClientState]) -> bool {
+        let places: HashMap<i32, u32> = self.places.iter().copied().collect();
+        let mut taken = HashSet::default();
+        clients.iter().all(|client| {
+            let place = places.get(&client.descriptor);
+            place.is_some_and(|place| *place < PLACES && taken.insert(*place))
+        })
+    }
+}
+
 /// What belongs to the process rather than to what it serves.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessState {
@@ -235,7 +264,31 @@ impl State {
                     .iter()
                     .map(|(descriptor, _)| *descriptor),
             )
+            .chain(self.poll.iter().map(|poll| poll.descriptor))
             .collect()
+    }
+
+    /// What a descriptor is of, for a message.
+    pub fn meaning(&self, number: i32) -> String {
+        if let Some(client) = self.clients.iter().find(|it| it.descriptor == number) {
+            return format!(
+                "client {} of the {} server",
+                client.id,
+                client.server.name()
+            );
+        }
+        let is_its = |resource: &&ResourceState| {
+            resource.descriptor == number || resource.parked.contains(&number)
+        };
+        if let Some(resource) = self.resources.iter().find(is_its) {
+            return format!("the file of resource '{}'", Printable(&resource.name));
+        }
+        let is_listener = self.listeners.iter().any(|it| it.descriptor == number);
+        if is_listener {
+            "a listening socket".into()
+        } else {
+            "one of the daemon's own".into()
+        }
     }
 
     /// Whether every descriptor belongs to one thing only, and none is standard input, output or

@@ -310,11 +310,8 @@ impl Daemon {
         let Some(connection) = self.connections.get(place) else {
             return Ok(());
         };
-        self.registry.register(
-            &mut mio::unix::SourceFd(&std::os::fd::AsRawFd::as_raw_fd(&connection.socket)),
-            Source::Connection(place).token(),
-            mio::Interest::READABLE,
-        )
+        let descriptor = std::os::fd::AsRawFd::as_raw_fd(&connection.socket);
+        Source::Connection(place).watch(&self.registry, descriptor)
     }
 }
 

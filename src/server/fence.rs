@@ -8,7 +8,6 @@
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
-use mio::Interest;
 use mio::unix::SourceFd;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -220,12 +219,7 @@ impl Daemon {
     pub fn follow(&mut self, fence: Fence, next_step: Moment) {
         let (pid, stage, descriptor) = (fence.pid, fence.stage, fence.process.pidfd().as_raw_fd());
         let place = self.fences.insert(fence);
-        let token = Source::Fence(place).token();
-        let interest = Interest::READABLE;
-        if let Err(error) = self
-            .registry
-            .register(&mut SourceFd(&descriptor), token, interest)
-        {
+        if let Err(error) = Source::Fence(place).watch(&self.registry, descriptor) {
             // The deadlines still look whether it is dead.
             tracing::error!(
                 target: "locking.lock_daemon",

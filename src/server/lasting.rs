@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
+use foldhash::HashMap;
 use nix::errno::Errno;
 
 use super::accept::Listener;
@@ -16,6 +17,7 @@ use super::deadlines::Deadline;
 use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::clock::Moment;
+use crate::host::descriptors::Inherited;
 use crate::host::file::FileIdentity;
 use crate::host::log::{self, Printable};
 use crate::host::process::Process;
@@ -25,8 +27,8 @@ use crate::locks::table::{Granted, Pid};
 use crate::restart::event::Event;
 use crate::restart::ledger::Ledger;
 use crate::restart::state::{
-    ClientState, FenceState, ListenerState, LockKindState, LogState, ProcessState, ResourceState,
-    ServerState, State, Traffic,
+    ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
+    ResourceState, ServerState, State, Traffic,
 };
 
 /// After a ledger that could not be written anew, how long until it is tried again, milliseconds.
@@ -81,7 +83,7 @@ impl Daemon {
 
     /// Writes down the log settings.
     pub fn note_logging(&mut self) {
-        self.ledger.note(&Event::Logging(log_state()));
+        self.ledger.note(&Event::Logging(Box::new(log_state())));
     }
 
     /// Writes down the idle timeout.
@@ -126,20 +128,56 @@ impl Daemon {
                     state,
                 })?;
             }
-            self.ledger.append(&Event::Process(self.process_state()))?;
+            self.ledger
+                .append(&Event::Process(Box::new(self.process_state())))?;
             for (_, connection) in &self.connections {
                 let traffic = traffic(connection);
                 if !traffic.is_empty() {
                     let descriptor = connection.socket.as_raw_fd();
                     self.ledger.append(&Event::Traffic {
                         descriptor,
-                        traffic,
+                        traffic: Box::new(traffic),
                     })?;
                 }
             }
         }
         debug_assert!(self.ledger_is_true());
-        Ok(())
+        let poll = self.poll_state()?;
+        self.ledger.append(&Event::Poll(poll))
+    }
+
+    /// The poll, for a successor to go on with. What it has said of a connection and was not worked
+    /// on it is made to say once more; the successor asks by itself when a reply can be sent.
+    fn poll_state(&mut self) -> Result<PollState, Errno> {
+        let has_more_to_say = |connection: &Connection| {
+            connection.readable
+                || connection.hung_up
+                || connection.queued
+                || connection.waits_to_send
+                || !traffic(connection).is_empty()
+        };
+        let unfinished: Vec<usize> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| has_more_to_say(connection))
+            .map(|(place, _)| place)
+            .collect();
+        for place in unfinished {
+            self.watch(place).map_err(|error| errno::of(&error))?;
+            // Should there be no successor after all, this daemon asks anew, too.
+            if let Some(connection) = self.connections.get_mut(place) {
+                connection.waits_to_send = false;
+            }
+            self.enqueue(place);
+        }
+        let places = self.connections.iter().map(|(place, connection)| {
+            let descriptor = connection.socket.as_raw_fd();
+            (descriptor, u32::try_from(place).unwrap_or(u32::MAX))
+        });
+        Ok(PollState {
+            descriptor: self.registry.as_raw_fd(),
+            places: places.collect(),
+        })
     }
 
     /// Whether the ledger says what is.
@@ -202,6 +240,7 @@ impl Daemon {
                 .map(|(descriptor, _)| *descriptor),
         );
         kept.push(self.ledger.descriptor().as_raw_fd());
+        kept.push(self.registry.as_raw_fd());
         kept
     }
 
@@ -251,6 +290,7 @@ impl Daemon {
                 .map(|(_, fence)| self.fence_state(fence))
                 .collect(),
             process: self.process_state(),
+            poll: None,
         }
     }
 
@@ -319,8 +359,7 @@ impl Daemon {
     /// Goes on where the state says that an earlier image of this process stopped. Everything that
     /// can fail is done before anything is changed that the earlier program, started once more on
     /// the same state, could not find as it was.
-    pub fn resume(&mut self, state: State) -> Result<(), String> {
-        state.check_descriptors()?;
+    pub fn resume(&mut self, state: State, inherited: &mut Inherited) -> Result<(), String> {
         for service in Service::ALL {
             let numbers = *state.server(service);
             let clients = self.clients_mut(service);
@@ -335,12 +374,10 @@ impl Daemon {
         for directory in &state.lockspaces {
             self.keeper.add_lockspace(directory);
         }
-        self.resume_resources(state.resources)?;
-        for client in state.clients {
-            self.resume_client(client)?;
-        }
+        self.resume_resources(state.resources, inherited)?;
+        self.resume_clients(state.clients, state.poll, inherited)?;
         for fence in state.fences {
-            let process = Process::from_pidfd(adopt(fence.descriptor, "a fenced process")?);
+            let pidfd = adopt(fence.descriptor, "a fenced process", inherited)?;
             let stage = if fence.killed {
                 Stage::Killed
             } else {
@@ -349,7 +386,7 @@ impl Daemon {
             self.follow(
                 Fence {
                     pid: fence.pid,
-                    process,
+                    process: Process::from_pidfd(pidfd),
                     stage,
                 },
                 fence.next_step,
@@ -358,11 +395,17 @@ impl Daemon {
         Ok(())
     }
 
-    fn resume_resources(&mut self, resources: Vec<ResourceState>) -> Result<(), String> {
+    fn resume_resources(
+        &mut self,
+        resources: Vec<ResourceState>,
+        inherited: &mut Inherited,
+    ) -> Result<(), String> {
+        self.keeper.reserve(resources.len());
         let mut adopted = Vec::with_capacity(resources.len());
         for resource in resources {
             let what = || format!("the file of resource '{}'", Printable(&resource.name));
-            let descriptor = file::adopt(resource.descriptor)
+            let descriptor = inherited
+                .take(resource.descriptor)
                 .map_err(|reason| not_open(resource.descriptor, &what(), reason))?;
             let identity = match resource.identity {
                 Some(identity) => identity,
@@ -380,7 +423,7 @@ impl Daemon {
             adopted.push((resource, descriptor, identity));
         }
         // Only locks of another program's making have to be looked at.
-        let mut names = std::collections::HashMap::new();
+        let mut names = HashMap::default();
         for (resource, _, identity) in &adopted {
             if resource.kind == LockKindState::Unknown {
                 let count = names.entry(*identity).or_insert(0u32);
@@ -389,7 +432,7 @@ impl Daemon {
         }
         for (resource, descriptor, identity) in adopted {
             let is_alone = names.get(&identity).is_none_or(|count| *count == 1);
-            let kind = resume_kind(&resource, &descriptor, is_alone)?;
+            let kind = resume_kind(&resource, &descriptor, is_alone, inherited)?;
             let lease = Lease {
                 descriptor,
                 kind,
@@ -408,19 +451,78 @@ impl Daemon {
         Ok(())
     }
 
-    fn resume_client(&mut self, client: ClientState) -> Result<(), String> {
-        let what = format!(
-            "client {} of the {} server",
-            client.id,
-            client.server.name()
-        );
-        let socket = adopt(client.descriptor, &what)?;
+    fn resume_clients(
+        &mut self,
+        clients: Vec<ClientState>,
+        poll: Option<PollState>,
+        inherited: &mut Inherited,
+    ) -> Result<(), String> {
+        // Where a poll watches them already, they keep the places that it knows them by.
+        let is_watched = poll.is_some();
+        let places: HashMap<i32, u32> = poll
+            .map(|poll| poll.places.into_iter().collect())
+            .unwrap_or_default();
+        let mut placed = Vec::with_capacity(clients.len());
+        let mut unfinished = Vec::new();
+        for (position, client) in clients.into_iter().enumerate() {
+            let place = places
+                .get(&client.descriptor)
+                .and_then(|place| usize::try_from(*place).ok())
+                .unwrap_or(position);
+            if !client.traffic.is_empty() {
+                unfinished.push(place);
+            }
+            placed.push((place, self.resume_client(client, inherited)?));
+        }
+        self.connections = placed.into_iter().collect();
+        let all: Vec<usize> = self.connections.iter().map(|(place, _)| place).collect();
+        for place in all {
+            if !is_watched {
+                self.watch(place)
+                    .map_err(|error| format!("a client cannot be watched: {error}"))?;
+            }
+            let Some(connection) = self.connections.get(place) else {
+                continue;
+            };
+            let (service, id) = (connection.service, connection.id);
+            if matches!(connection.phase, Phase::Refused(_)) {
+                self.wait_for_first_call(place, id);
+            } else {
+                self.clients_mut(service).by_id.insert(id, place);
+            }
+        }
+        unfinished.into_iter().for_each(|place| self.enqueue(place));
+        Ok(())
+    }
+
+    fn resume_client(
+        &mut self,
+        client: ClientState,
+        inherited: &mut Inherited,
+    ) -> Result<Connection, String> {
+        let what = || {
+            format!(
+                "client {} of the {} server",
+                client.id,
+                client.server.name()
+            )
+        };
+        let socket = inherited
+            .take(client.descriptor)
+            .map_err(|reason| not_open(client.descriptor, &what(), reason))?;
         let peer = match client.peer {
             Some(peer) => peer,
-            None => stream::peer(&socket)
-                .map_err(|reason| format!("who {what} is, is unknown: {}", errno::text(reason)))?,
+            None => stream::peer(&socket).map_err(|reason| {
+                format!("who {} is, is unknown: {}", what(), errno::text(reason))
+            })?,
         };
-        let has_traffic = !client.traffic.is_empty();
+        if !client.traffic.is_empty() {
+            let traffic = Box::default();
+            self.ledger.note(&Event::Traffic {
+                descriptor: client.descriptor,
+                traffic,
+            });
+        }
         let Traffic {
             pending,
             descriptors_at_end,
@@ -452,31 +554,17 @@ impl Daemon {
             arrived,
         });
         connection.resume_output(unsent);
-        let (service, id) = (client.server, client.id);
-        if has_traffic {
-            let traffic = Traffic::default();
-            self.ledger.note(&Event::Traffic {
-                descriptor: client.descriptor,
-                traffic,
-            });
-        }
-        let place = self.connections.insert(connection);
-        self.watch(place)
-            .map_err(|error| format!("{what} cannot be watched: {error}"))?;
-        if client.refused {
-            self.wait_for_first_call(place, id);
-        } else {
-            self.clients_mut(service).by_id.insert(id, place);
-        }
-        self.enqueue(place);
-        Ok(())
+        Ok(connection)
     }
 }
 
 /// The listening sockets of a state, to be watched by the reactor.
-pub fn resume_listeners(listeners: &[ListenerState]) -> Result<Vec<Listener>, String> {
+pub fn resume_listeners(
+    listeners: &[ListenerState],
+    inherited: &mut Inherited,
+) -> Result<Vec<Listener>, String> {
     let resume = |listener: &ListenerState| {
-        let socket = adopt(listener.descriptor, "a listening socket")?;
+        let socket = adopt(listener.descriptor, "a listening socket", inherited)?;
         let path = listener
             .path
             .clone()
@@ -504,6 +592,7 @@ fn resume_kind(
     resource: &ResourceState,
     descriptor: &OwnedFd,
     is_alone: bool,
+    inherited: &mut Inherited,
 ) -> Result<LockKind, String> {
     let found = match resource.kind {
         LockKindState::OpenFile => Found::OpenFile,
@@ -526,7 +615,7 @@ fn resume_kind(
             let parked: Result<_, String> = resource
                 .parked
                 .iter()
-                .map(|number| adopt(*number, "a file"))
+                .map(|number| adopt(*number, "a file", inherited))
                 .collect();
             Ok(LockKind::Process { parked: parked? })
         }
@@ -542,8 +631,10 @@ fn resume_kind(
     }
 }
 
-fn adopt(number: i32, what: &str) -> Result<OwnedFd, String> {
-    file::adopt(number).map_err(|reason| not_open(number, what, reason))
+fn adopt(number: i32, what: &str, inherited: &mut Inherited) -> Result<OwnedFd, String> {
+    inherited
+        .take(number)
+        .map_err(|reason| not_open(number, what, reason))
 }
 
 fn not_open(number: i32, what: &str, reason: Errno) -> String {
@@ -630,7 +721,8 @@ mod tests {
             parked: Vec::new(),
             holders: Vec::new(),
         };
-        let kind = resume_kind(&resource, &descriptor, true).unwrap();
+        let mut none = Inherited::of(&[]).unwrap();
+        let kind = resume_kind(&resource, &descriptor, true, &mut none).unwrap();
         assert!(matches!(kind, LockKind::Process { .. }));
     }
 }

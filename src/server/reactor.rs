@@ -6,11 +6,10 @@
 //! two pieces lets newcomers in. Nothing here ever waits, except in the poll when there is nothing
 //! to do.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll};
+use mio::{Events, Poll};
 use nix::sys::signal::Signal;
 
 use super::clients::ClientLimit;
@@ -18,6 +17,7 @@ use super::connection::Service;
 use super::daemon::{Daemon, State};
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::descriptors;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::restart::ledger::Ledger;
@@ -61,8 +61,8 @@ impl Reactor {
         let signals = Signals::open()?;
         let timer = Timer::new()?;
         let registry = poll.registry().try_clone()?;
-        watch(&registry, signals.as_raw_fd(), Source::Signals)?;
-        watch(&registry, timer.as_raw_fd(), Source::Timer)?;
+        Source::Signals.watch(&registry, signals.as_raw_fd())?;
+        Source::Timer.watch(&registry, timer.as_raw_fd())?;
         let daemon = Daemon::new(registry, Ledger::new()?);
         Ok(Reactor {
             poll,
@@ -71,6 +71,17 @@ impl Reactor {
             reload,
             daemon,
         })
+    }
+
+    /// Goes on with the poll of an earlier image of this process, which watches the connections
+    /// already: to take thousands out of one poll and into another would keep all of them waiting.
+    pub fn inherit(&mut self, poll: OwnedFd) -> std::io::Result<()> {
+        descriptors::put_in_place(poll, self.poll.as_raw_fd())?;
+        let registry = self.poll.registry().try_clone()?;
+        Source::Signals.watch(&registry, self.signals.as_raw_fd())?;
+        Source::Timer.watch(&registry, self.timer.as_raw_fd())?;
+        self.daemon.registry = registry;
+        Ok(())
     }
 
     /// Sets the limits that the configuration gives.
@@ -106,11 +117,7 @@ impl Reactor {
     /// Adds a listening socket.
     pub fn listen(&mut self, listener: super::accept::Listener) -> std::io::Result<()> {
         let number = self.daemon.listeners.len();
-        watch(
-            self.poll.registry(),
-            listener.socket.as_raw_fd(),
-            Source::Listener(number),
-        )?;
+        Source::Listener(number).watch(self.poll.registry(), listener.socket.as_raw_fd())?;
         self.daemon.listeners.push(listener);
         Ok(())
     }
@@ -247,12 +254,4 @@ impl Reactor {
             ),
         }
     }
-}
-
-fn watch(registry: &mio::Registry, descriptor: i32, source: Source) -> std::io::Result<()> {
-    registry.register(
-        &mut SourceFd(&descriptor),
-        source.token(),
-        Interest::READABLE,
-    )
 }

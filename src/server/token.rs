@@ -1,6 +1,8 @@
 //! What a readiness event is about: a token's low bits say which kind of thing, the rest which one.
+//! The tokens of connections outlive the program: the poll is handed to its successor as it is.
 
-use mio::Token;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
 
 /// The things that can wake the reactor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,18 @@ impl Source {
         };
         // Numbers are places in slabs of descriptors: they never come near the word's size.
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
+    }
+
+    /// Asks to be woken by what can be read from a descriptor. One that is watched already, by an
+    /// earlier program perhaps, is looked at anew: what it has to say is said once more.
+    pub fn watch(self, registry: &Registry, descriptor: i32) -> std::io::Result<()> {
+        let (token, interest) = (self.token(), Interest::READABLE);
+        match registry.register(&mut SourceFd(&descriptor), token, interest) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                registry.reregister(&mut SourceFd(&descriptor), token, interest)
+            }
+            result => result,
+        }
     }
 
     /// The source of a token.

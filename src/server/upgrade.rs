@@ -8,7 +8,6 @@
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use mio::Interest;
 use mio::unix::SourceFd;
 
 use super::connection::{Connection, Phase};
@@ -77,7 +76,10 @@ impl Daemon {
         self.upgrade.seen = command_line.file();
         // Short and true: it is what the successor reads now, and what it will go on from.
         let begun = match self.renew_ledger() {
-            Ok(()) => Check::begin(&command_line, self.ledger.descriptor()),
+            Ok(()) => {
+                let withheld = self.kept_descriptors();
+                Check::begin(&command_line, self.ledger.descriptor(), &withheld)
+            }
             Err(reason) => Err(cannot_write(reason)),
         };
         let check = match begun {
@@ -85,12 +87,7 @@ impl Daemon {
             Err(reason) => return self.upgrade_failed(&reason),
         };
         let descriptor = check.descriptor();
-        let token = Source::Successor.token();
-        let interest = Interest::READABLE;
-        if let Err(error) = self
-            .registry
-            .register(&mut SourceFd(&descriptor), token, interest)
-        {
+        if let Err(error) = Source::Successor.watch(&self.registry, descriptor) {
             self.abandon(check);
             return self.upgrade_failed(&format!("the successor cannot be watched: {error}"));
         }

@@ -1,0 +1,139 @@
+//! Descriptors across the start of another program: which ones it gets, and how it takes them over.
+
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// How many descriptors are looked at with one call: far fewer than any limit of open files, which
+/// is what poll(2) allows.
+const LOOKED_AT: usize = 256;
+
+/// Whether the descriptor with this number stays open when this process, or a child of it, executes
+/// a program. EBADF if it is not open.
+pub fn keep_on_exec(number: RawFd, is_kept: bool) -> Result<(), Errno> {
+    let flags = if is_kept { 0 } else { libc::FD_CLOEXEC };
+    // SAFETY: F_SETFD takes two integers and touches no memory of ours.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags) }).map(drop)
+}
+
+/// Takes over one descriptor that the previous image of this process left open under `number`.
+/// EBADF if it is not open. Each number is to be adopted once.
+pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_GETFD takes an integer and touches no memory of ours.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: it is open, and the caller adopts each number once; no other part of this young
+    // process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The descriptors that the previous image of this process left open, each to be taken once.
+///
+/// They stay open in the next exec, too, unless [`keep_on_exec`] says otherwise: to say so for each
+/// at once would keep thousands of clients waiting.
+#[derive(Debug)]
+pub struct Inherited {
+    /// Whether the number is one of these and has not been taken.
+    is_left: Vec<bool>,
+}
+
+impl Inherited {
+    /// The descriptors with these numbers; the first number that is not open, if there is one.
+    pub fn of(numbers: &[RawFd]) -> Result<Inherited, RawFd> {
+        for some in numbers.chunks(LOOKED_AT) {
+            if let Some(number) = some.iter().find(|number| **number < 0) {
+                return Err(*number);
+            }
+            let mut looked_at: Vec<PollFd<'_>> = some
+                .iter()
+                .map(|number| {
+                    // SAFETY: it is not -1. It may not be open, which is what poll(2) is asked.
+                    let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
+                    PollFd::new(descriptor, PollFlags::empty())
+                })
+                .collect();
+            let is_closed = |polled: &PollFd<'_>| {
+                let found = polled.revents();
+                found.is_some_and(|found| found.contains(PollFlags::POLLNVAL))
+            };
+            let closed = match poll(&mut looked_at, PollTimeout::ZERO) {
+                Ok(0) => None,
+                Ok(_) => looked_at.iter().position(is_closed),
+                Err(_) => some.iter().position(|number| !is_open(*number)),
+            };
+            if let Some(number) = closed.and_then(|position| some.get(position)) {
+                return Err(*number);
+            }
+        }
+        // All are open, so none is greater than the limit of open files.
+        let places = || {
+            numbers
+                .iter()
+                .filter_map(|number| usize::try_from(*number).ok())
+        };
+        let mut is_left = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
+        for place in places() {
+            if let Some(is_left) = is_left.get_mut(place) {
+                *is_left = true;
+            }
+        }
+        Ok(Inherited { is_left })
+    }
+
+    /// Takes over the descriptor with this number. EBADF if it is not one of these, or not any more.
+    pub fn take(&mut self, number: RawFd) -> Result<OwnedFd, Errno> {
+        let place = usize::try_from(number).map_err(|_| Errno::EBADF)?;
+        let is_left = self.is_left.get_mut(place).ok_or(Errno::EBADF)?;
+        if !std::mem::take(is_left) {
+            return Err(Errno::EBADF);
+        }
+        // SAFETY: it was open when this began, belongs to nobody else in this young process, and is
+        // given away once.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+}
+
+fn is_open(number: RawFd) -> bool {
+    // SAFETY: F_GETFD takes an integer and touches no memory of ours.
+    unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
+}
+
+/// Makes `number`, which stays the property of whoever has it, mean what `descriptor` means, and
+/// closes what it meant before (dup3(2)). Close-on-exec.
+pub fn put_in_place(descriptor: OwnedFd, number: RawFd) -> Result<(), Errno> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: dup3(2) takes integers; the owner of `number` goes on owning an open descriptor.
+    let result = unsafe { libc::dup3(descriptor.as_raw_fd(), number, libc::O_CLOEXEC) };
+    Errno::result(result).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    fn open() -> RawFd {
+        std::fs::File::open("/dev/null").unwrap().into_raw_fd()
+    }
+
+    #[test]
+    fn each_descriptor_is_taken_over_once() {
+        let numbers = [open(), open()];
+        let mut inherited = Inherited::of(&numbers).unwrap();
+        let first = inherited.take(numbers[0]).unwrap();
+        assert_eq!(first.as_raw_fd(), numbers[0]);
+        assert_eq!(inherited.take(numbers[0]).err(), Some(Errno::EBADF));
+        assert!(inherited.take(numbers[1]).is_ok());
+    }
+
+    #[test]
+    fn one_that_is_not_open_is_named() {
+        let number = open();
+        // Far above what this process uses.
+        let closed = 19_999;
+        assert_eq!(Inherited::of(&[number, closed]).err(), Some(closed));
+        assert_eq!(Inherited::of(&[number, -1]).err(), Some(-1));
+        adopt(number).unwrap();
+        assert_eq!(adopt(closed).err(), Some(Errno::EBADF));
+    }
+}
