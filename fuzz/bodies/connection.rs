@@ -135,7 +135,7 @@ impl Run<'_> {
             Service::Lock => LONGEST_FRAME,
             Service::Admin => LONGEST,
         };
-        let mut conversation = std::mem::take(&mut connection.conversation);
+        let mut conversation = connection.take_conversation();
         loop {
             let mut out = Vec::new();
             let with_descriptors = descriptors && !bytes.is_empty();
@@ -161,7 +161,7 @@ impl Run<'_> {
                 Taken::Paused => bytes = &[],
             }
         }
-        daemon.connections[place].conversation = conversation;
+        daemon.connections[place].keep_conversation(conversation);
     }
 
     /// The owner that this connection registered dies.

@@ -177,6 +177,8 @@ impl Daemon {
         }
         let mut connection = Connection::new(socket, service, id, peer, phase);
         connection.connected_at = seconds_now();
+        // Who connects has something to say, and has mostly said it by now.
+        connection.readable = true;
         if !self.names_processes {
             connection.start_time = self.start_time(peer.pid);
         }
@@ -191,6 +193,7 @@ impl Daemon {
             return;
         }
         self.note_connected(place);
+        self.enqueue(place);
         match phase {
             Phase::Refused(reason) => self.refuse(place, id, reason),
             _ => {

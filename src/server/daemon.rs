@@ -14,7 +14,7 @@ use slab::Slab;
 use super::accept::{Listener, RefusedQueue, Reserve};
 use super::clients::Clients;
 use super::connection::{Connection, Phase, Sent, Service};
-use super::conversation::{Flow, Taken};
+use super::conversation::{Conversation, Flow, Taken};
 use super::deadlines::{Deadline, Deadlines};
 use super::dispatch;
 use super::fence::Fences;
@@ -177,8 +177,8 @@ impl Daemon {
             return;
         }
         let held = connection
-            .conversation
-            .waiting()
+            .conversation()
+            .map_or(0, Conversation::waiting)
             .saturating_add(connection.unsent().len());
         let others = self.admin_bytes.saturating_sub(connection.counted);
         connection.counted = held;
@@ -263,7 +263,7 @@ impl Daemon {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
         };
-        let mut conversation = std::mem::take(&mut connection.conversation);
+        let mut conversation = connection.take_conversation();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
         let taken = conversation.take_in(
@@ -283,8 +283,8 @@ impl Daemon {
         self.input = input;
         self.output = output;
         if let Some(connection) = self.connections.get_mut(place) {
-            connection.conversation = conversation;
-            connection.paused = taken == Taken::Paused && !connection.conversation.is_empty();
+            connection.paused = taken == Taken::Paused && !conversation.is_empty();
+            connection.keep_conversation(conversation);
         }
         taken
     }

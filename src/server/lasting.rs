@@ -548,12 +548,12 @@ impl Daemon {
             Some(owner) => Session::Registered(Box::new(owner)),
         };
         connection.paused = !pending.is_empty();
-        connection.conversation = Conversation::resume(Pending {
+        connection.keep_conversation(Conversation::resume(Pending {
             bytes: pending,
             descriptors_at_end,
             arrived,
-        });
-        connection.resume_output(unsent);
+        }));
+        connection.keep_output(unsent);
         Ok(connection)
     }
 }
@@ -673,14 +673,15 @@ fn client_state(connection: &Connection) -> ClientState {
 
 /// The bytes of a connection that are on their way.
 fn traffic(connection: &Connection) -> Traffic {
-    let (pending, descriptors_at_end, arrived) = match connection.conversation.pending() {
-        Some(Pending {
-            bytes,
-            descriptors_at_end,
-            arrived,
-        }) => (bytes, descriptors_at_end, arrived),
-        None => (Vec::new(), false, 0),
-    };
+    let (pending, descriptors_at_end, arrived) =
+        match connection.conversation().and_then(Conversation::pending) {
+            Some(Pending {
+                bytes,
+                descriptors_at_end,
+                arrived,
+            }) => (bytes, descriptors_at_end, arrived),
+            None => (Vec::new(), false, 0),
+        };
     Traffic {
         pending,
         descriptors_at_end,

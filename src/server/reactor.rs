@@ -183,12 +183,6 @@ impl Reactor {
     /// One bounded piece of everything there is to do.
     fn work(&mut self) {
         let daemon = &mut self.daemon;
-        for _ in 0..CONNECTIONS_A_TURN {
-            let Some(place) = daemon.ready.pop_front() else {
-                break;
-            };
-            daemon.serve(place);
-        }
         for number in 0..daemon.listeners.len() {
             if daemon
                 .listeners
@@ -200,6 +194,12 @@ impl Reactor {
                     listener.queued = more;
                 }
             }
+        }
+        for _ in 0..CONNECTIONS_A_TURN {
+            let Some(place) = daemon.ready.pop_front() else {
+                break;
+            };
+            daemon.serve(place);
         }
         for _ in 0..ENDS_A_TURN {
             let Some(place) = daemon.ending.pop_front() else {

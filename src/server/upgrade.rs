@@ -265,7 +265,7 @@ impl Daemon {
         let quiet = |connection: &Connection| {
             matches!(connection.phase, Phase::Refused(_))
                 || connection.phase == Phase::Served
-                    && connection.conversation.is_empty()
+                    && connection.conversation().is_none()
                     && connection.unsent().is_empty()
         };
         self.fences.is_empty()
