@@ -21,6 +21,7 @@ use super::fence::Fences;
 use super::token::Source;
 use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
+use crate::host::heap;
 use crate::host::names::Names;
 use crate::host::stream;
 use crate::locks::keeper::Keeper;
@@ -39,6 +40,13 @@ pub const READ_SIZE: usize = 64 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
 const ADMIN_BYTES: usize = 64 * 1024 * 1024;
+
+/// After a connection has ended, how long until the memory that it took is given back, milliseconds.
+const MEMORY_MS: u64 = 1000;
+/// What a connection or a lock usually takes of the ledger at most, bytes.
+const LEDGER_ENTRY: usize = 512;
+/// A ledger up to this size is no waste, bytes.
+const SMALL_LEDGER: usize = 256 * 1024;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +108,8 @@ pub struct Daemon {
     admin_clients: Clients,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: usize,
+    /// What a connection or a lock took of the ledger when it was last found too long, bytes.
+    ledger_entry: usize,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -134,6 +144,7 @@ impl Daemon {
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
             admin_bytes: 0,
+            ledger_entry: 0,
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -392,9 +403,36 @@ impl Daemon {
         self.ledger.note(&Event::Gone { descriptor });
         drop(connection);
         self.reserve.refill();
+        self.give_memory_back_later();
         self.admit_waiting(service);
         // One that could not accept for want of descriptors tries again.
         self.enqueue_listeners();
+    }
+
+    /// Once for all connections that end in the meantime: it is no work to be done often.
+    fn give_memory_back_later(&mut self) {
+        if self.deadlines.get(Deadline::Memory).is_none() {
+            let at = Moment::now().plus_ms(MEMORY_MS);
+            self.deadlines.set(Deadline::Memory, at);
+        }
+    }
+
+    /// Gives back what ended connections took: what the allocator has of it, and a ledger that is much
+    /// too long for what it has to say by now. It is not written anew again and again where few have
+    /// much to say.
+    fn give_memory_back(&mut self) {
+        let entries = self
+            .connections
+            .len()
+            .saturating_add(self.keeper.table().len());
+        let enough = entries
+            .saturating_mul(self.ledger_entry.saturating_mul(2).max(LEDGER_ENTRY))
+            .max(SMALL_LEDGER);
+        if self.ledger.content().len() > enough && self.renew_ledger().is_ok() {
+            let length = self.ledger.content().len();
+            self.ledger_entry = length.checked_div(entries).unwrap_or(0);
+        }
+        heap::give_back();
     }
 
     /// Does what has come due.
@@ -419,6 +457,7 @@ impl Daemon {
                 self.stop();
             }
             Deadline::Stop => self.give_up_fencing(),
+            Deadline::Memory => self.give_memory_back(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
             Deadline::Quiet => self.never_quiet(),
