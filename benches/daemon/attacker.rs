@@ -108,6 +108,11 @@ impl Hostility {
         }
     }
 
+    /// Whether the server can still give a lock to somebody else.
+    pub fn leaves_descriptors(self) -> bool {
+        self != NoDescriptors
+    }
+
     fn named(case: &str) -> Outcome<Self> {
         let found = HOSTILITIES.into_iter().find(|kind| kind.case() == case);
         found.ok_or_else(|| format!("no hostility is called '{case}'"))
@@ -240,7 +245,10 @@ impl Attack {
                     let register = register_as(&long, INDEX, paper_pid(INDEX));
                     [register, acquire(&long)].concat()
                 }
-                Registers => greeting.repeat(500),
+                Registers => {
+                    let other = register(INDEX + 1, paper_pid(INDEX + 1));
+                    [greeting.clone(), other].concat().repeat(250)
+                }
                 Calls => {
                     let mut calls = greeting.clone();
                     for _ in 0..100 {

@@ -37,21 +37,28 @@ pub struct Waits {
 impl Bystander {
     /// A bystander on the bench's own CPU.
     pub fn start(server: &Server) -> Outcome<Self> {
-        Self::start_through(&[], server)
+        Self::start_through(&["chrt", "--fifo", "1"], server, true)
     }
 
-    /// A bystander on the CPU of a server that was placed apart from the bench.
-    pub fn start_beside(server: &Server) -> Outcome<Self> {
-        let cpu = Placement::Split.server_cpu_list()?;
-        Self::start_through(&["taskset", "-c", &cpu], server)
+    /// A bystander on the CPU of a server that was placed apart, before which it goes. Without `locks` it
+    /// registers twice instead: a server without descriptors cannot give it a lock.
+    pub fn start_beside(server: &Server, locks: bool) -> Outcome<Self> {
+        let cpu = Placement::Apart.server_cpu_list()?;
+        Self::start_through(
+            &["taskset", "-c", &cpu, "chrt", "--fifo", "2"],
+            server,
+            locks,
+        )
     }
 
-    fn start_through(prefix: &[&str], server: &Server) -> Outcome<Self> {
-        let disk = server.disk(INDEX);
-        make_disk(&server.outside(&disk))?;
+    fn start_through(prefix: &[&str], server: &Server, locks: bool) -> Outcome<Self> {
+        let mut disk = String::new();
+        if locks {
+            disk = server.disk(INDEX);
+            make_disk(&server.outside(&disk))?;
+        }
         let arguments = [server.socket().display().to_string(), disk];
-        let prefix = [prefix, &["chrt", "--fifo", "1"]].concat();
-        let mut helper = Helper::start_through(&prefix, "bystander", &arguments)?;
+        let mut helper = Helper::start_through(prefix, "bystander", &arguments)?;
         helper.hear_numbers("ready", START_LIMIT)?;
         Ok(Self { helper })
     }
@@ -76,14 +83,19 @@ impl Bystander {
 pub fn stand_by(socket: &Path, disk: &str) -> Outcome<()> {
     let mut client = Client::connect(socket)?;
     client.call(&mut register(INDEX, paper_pid(INDEX)))?;
-    let (mut acquire, mut release) = (acquire(disk), release(disk));
+    let (mut first, mut second) = if disk.is_empty() {
+        let again = register(INDEX, paper_pid(INDEX));
+        (again.clone(), again)
+    } else {
+        (acquire(disk), release(disk))
+    };
     let (mut calls, mut pairs): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
     println!("ready");
     loop {
         let start = now_ns();
-        client.call(&mut acquire)?;
+        client.call(&mut first)?;
         let middle = now_ns();
-        client.call(&mut release)?;
+        client.call(&mut second)?;
         let end = now_ns();
         calls.extend([middle - start, end - middle]);
         pairs.push(end - start);

@@ -63,10 +63,10 @@ struct Seen {
 
 fn measure(programs: &Programs, subject: Subject, hostility: Hostility) -> Outcome<Seen> {
     let mut server = match hostility.limits() {
-        Some(limits) => Server::start_limited(programs, subject, Placement::Split, limits)?,
-        None => Server::start(programs, subject, Placement::Split)?,
+        Some(limits) => Server::start_limited(programs, subject, Placement::Apart, limits)?,
+        None => Server::start(programs, subject, Placement::Apart)?,
     };
-    let mut bystander = Bystander::start_beside(&server)?;
+    let mut bystander = Bystander::start_beside(&server, hostility.leaves_descriptors())?;
     std::thread::sleep(BEGINNING);
     bystander.take()?;
     std::thread::sleep(CALM);

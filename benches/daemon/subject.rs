@@ -54,6 +54,9 @@ pub enum Placement {
     Shared,
     /// The server on one CPU, the bench on the next: throughput of the server alone.
     Split,
+    /// As `Split`, and the server's real-time priority keeps the machine's other programs from its
+    /// CPU.
+    Apart,
     /// Wherever the scheduler likes, as on a host.
     Anywhere,
 }
@@ -91,8 +94,8 @@ impl Placement {
         let cpus = all_cpus()?;
         Ok(match self {
             Self::Shared => cpus[..1].to_vec(),
-            Self::Split if cpus.len() > 1 => cpus[1..2].to_vec(),
-            Self::Split | Self::Anywhere => cpus,
+            Self::Split | Self::Apart if cpus.len() > 1 => cpus[1..2].to_vec(),
+            _ => cpus,
         })
     }
 
@@ -166,6 +169,9 @@ impl Server {
         let log_file = File::create(&log).map_err(|e| format!("making {}: {e}", log.display()))?;
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "taskset", "-c", &cpus]);
+        if placement == Placement::Apart {
+            command.args(["chrt", "--fifo", "1"]);
+        }
         command.args([
             "unshare",
             "-m",
