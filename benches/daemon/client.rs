@@ -55,9 +55,14 @@ fn put_string(payload: &mut Vec<u8>, text: &str) {
 
 /// REGISTER as libvirt sends it for the `index`-th guest.
 pub fn register(index: u32, pid: u32) -> Vec<u8> {
+    register_as(&format!("guest-{index}"), index, pid)
+}
+
+/// REGISTER with any name.
+pub fn register_as(name: &str, index: u32, pid: u32) -> Vec<u8> {
     let mut payload = vec![0; 12];
     payload.extend_from_slice(&index.to_be_bytes());
-    put_string(&mut payload, &format!("guest-{index}"));
+    put_string(&mut payload, name);
     for word in [index + 1, pid, 0] {
         payload.extend_from_slice(&word.to_be_bytes());
     }

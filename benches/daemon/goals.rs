@@ -1,11 +1,12 @@
 //! The goals of the daemon, each a ratio or a number with its limit, computed from the medians of
 //! this run.
 
+use crate::attacker::HOSTILITIES;
 use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::Subject;
-use crate::{boot, fan, fence, idle, pipeline, reexec, rtt, storm};
+use crate::{boot, fan, fence, hostile, idle, pipeline, reexec, rtt, storm};
 
 /// Which side of the limit is good.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -168,6 +169,16 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             limit,
             unit,
             &|of| results.median(idle::NAME, &silent, metric, of),
+        );
+    }
+    for hostility in HOSTILITIES {
+        let case = hostility.case();
+        goal(
+            format!("bystander's p99, {case}"),
+            Good::AtMost,
+            2.0,
+            "x before",
+            &|of| results.median(hostile::NAME, case, hostile::RATIO, of),
         );
     }
     goals

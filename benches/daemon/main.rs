@@ -5,13 +5,14 @@
 //! the bench. `benches/README.md` says how to read the report.
 //!
 //! * `subject.rs`, `floor.rs`: who is measured.
-//! * `client.rs`, `crowd.rs`, `nursery.rs`, `bystander.rs`: those who use the server.
-//! * `rtt.rs` to `idle.rs`: one scenario each.
+//! * `client.rs`, `crowd.rs`, `nursery.rs`, `bystander.rs`, `attacker.rs`: those who use the server.
+//! * `rtt.rs` to `hostile.rs`: one scenario each.
 //! * `measure.rs`, `probe.rs`: clock and view from outside.
 //! * `results.rs`, `goals.rs`, `report.rs`, `picture.rs`: what became of it.
 
 #![forbid(unsafe_code)]
 
+mod attacker;
 mod boot;
 mod bystander;
 mod client;
@@ -21,6 +22,7 @@ mod fence;
 mod floor;
 mod goals;
 mod helper;
+mod hostile;
 mod idle;
 mod measure;
 mod nursery;
@@ -55,7 +57,7 @@ struct Scenario {
     has_floor: bool,
 }
 
-const SCENARIOS: [Scenario; 8] = [
+const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: rtt::NAME,
         run: rtt::run,
@@ -95,6 +97,11 @@ const SCENARIOS: [Scenario; 8] = [
         name: idle::NAME,
         run: idle::run,
         has_floor: true,
+    },
+    Scenario {
+        name: hostile::NAME,
+        run: hostile::run,
+        has_floor: false,
     },
 ];
 
@@ -140,6 +147,7 @@ fn play(role: &str, arguments: &[String]) -> Outcome<()> {
         "floor" => floor::serve(Path::new(text(0)?)),
         "crowd" => crowd::hold(Path::new(text(0)?), count(1)?, count(2)?),
         "nursery" => nursery::keep(text(0)?, count(1)?, text(2)?, text(3)?),
+        "attacker" => attacker::attack(Path::new(text(0)?), text(1)?, text(2)?),
         "bystander" => bystander::stand_by(Path::new(text(0)?), text(1)?),
         _ => Err("no such role".into()),
     }

@@ -9,9 +9,10 @@ pub const HELP: &str = "\
 cargo bench --bench daemon -- [options]     (as root: it needs mount namespaces)
   --quick             small sizes and one run: does it work, what is the shape
   --runs N            runs of each scenario, interleaved between subjects (default 3; quick 1)
-  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,idle
+  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,idle,hostile
   --subjects A,B      of c,ours,floor
   --idle A,B          idle connections of rtt
+  --hostile WORDS     of hostile, only the cases with these words in their name
   --c-most-idle N     no more idle connections than this for the C daemon, which takes minutes
   --daemon PATH       our daemon (default: the one just built)
   --c-daemon PATH     libvirt's daemon (default /usr/sbin/virtlockd)
@@ -64,6 +65,7 @@ pub struct Options {
     only: Option<Vec<String>>,
     pub subjects: Vec<Subject>,
     pub sizes: Sizes,
+    hostile: Option<String>,
     pub c_most_idle: u32,
     pub ours: PathBuf,
     pub c: PathBuf,
@@ -143,6 +145,7 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
     if let Some(words) = text("--idle")? {
         sizes.idle = numbers(&words)?;
     }
+    let hostile = text("--hostile")?;
     let c_most_idle = match text("--c-most-idle")? {
         Some(most) => most
             .parse()
@@ -165,6 +168,7 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
         only,
         subjects: wanted,
         sizes,
+        hostile,
         c_most_idle,
         ours,
         c,
@@ -178,5 +182,11 @@ impl Options {
         self.only
             .as_ref()
             .is_none_or(|only| only.iter().any(|word| word == scenario))
+    }
+
+    pub fn wants_hostility(&self, case: &str) -> bool {
+        self.hostile
+            .as_ref()
+            .is_none_or(|words| case.contains(words.as_str()))
     }
 }

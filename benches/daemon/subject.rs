@@ -54,6 +54,9 @@ pub enum Placement {
     Shared,
     /// The server on one CPU, the bench on the next: throughput of the server alone.
     Split,
+    /// As `Split`, and the server's real-time priority keeps the machine's other programs from its
+    /// CPU.
+    Apart,
     /// Wherever the scheduler likes, as on a host.
     Anywhere,
 }
@@ -81,12 +84,18 @@ impl Placement {
         })
     }
 
+    /// The server's CPUs as taskset wants them.
+    pub fn server_cpu_list(self) -> Outcome<String> {
+        let cpus: Vec<String> = self.server_cpus()?.iter().map(usize::to_string).collect();
+        Ok(cpus.join(","))
+    }
+
     fn bench_cpus(self) -> Outcome<Vec<usize>> {
         let cpus = all_cpus()?;
         Ok(match self {
             Self::Shared => cpus[..1].to_vec(),
-            Self::Split if cpus.len() > 1 => cpus[1..2].to_vec(),
-            Self::Split | Self::Anywhere => cpus,
+            Self::Split | Self::Apart if cpus.len() > 1 => cpus[1..2].to_vec(),
+            _ => cpus,
         })
     }
 
@@ -123,23 +132,46 @@ const MARK: &str = "run/virtlockd-bench";
 
 /// Mounts the tmpfs, writes the configuration, becomes the server.
 const PREPARE: &str = "mount -t tmpfs tmpfs /run && mkdir -p /run/libvirt /run/disks && \
-    printf 'max_clients = 100000\\n' > /run/virtlockd.conf && touch /run/virtlockd-bench && \
-    exec \"$@\"";
+    printf 'max_clients = %s\\n' \"$1\" > /run/virtlockd.conf && touch /run/virtlockd-bench && \
+    shift && exec \"$@\"";
+
+/// How much a server may have.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// `max_clients` of its configuration.
+    pub clients: u32,
+    /// Its limit of open files, if it is to have another than the bench.
+    pub descriptors: Option<u32>,
+}
+
+/// More than any scenario needs.
+const NO_LIMITS: Limits = Limits {
+    clients: 100_000,
+    descriptors: None,
+};
 
 impl Server {
     /// Starts the server, and moves the bench to its own place. Returns when the server answers.
     pub fn start(programs: &Programs, subject: Subject, placement: Placement) -> Outcome<Self> {
+        Self::start_limited(programs, subject, placement, NO_LIMITS)
+    }
+
+    /// The same with less room.
+    pub fn start_limited(
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+        limits: Limits,
+    ) -> Outcome<Self> {
         placement.move_the_bench()?;
-        let cpus: Vec<String> = placement
-            .server_cpus()?
-            .iter()
-            .map(usize::to_string)
-            .collect();
-        let cpus = cpus.join(",");
+        let cpus = placement.server_cpu_list()?;
         let log = programs.logs.join(format!("{}.log", subject.word()));
         let log_file = File::create(&log).map_err(|e| format!("making {}: {e}", log.display()))?;
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "taskset", "-c", &cpus]);
+        if placement == Placement::Apart {
+            command.args(["chrt", "--fifo", "1"]);
+        }
         command.args([
             "unshare",
             "-m",
@@ -149,7 +181,11 @@ impl Server {
             "-c",
             PREPARE,
             "sh",
+            &limits.clients.to_string(),
         ]);
+        if let Some(descriptors) = limits.descriptors {
+            command.args(["prlimit", &format!("--nofile={descriptors}:{descriptors}")]);
+        }
         match subject {
             Subject::C => command.arg(&programs.c).args(["-f", "/run/virtlockd.conf"]),
             Subject::Ours => command

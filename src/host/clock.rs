@@ -33,6 +33,11 @@ impl Moment {
         )
     }
 
+    /// This many microseconds later.
+    pub fn plus_us(self, microseconds: u64) -> Moment {
+        Moment(self.0.saturating_add(microseconds.saturating_mul(1000)))
+    }
+
     /// Milliseconds since `earlier`, 0 if that is later.
     pub fn ms_since(self, earlier: Moment) -> u64 {
         self.0.saturating_sub(earlier.0) / 1_000_000

@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod environment;
 pub mod errno;
 pub mod file;
+pub mod heap;
 pub mod limits;
 pub mod listen;
 pub mod log;

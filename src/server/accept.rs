@@ -19,8 +19,6 @@ use crate::host::stream::Peer;
 use crate::host::{process, stream};
 use crate::wire::error::Error;
 
-/// How many connections one turn takes from one listening socket.
-const BUDGET: usize = 64;
 /// How many refused clients may be waiting for their refusal at a time.
 const REFUSED_LIMIT: usize = 64;
 /// How long a refused client has to make the call that its refusal answers, milliseconds.
@@ -82,45 +80,43 @@ impl Reserve {
 pub type RefusedQueue = VecDeque<(usize, u64)>;
 
 impl Daemon {
-    /// Takes in waiting connections. Whether there may be more.
+    /// Takes in a waiting connection. Whether there may be more.
     pub fn accept(&mut self, number: usize) -> bool {
-        for _ in 0..BUDGET {
-            let Some(listener) = self.listeners.get_mut(number) else {
+        let Some(listener) = self.listeners.get_mut(number) else {
+            return false;
+        };
+        let service = listener.service;
+        match stream::accept(listener.socket.as_fd()) {
+            Ok(socket) => {
+                let room = self.clients(service).has_room();
+                let phase = if room {
+                    Phase::Served
+                } else {
+                    Phase::Refused(NoRoom::Limit)
+                };
+                self.connected(socket, service, phase);
+            }
+            Err(Errno::EAGAIN) => {
+                listener.readable = false;
                 return false;
-            };
-            let service = listener.service;
-            match stream::accept(listener.socket.as_fd()) {
-                Ok(socket) => {
-                    let room = self.clients(service).has_room();
-                    let phase = if room {
-                        Phase::Served
-                    } else {
-                        Phase::Refused(NoRoom::Limit)
-                    };
-                    self.connected(socket, service, phase);
-                }
-                Err(Errno::EAGAIN) => {
-                    listener.readable = false;
-                    return false;
-                }
-                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
-                    if !self.accept_to_refuse(number, service) {
-                        // Tried again when a connection has ended, too.
-                        self.accept_later();
-                        return false;
-                    }
-                }
-                // The client is gone before it was let in, or was interrupted: the next one.
-                Err(Errno::EINTR | Errno::ECONNABORTED) => (),
-                Err(errno) => {
-                    tracing::error!(
-                        target: "rpc.netsocket",
-                        "Clients of the {} server cannot be accepted: {}",
-                        service.name(), crate::host::errno::text(errno)
-                    );
+            }
+            Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
+                if !self.accept_to_refuse(number, service) {
+                    // Tried again when a connection has ended, too.
                     self.accept_later();
                     return false;
                 }
+            }
+            // The client is gone before it was let in, or was interrupted: the next one.
+            Err(Errno::EINTR | Errno::ECONNABORTED) => (),
+            Err(errno) => {
+                tracing::error!(
+                    target: "rpc.netsocket",
+                    "Clients of the {} server cannot be accepted: {}",
+                    service.name(), crate::host::errno::text(errno)
+                );
+                self.accept_later();
+                return false;
             }
         }
         true

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::conversation::Conversation;
+use super::dispatch::ENOUGH_OUTPUT;
 use super::lock_service::Session;
 use crate::host::stream::{self, Peer};
 
@@ -31,6 +32,18 @@ pub enum NoRoom {
     Limit,
     /// The daemon has no descriptors left.
     Descriptors,
+}
+
+/// How much a connection has asked for at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Appetite {
+    /// What it sent last was done in one turn.
+    #[default]
+    Small,
+    /// What it sent is taking more than one turn.
+    Large,
+    /// What it sent last took more than one turn; what it sends next has to wait behind the others.
+    WasLarge,
 }
 
 /// What sending achieved.
@@ -71,8 +84,10 @@ pub struct Connection {
     pub readable: bool,
     /// The other side has shut its end: read on until there is nothing.
     pub hung_up: bool,
-    /// It is in the reactor's list already.
+    /// It is in one of the reactor's lists already.
     pub queued: bool,
+    /// In which one it will be.
+    pub appetite: Appetite,
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
@@ -105,6 +120,7 @@ impl Connection {
             readable: false,
             hung_up: false,
             queued: false,
+            appetite: Appetite::default(),
             waits_to_send: false,
             counted: 0,
             on_the_way: None,
@@ -153,15 +169,19 @@ impl Connection {
         }
     }
 
-    /// Sends `bytes`, behind which nothing is waiting yet; keeps what the socket does not take.
+    /// Sends what is left of earlier replies, then `bytes`; keeps what the socket does not take.
     pub fn send(&mut self, bytes: &[u8]) -> Sent {
+        if !self.unsent().is_empty() {
+            self.hold(bytes);
+            return self.send_rest();
+        }
         let mut rest = bytes;
         while !rest.is_empty() {
             match stream::send(self.socket.as_fd(), rest) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(Errno::EINTR) => (),
                 Err(Errno::EAGAIN) => {
-                    self.keep_output(rest.to_vec());
+                    self.hold(rest);
                     return Sent::Blocked;
                 }
                 Err(_) => return Sent::Failed,
@@ -170,10 +190,18 @@ impl Connection {
         Sent::All
     }
 
-    /// Keeps bytes that could not be sent, by this image of the process or an earlier one.
-    pub fn keep_output(&mut self, bytes: Vec<u8>) {
+    /// Whether its replies wait for those that follow: frames of it are waiting, and there is not
+    /// much to send yet.
+    pub fn holds_replies(&self) -> bool {
+        let is_served = matches!(self.phase, Phase::Served | Phase::Refused(_));
+        is_served && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+    }
+
+    /// Keeps replies, or what is left of them, behind those that are kept already.
+    pub fn hold(&mut self, bytes: &[u8]) {
         if !bytes.is_empty() {
-            self.on_the_way.get_or_insert_default().output = bytes;
+            let on_the_way = self.on_the_way.get_or_insert_default();
+            on_the_way.output.extend_from_slice(bytes);
         }
     }
 }

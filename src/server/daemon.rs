@@ -13,7 +13,7 @@ use slab::Slab;
 
 use super::accept::{Listener, RefusedQueue, Reserve};
 use super::clients::Clients;
-use super::connection::{Connection, Phase, Sent, Service};
+use super::connection::{Appetite, Connection, Phase, Sent, Service};
 use super::conversation::{Conversation, Flow, Taken};
 use super::deadlines::{Deadline, Deadlines};
 use super::dispatch;
@@ -21,6 +21,7 @@ use super::fence::Fences;
 use super::token::Source;
 use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
+use crate::host::heap;
 use crate::host::names::Names;
 use crate::host::stream;
 use crate::locks::keeper::Keeper;
@@ -30,15 +31,22 @@ use crate::restart::ledger::Ledger;
 use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
-/// How many frames of one connection are worked on before others have their turn.
-const FRAMES_A_TURN: usize = 64;
-/// How many times one connection is read from before others have their turn.
-const READS_A_TURN: usize = 4;
+/// For how long one connection is read from and its frames are worked on before others have their
+/// turn, microseconds; one frame at least. It is the time of two or three locks: who makes a call
+/// while somebody else floods the daemon waits about as long as the call itself takes.
+pub const TURN_US: u64 = 16;
 /// The most that one read takes.
 pub const READ_SIZE: usize = 64 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
 const ADMIN_BYTES: usize = 64 * 1024 * 1024;
+
+/// After a connection has ended, how long until the memory that it took is given back, milliseconds.
+const MEMORY_MS: u64 = 1000;
+/// What a connection or a lock usually takes of the ledger at most, bytes.
+const LEDGER_ENTRY: usize = 512;
+/// A ledger up to this size is no waste, bytes.
+const SMALL_LEDGER: usize = 256 * 1024;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,8 +96,10 @@ pub struct Daemon {
     pub upgrade: Upgrade,
     /// Where readiness is asked for.
     pub registry: mio::Registry,
-    /// Connections with something to do.
+    /// Connections on which something has happened.
     pub ready: VecDeque<usize>,
+    /// Connections that need more than a turn: they come after those that are ready.
+    pub unfinished: VecDeque<usize>,
     /// Connections that are over and not cleared away yet.
     pub ending: VecDeque<usize>,
     /// Owners that died and whose locks are not free yet.
@@ -98,6 +108,8 @@ pub struct Daemon {
     admin_clients: Clients,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: usize,
+    /// What a connection or a lock took of the ledger when it was last found too long, bytes.
+    ledger_entry: usize,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -126,11 +138,13 @@ impl Daemon {
             upgrade: Upgrade::default(),
             registry,
             ready: VecDeque::new(),
+            unfinished: VecDeque::new(),
             ending: VecDeque::new(),
             dead: VecDeque::new(),
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
             admin_bytes: 0,
+            ledger_entry: 0,
             input: vec![0; READ_SIZE],
             output: Vec::new(),
         }
@@ -152,20 +166,39 @@ impl Daemon {
         }
     }
 
-    /// Puts a connection in the list of those with something to do.
+    /// Puts a connection in a list of those with something to do.
     pub fn enqueue(&mut self, place: usize) {
         if let Some(connection) = self.connections.get_mut(place)
             && !connection.queued
         {
             connection.queued = true;
-            self.ready.push_back(place);
+            match connection.appetite {
+                Appetite::Small => self.ready.push_back(place),
+                Appetite::Large | Appetite::WasLarge => self.unfinished.push_back(place),
+            }
         }
     }
 
-    /// One connection's turn.
-    pub fn serve(&mut self, place: usize) {
-        self.serve_turn(place);
+    /// A turn is over before everything is done.
+    fn postpone(&mut self, place: usize) {
+        if let Some(connection) = self.connections.get_mut(place) {
+            connection.appetite = Appetite::Large;
+        }
+        self.enqueue(place);
+    }
+
+    /// One connection's turn, until `end`.
+    pub fn serve(&mut self, place: usize, end: Moment) {
+        self.serve_turn(place, end);
         self.count_admin_bytes(place);
+        if let Some(connection) = self.connections.get_mut(place)
+            && !connection.queued
+        {
+            connection.appetite = match connection.appetite {
+                Appetite::Large => Appetite::WasLarge,
+                Appetite::Small | Appetite::WasLarge => Appetite::Small,
+            };
+        }
     }
 
     /// Keeps count of the memory that admin clients take, and closes the one that takes too much.
@@ -194,8 +227,8 @@ impl Daemon {
         }
     }
 
-    /// What a connection sent is read, worked on and answered, up to a bound.
-    fn serve_turn(&mut self, place: usize) {
+    /// What a connection sent is read, worked on and answered, until its time is over.
+    fn serve_turn(&mut self, place: usize, end: Moment) {
         let Some(connection) = self.connections.get_mut(place) else {
             return;
         };
@@ -203,45 +236,37 @@ impl Daemon {
         if connection.phase == Phase::Over {
             return;
         }
-        let mut frames = 0;
-        let mut reads = 0;
+        let mut is_first_piece = true;
         loop {
             let Some(connection) = self.connections.get_mut(place) else {
                 return;
             };
-            match connection.send_rest() {
-                Sent::All => (),
-                Sent::Blocked => return self.wait_to_send(place, true),
-                Sent::Failed => return self.end_connection(place),
+            if !connection.holds_replies() {
+                match connection.send_rest() {
+                    Sent::All => (),
+                    Sent::Blocked => return self.wait_to_send(place, true),
+                    Sent::Failed => return self.end_connection(place),
+                }
             }
             if connection.phase == Phase::Closing {
                 return self.end_connection(place);
             }
-            let bytes = if connection.paused {
-                0..0
-            } else if !connection.readable {
+            if !connection.paused && !connection.readable {
                 return self.wait_to_send(place, false);
-            } else if reads == READS_A_TURN {
-                return self.enqueue(place);
+            }
+            if !std::mem::take(&mut is_first_piece) && Moment::now() >= end {
+                return self.postpone(place);
+            }
+            let (bytes, descriptors) = if connection.paused {
+                (0, false)
             } else {
-                reads = reads.saturating_add(1);
                 match receive(connection, &mut self.input) {
-                    Read::Some { bytes, descriptors } => {
-                        let taken = self.take_in(place, 0..bytes, descriptors, &mut frames);
-                        if self.answer(place, taken) {
-                            continue;
-                        } else {
-                            return;
-                        }
-                    }
+                    Read::Some { bytes, descriptors } => (bytes, descriptors),
                     Read::Nothing => continue,
                     Read::End => return self.end_connection(place),
                 }
             };
-            if frames >= FRAMES_A_TURN {
-                return self.enqueue(place);
-            }
-            let taken = self.take_in(place, bytes, false, &mut frames);
+            let taken = self.take_in(place, 0..bytes, descriptors, end);
             if !self.answer(place, taken) {
                 return;
             }
@@ -254,7 +279,7 @@ impl Daemon {
         place: usize,
         bytes: std::ops::Range<usize>,
         descriptors: bool,
-        frames: &mut usize,
+        end: Moment,
     ) -> Taken {
         let Some(connection) = self.connections.get_mut(place) else {
             return Taken::Close;
@@ -271,12 +296,10 @@ impl Daemon {
             descriptors,
             longest,
             |header, payload| {
-                *frames = frames.saturating_add(1);
                 let flow = dispatch::dispatch(self, place, header, payload, &mut output);
-                if flow == Flow::Continue && *frames >= FRAMES_A_TURN {
-                    Flow::Pause
-                } else {
-                    flow
+                match flow {
+                    Flow::Continue if Moment::now() >= end => Flow::Pause,
+                    flow => flow,
                 }
             },
         );
@@ -289,12 +312,18 @@ impl Daemon {
         taken
     }
 
-    /// Sends the replies of this turn. Whether the turn goes on.
+    /// Sends the replies that were made, or keeps them for those that follow. Whether the turn goes
+    /// on.
     fn answer(&mut self, place: usize, taken: Taken) -> bool {
         let Some(connection) = self.connections.get_mut(place) else {
             return false;
         };
-        let sent = connection.send(&self.output);
+        let sent = if taken == Taken::Paused && connection.holds_replies() {
+            connection.hold(&self.output);
+            Sent::All
+        } else {
+            connection.send(&self.output)
+        };
         self.output.clear();
         // One long reply is no reason to keep so much memory for ever.
         self.output.shrink_to(READ_SIZE);
@@ -374,9 +403,36 @@ impl Daemon {
         self.ledger.note(&Event::Gone { descriptor });
         drop(connection);
         self.reserve.refill();
+        self.give_memory_back_later();
         self.admit_waiting(service);
         // One that could not accept for want of descriptors tries again.
         self.enqueue_listeners();
+    }
+
+    /// Once for all connections that end in the meantime: it is no work to be done often.
+    fn give_memory_back_later(&mut self) {
+        if self.deadlines.get(Deadline::Memory).is_none() {
+            let at = Moment::now().plus_ms(MEMORY_MS);
+            self.deadlines.set(Deadline::Memory, at);
+        }
+    }
+
+    /// Gives back what ended connections took: what the allocator has of it, and a ledger that is much
+    /// too long for what it has to say by now. It is not written anew again and again where few have
+    /// much to say.
+    fn give_memory_back(&mut self) {
+        let entries = self
+            .connections
+            .len()
+            .saturating_add(self.keeper.table().len());
+        let enough = entries
+            .saturating_mul(self.ledger_entry.saturating_mul(2).max(LEDGER_ENTRY))
+            .max(SMALL_LEDGER);
+        if self.ledger.content().len() > enough && self.renew_ledger().is_ok() {
+            let length = self.ledger.content().len();
+            self.ledger_entry = length.checked_div(entries).unwrap_or(0);
+        }
+        heap::give_back();
     }
 
     /// Does what has come due.
@@ -401,6 +457,7 @@ impl Daemon {
                 self.stop();
             }
             Deadline::Stop => self.give_up_fencing(),
+            Deadline::Memory => self.give_memory_back(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
             Deadline::Quiet => self.never_quiet(),

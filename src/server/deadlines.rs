@@ -20,6 +20,8 @@ pub enum Deadline {
     Idle,
     /// The end of the daemon must not take longer.
     Stop,
+    /// Connections have ended: time to give back the memory that they took.
+    Memory,
     /// The ledger could not be written anew: time to try again.
     Ledger,
     /// The check of the successor must not take longer.

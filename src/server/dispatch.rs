@@ -12,9 +12,9 @@ use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;
 use crate::wire::lock::{self, Call, Procedure, Target};
 
-/// Replies of one turn are sent before more are made: a client that reads nothing can make the
+/// So many bytes of replies are sent before more are made: a client that reads nothing can make the
 /// daemon hold this many bytes and one reply, not more.
-const ENOUGH_OUTPUT: usize = 64 * 1024;
+pub const ENOUGH_OUTPUT: usize = 64 * 1024;
 
 /// Works on one frame of a connection; the reply is appended to `out`.
 pub fn dispatch(

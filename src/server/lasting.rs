@@ -553,7 +553,7 @@ impl Daemon {
             descriptors_at_end,
             arrived,
         }));
-        connection.keep_output(unsent);
+        connection.hold(&unsent);
         Ok(connection)
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! Five things can wake it: a signal, a deadline, a listening socket, a connection, and the death
 //! of an owner that is being fenced. The kernel reports each change once (edge-triggered), so what
-//! it said is kept in lists of things to do, and worked off in bounded pieces: a poll between any
-//! two pieces lets newcomers in. Nothing here ever waits, except in the poll when there is nothing
-//! to do.
+//! it said is kept in lists of things to do. Connections on which something happened have a turn
+//! first; what needs longer waits in line behind them and is worked off in short pieces, with a poll
+//! after each few: whoever comes with one call never waits for somebody's thousand. Nothing here ever
+//! waits, except in the poll when there is nothing to do.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use nix::sys::signal::Signal;
 
 use super::clients::ClientLimit;
 use super::connection::Service;
-use super::daemon::{Daemon, State};
+use super::daemon::{Daemon, State, TURN_US};
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::descriptors;
@@ -22,11 +23,8 @@ use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::restart::ledger::Ledger;
 
-/// How many connections have their turn between two polls.
+/// How many connections on which something happened have their turn between two polls.
 const CONNECTIONS_A_TURN: usize = 64;
-/// How many connections are cleared away, and how many dead owners' locks freed, between two polls:
-/// each may cost a dozen system calls, and clients that are alive come first.
-const ENDS_A_TURN: usize = 8;
 /// How many events one poll reports.
 const EVENTS: usize = 256;
 
@@ -43,12 +41,40 @@ pub struct Limits {
 /// about what is wrong with it.
 pub type Reload = Box<dyn FnMut() -> Result<Limits, String>>;
 
+/// The lines in which work waits that does not have to be done at once.
+#[derive(Clone, Copy)]
+enum Line {
+    /// Connections whose turn was too short.
+    Unfinished,
+    /// Connections that wait to be accepted.
+    Newcomers,
+    /// Connections that are to be cleared away.
+    Endings,
+    /// Dead owners whose locks are to be freed.
+    Dead,
+}
+
+impl Line {
+    const COUNT: usize = 4;
+
+    fn next(self) -> Line {
+        match self {
+            Line::Unfinished => Line::Newcomers,
+            Line::Newcomers => Line::Endings,
+            Line::Endings => Line::Dead,
+            Line::Dead => Line::Unfinished,
+        }
+    }
+}
+
 /// The poll and what it watches.
 pub struct Reactor {
     poll: Poll,
     signals: Signals,
     timer: Timer,
     reload: Reload,
+    /// Whose turn it is.
+    line: Line,
     /// Everything else.
     pub daemon: Daemon,
 }
@@ -69,6 +95,7 @@ impl Reactor {
             signals,
             timer,
             reload,
+            line: Line::Unfinished,
             daemon,
         })
     }
@@ -151,6 +178,7 @@ impl Reactor {
     fn has_work(&self) -> bool {
         let daemon = &self.daemon;
         !daemon.ready.is_empty()
+            || !daemon.unfinished.is_empty()
             || !daemon.ending.is_empty()
             || !daemon.dead.is_empty()
             || daemon.listeners.iter().any(|listener| listener.queued)
@@ -180,39 +208,69 @@ impl Reactor {
         }
     }
 
-    /// One bounded piece of everything there is to do.
+    /// A turn of everybody who is ready, then, for about as long as one such turn, pieces of what
+    /// waits.
     fn work(&mut self) {
-        let daemon = &mut self.daemon;
-        for number in 0..daemon.listeners.len() {
-            if daemon
-                .listeners
-                .get(number)
-                .is_some_and(|listener| listener.queued)
-            {
-                let more = daemon.accept(number);
-                if let Some(listener) = daemon.listeners.get_mut(number) {
-                    listener.queued = more;
-                }
+        for _ in 0..CONNECTIONS_A_TURN {
+            let Some(place) = self.daemon.ready.pop_front() else {
+                break;
+            };
+            self.daemon.serve(place, Moment::now().plus_us(TURN_US));
+        }
+        if self.has_work() {
+            let end = Moment::now().plus_us(TURN_US);
+            while self.piece(end) && Moment::now() < end {}
+        }
+    }
+
+    /// One piece of what waits, from each line in turn: a line that is long, or made longer all the
+    /// time, holds up no other. False if nothing waits.
+    fn piece(&mut self, end: Moment) -> bool {
+        for _ in 0..Line::COUNT {
+            let line = self.line;
+            self.line = line.next();
+            if self.piece_of(line, end) {
+                return true;
             }
         }
-        for _ in 0..CONNECTIONS_A_TURN {
-            let Some(place) = daemon.ready.pop_front() else {
-                break;
-            };
-            daemon.serve(place);
+        false
+    }
+
+    fn piece_of(&mut self, line: Line, end: Moment) -> bool {
+        let daemon = &mut self.daemon;
+        match line {
+            Line::Unfinished => match daemon.unfinished.pop_front() {
+                Some(place) => daemon.serve(place, end),
+                None => return false,
+            },
+            Line::Newcomers => {
+                let mut any = false;
+                for number in 0..daemon.listeners.len() {
+                    let listener = daemon.listeners.get(number);
+                    if listener.is_some_and(|listener| listener.queued) {
+                        let more = daemon.accept(number);
+                        // Most newcomers have made their first call by now: it costs no poll.
+                        if let Some(place) = daemon.ready.pop_front() {
+                            daemon.serve(place, end);
+                        }
+                        if let Some(listener) = daemon.listeners.get_mut(number) {
+                            listener.queued = more;
+                        }
+                        any = true;
+                    }
+                }
+                return any;
+            }
+            Line::Endings => match daemon.ending.pop_front() {
+                Some(place) => daemon.clear_away(place),
+                None => return false,
+            },
+            Line::Dead => match daemon.dead.pop_front() {
+                Some(pid) => daemon.fenced(pid),
+                None => return false,
+            },
         }
-        for _ in 0..ENDS_A_TURN {
-            let Some(place) = daemon.ending.pop_front() else {
-                break;
-            };
-            daemon.clear_away(place);
-        }
-        for _ in 0..ENDS_A_TURN {
-            let Some(pid) = daemon.dead.pop_front() else {
-                break;
-            };
-            daemon.fenced(pid);
-        }
+        true
     }
 
     fn pass_deadlines(&mut self) {

@@ -12,6 +12,7 @@ pub mod libvirt;
 pub mod namespace;
 pub mod owner;
 pub mod random;
+pub mod scene;
 pub mod upgrade;
 
 use std::io::Write;

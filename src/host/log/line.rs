@@ -58,20 +58,40 @@ impl Record<'_> {
     }
 }
 
-/// Bytes from outside, to be shown in a text: what is not UTF-8 appears as `\xNN`.
+/// The most of one [`Printable`] that is shown, bytes: a path can be as long, and the text around it.
+/// The rest is the sort of thing that only a hostile client sends, and it would cost the daemon the
+/// time of dozens of calls to write it down.
+const SHOWN_BYTES: usize = 5 * 1024;
+/// How much of that is its end, where a sentence says why.
+const SHOWN_END_BYTES: usize = 1024;
+
+/// Bytes from outside, to be shown in a text: what is not UTF-8 appears as `\xNN`, and the middle of
+/// what is very long is left out.
 #[derive(Clone, Copy, Debug)]
 pub struct Printable<'a>(pub &'a [u8]);
 
 impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for chunk in self.0.utf8_chunks() {
-            f.write_str(chunk.valid())?;
-            for byte in chunk.invalid() {
-                write!(f, "\\x{byte:02x}")?;
-            }
+        let left_out = self.0.len().saturating_sub(SHOWN_BYTES);
+        if left_out == 0 {
+            return show(f, self.0);
         }
-        Ok(())
+        let start = SHOWN_BYTES.saturating_sub(SHOWN_END_BYTES);
+        let end = start.saturating_add(left_out);
+        show(f, self.0.get(..start).unwrap_or_default())?;
+        write!(f, "[{left_out} bytes left out]")?;
+        show(f, self.0.get(end..).unwrap_or_default())
     }
+}
+
+fn show(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
+    for chunk in bytes.utf8_chunks() {
+        f.write_str(chunk.valid())?;
+        for byte in chunk.invalid() {
+            write!(f, "\\x{byte:02x}")?;
+        }
+    }
+    Ok(())
 }
 
 /// The first [`MAX_TEXT_BYTES`] of a text, cut between two characters.
@@ -84,22 +104,34 @@ pub fn cut(text: &str) -> &str {
 }
 
 fn push_printable(line: &mut String, text: &str) {
-    for character in text.chars() {
+    let mut rest = text;
+    while let Some((at, character)) = rest.char_indices().find(|(_, found)| !is_plain(*found)) {
+        let (plain, escaped) = rest.split_at(at);
+        line.push_str(plain);
         match character {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            // Besides control characters: separators of lines, and marks that turn the direction
-            // of writing, which make a line read differently from what it says.
-            '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                let _ = write!(line, "\\u{{{:x}}}", u32::from(character));
-            }
             _ if character.is_control() => {
                 let _ = write!(line, "\\x{:02x}", u32::from(character));
             }
-            _ => line.push(character),
+            _ => {
+                let _ = write!(line, "\\u{{{:x}}}", u32::from(character));
+            }
         }
+        rest = escaped.get(character.len_utf8()..).unwrap_or_default();
     }
+    line.push_str(rest);
+}
+
+/// Besides control characters, separators of lines, and marks that turn the direction of writing,
+/// make a line read differently from what it says.
+fn is_plain(character: char) -> bool {
+    !character.is_control()
+        && !matches!(
+            character,
+            '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
 }
 
 /// `2026-11-22 05:28:24.494+0000`
@@ -230,6 +262,16 @@ mod tests {
     #[test]
     fn bytes_that_are_no_text_are_shown_as_numbers() {
         assert_eq!(Printable(b"a\xff\xc3z").to_string(), "a\\xff\\xc3z");
+    }
+
+    #[test]
+    fn of_very_long_bytes_the_start_and_the_end_are_shown() {
+        let name = [b"start", vec![b'x'; SHOWN_BYTES].as_slice(), b"end"].concat();
+        let shown = Printable(&name).to_string();
+        assert!(shown.starts_with("startxx") && shown.ends_with("xxend"));
+        assert!(shown.contains("xx[8 bytes left out]xx"), "{shown}");
+        let path = vec![b'p'; 4096];
+        assert_eq!(Printable(&path).to_string().as_bytes(), path);
     }
 
     #[test]
