@@ -173,7 +173,14 @@ impl World {
             }
             assert!(begun.elapsed() < TORN, "locks: {seen:?}, not {expected:?}");
         }
-        assert_eq!(self.outside.list(), self.model.files.nodes, "the names");
+        let (seen, expected) = (self.outside.list(), &self.model.files.nodes);
+        let only_in = |these: &BTreeMap<String, Node>, those: &BTreeMap<String, Node>| {
+            let mut names: Vec<_> = these.clone().into_iter().collect();
+            names.retain(|(name, node)| those.get(name) != Some(node));
+            names
+        };
+        let (more, less) = (only_in(&seen, expected), only_in(expected, &seen));
+        assert_eq!((more, less), (vec![], vec![]), "names there, names missing");
         self.outside.check_contents();
     }
 
@@ -352,22 +359,29 @@ impl World {
         self.actors[slot].as_mut().expect("an owner")
     }
 
-    /// An open connection, mostly one that may do something.
-    fn open_connection(&mut self, slot: usize) -> Option<usize> {
-        let sessions = &self.actor(slot).sessions;
-        let open = sessions.iter().enumerate();
-        let open: Vec<(usize, Session)> = open
-            .filter_map(|(number, session)| Some((number, (*session)?)))
-            .collect();
-        let may_act = |session: &Session| session.pid.is_some() && !session.is_restricted;
-        let able: Vec<(usize, Session)> = open
-            .iter()
-            .filter(|(_, session)| may_act(session))
-            .copied()
-            .collect();
-        let of_all = self.random.percent(10) || able.is_empty();
-        let choices = if of_all { open } else { able };
-        (!choices.is_empty()).then(|| self.random.pick(&choices).0)
+    /// Connections of an owner, all or only those that may do something.
+    fn open_connections(&mut self, slot: usize, only_able: bool) -> Vec<usize> {
+        let is_able = |session: Session| session.pid.is_some() && !session.is_restricted;
+        let sessions = self.actor(slot).sessions.iter().enumerate();
+        sessions
+            .filter(|(_, session)| session.is_some_and(|session| !only_able || is_able(session)))
+            .map(|(number, _)| number)
+            .collect()
+    }
+
+    /// Mostly one that may do something, which is made if there is none.
+    fn a_connection(&mut self, slot: usize) -> Option<usize> {
+        let only_able = self.random.percent(90);
+        if only_able && self.open_connections(slot, true).is_empty() {
+            self.owner_connects(slot);
+        }
+        let able = self.open_connections(slot, only_able);
+        let choices = if able.is_empty() {
+            self.open_connections(slot, false)
+        } else {
+            able
+        };
+        (!choices.is_empty()).then(|| *self.random.pick(&choices))
     }
 
     fn owner_connects(&mut self, slot: usize) {
@@ -385,7 +399,7 @@ impl World {
     }
 
     fn owner_leaves(&mut self, slot: usize) {
-        let Some(connection) = self.open_connection(slot) else {
+        let Some(connection) = self.a_connection(slot) else {
             return;
         };
         let stubborn_leavers = self.stubborn_leavers;
@@ -420,7 +434,7 @@ impl World {
     }
 
     fn owner_calls(&mut self, slot: usize) {
-        let Some(connection) = self.open_connection(slot) else {
+        let Some(connection) = self.a_connection(slot) else {
             return;
         };
         if self.random.percent(3) {
@@ -509,7 +523,8 @@ impl World {
         let verdict = self.model.judge(session, request);
         let call = request.call();
         let reply = actor.owner.call(&call);
-        self.tell(format!("owner {slot} on {connection} {call:?}: {reply:?}"));
+        let said = brief(&reply);
+        self.tell(format!("owner {slot} on {connection} {call:?}: {said}"));
         let outcome = &verdict.outcome;
         compare(
             &reply,
@@ -564,7 +579,8 @@ impl World {
         actor.owner.use_connection(connection);
         let reply = actor.owner.exchange(&message);
         self.tell(format!(
-            "owner {slot} on {connection} talks nonsense: {reply:?}"
+            "owner {slot} on {connection} talks nonsense: {}",
+            brief(&reply)
         ));
         reply.expect_error(RPC_ERROR, DOMAIN_RPC);
     }
@@ -704,7 +720,13 @@ impl Drop for World {
             for step in &self.told[first..] {
                 eprintln!("  {step:.400}");
             }
-            eprintln!("its locks should be: {:#?}", self.model.rows);
+            eprintln!("what should be held:");
+            for row in &self.model.rows {
+                eprintln!("  {row:?}");
+            }
+            for lock in &self.model.strangers {
+                eprintln!("  {lock:?}");
+            }
             eprintln!("VIRTLOCKD_WORLD_SEED={} repeats it", self.seed);
         }
     }
@@ -714,6 +736,14 @@ fn plain(ask: Ask) -> Request {
     Request {
         ask,
         has_unknown_flag: false,
+    }
+}
+
+/// A reply in the list of steps.
+fn brief(reply: &Reply) -> String {
+    match reply {
+        Reply::Ok { .. } => "ok".into(),
+        Reply::Error(error) => format!("{} ({}) {}", error.code, error.domain, error.message),
     }
 }
 
