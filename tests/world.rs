@@ -4,7 +4,8 @@
 //!
 //! A list of rows says what must come of each step ([`model`]). After each step the kernel is asked
 //! from outside what is locked, exactly; the names are listed, and the contents read. What an owner
-//! that is made to die holds must be locked for as long as its process runs.
+//! that is made to die holds must be locked for as long as its process runs. Some worlds are begun by
+//! libvirt's daemon, whose POSIX locks ours then has to keep.
 //!
 //! `VIRTLOCKD_WORLD_SEED` repeats the world whose seed was printed, `VIRTLOCKD_WORLD_STEPS` goes on
 //! for longer: world after world, each with the next seed.
@@ -25,7 +26,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use files::{BUSY_PLACES, FileId, Files, LOCKSPACES, LOOSE_NAMES, Node, PLACES, Place};
-use model::{Ask, Effect, Mode, Model, Refusal, Request, Session};
+use model::{Ask, Effect, Mode, Model, Program, Refusal, Request, Session};
 use nix::sys::signal::Signal;
 use outside::{Outside, id_of, open_devices};
 use strangers::Stranger;
@@ -43,6 +44,10 @@ use support::{DEADLINE, require_root, skip, wait_for, wait_until};
 const STEPS: usize = 4000;
 /// How many steps a world lasts.
 const STEPS_OF_A_WORLD: usize = 400;
+/// How many steps are made behind libvirt's daemon.
+const STEPS_BEHIND_LIBVIRTS: usize = 1500;
+/// How many calls libvirt's daemon may get before ours takes over.
+const CALLS_BEFORE: usize = 25;
 const OWNERS: usize = 5;
 const CONNECTIONS: usize = 3;
 /// The first half lock open files, the others are processes of their own with POSIX locks.
@@ -109,10 +114,18 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64) -> World {
-        let outside = Outside::new();
+    fn new(seed: u64, program: Program) -> World {
+        let path = match program {
+            Program::Ours => daemon::program(),
+            Program::Libvirts => daemon::c_daemon().expect("libvirt's daemon is there"),
+        };
+        let outside = Outside::new(&path);
         let daemon = outside.host.start_configured("");
-        let bystander = daemon.client();
+        // Registered, because libvirt's daemon cannot be replaced under one that is not.
+        let mut bystander = daemon.client();
+        bystander
+            .call(&register_as("bystander", NOBODY))
+            .expect_ok();
         let mut world = World {
             seed,
             step: 0,
@@ -125,7 +138,7 @@ impl World {
             replacing: None,
             counts: BTreeMap::new(),
             bystander,
-            model: Model::new(Files::default()),
+            model: Model::new(Files::default(), program),
             daemon,
             outside,
         };
@@ -282,6 +295,45 @@ impl World {
 
     // ---- the steps ----
 
+    /// Libvirt's daemon grants some locks, of its own kind, and ours takes over. Nothing is asked to
+    /// which the two have other answers, but for two names of one file that are both shared.
+    fn begin_with_libvirts(&mut self) {
+        for slot in 0..OWNERS {
+            self.actor(slot);
+        }
+        for lockspace in LOCKSPACES
+            .iter()
+            .filter(|path| path.starts_with("/run/w/ls1"))
+        {
+            self.call(0, 0, plain(Ask::CreateLockspace(lockspace)));
+        }
+        for _ in 0..CALLS_BEFORE {
+            let slot = self.random.below(OWNERS);
+            let request = plain(Ask::Acquire {
+                place: self.choose_place_or_held(),
+                mode: *self
+                    .random
+                    .pick(&[Mode::Exclusive, Mode::Shared, Mode::Shared]),
+                make: self.random.percent(40),
+            });
+            let pid = self.actor(slot).pid();
+            let session = Session {
+                pid: Some(pid),
+                is_restricted: false,
+            };
+            let verdict = self.model.judge(session, request);
+            if verdict.opens.is_none() && verdict.outcome.is_ok() {
+                self.call(slot, 0, request);
+                self.check();
+            }
+        }
+        self.tell("our daemon takes over".into());
+        self.outside.host.install(&daemon::program());
+        upgrade(&self.daemon);
+        self.model.take_over();
+        self.check();
+    }
+
     fn make_step(&mut self) {
         let slot = self.random.below(OWNERS);
         let chance = self.random.below(100);
@@ -352,7 +404,7 @@ impl World {
                 leaving: None,
             });
             let pid = self.actors[slot].as_ref().map_or(0, Actor::pid);
-            if self.random.percent(90) {
+            if self.model.program == Program::Libvirts || self.random.percent(90) {
                 self.call(slot, 0, plain(Ask::Register { pid, id: 7 }));
             }
         }
@@ -762,18 +814,20 @@ fn compare(reply: &Reply, refusal: Option<&Refusal>, what: &str) {
     }
 }
 
-#[test]
-fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
-    if !require_root() {
-        return;
-    }
+fn can_run() -> bool {
     if daemon::c_daemon().is_some_and(|path| path == daemon::program()) {
-        return skip("libvirt's own daemon has other rules");
+        skip("libvirt's own daemon has other rules");
+        return false;
     }
+    require_root()
+}
+
+/// World after world, until so many steps are made.
+fn make_worlds(program: Program, default_steps: usize) {
     let first = Random::seed_from("VIRTLOCKD_WORLD_SEED");
     let steps = match std::env::var("VIRTLOCKD_WORLD_STEPS") {
         Ok(text) => text.parse().expect("VIRTLOCKD_WORLD_STEPS is a number"),
-        Err(_) => STEPS,
+        Err(_) => default_steps,
     };
     let mut made = 0;
     let mut counts = BTreeMap::<_, usize>::new();
@@ -782,9 +836,12 @@ fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
         if in_this_world == 0 {
             break;
         }
-        eprintln!("world with VIRTLOCKD_WORLD_SEED={seed}: {in_this_world} steps");
-        let mut world = World::new(seed);
+        eprintln!("VIRTLOCKD_WORLD_SEED={seed}, begun by {program:?}: {in_this_world} steps");
+        let mut world = World::new(seed, program);
         world.check();
+        if program == Program::Libvirts {
+            world.begin_with_libvirts();
+        }
         for step in 1..=in_this_world {
             world.step = step;
             world.make_step();
@@ -795,4 +852,22 @@ fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
         }
     }
     eprintln!("{made} steps: {counts:?}");
+}
+
+#[test]
+fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
+    if can_run() {
+        make_worlds(Program::Ours, STEPS);
+    }
+}
+
+#[test]
+fn and_so_it_is_in_a_world_that_libvirts_daemon_began() {
+    if !can_run() {
+        return;
+    }
+    if daemon::c_daemon().is_none() {
+        return skip("needs libvirt's virtlockd");
+    }
+    make_worlds(Program::Libvirts, STEPS_BEHIND_LIBVIRTS);
 }
