@@ -12,6 +12,8 @@
 
 mod support;
 
+#[path = "world/actor.rs"]
+mod actor;
 #[path = "world/files.rs"]
 mod files;
 #[path = "world/model.rs"]
@@ -25,6 +27,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use actor::{Actor, Leaving, Loan};
 use files::{BUSY_PLACES, FileId, Files, LOCKSPACES, LOOSE_NAMES, Node, PLACES, Place};
 use model::{Ask, Effect, Mode, Model, Program, Refusal, Request, Session};
 use nix::sys::signal::Signal;
@@ -41,11 +44,11 @@ use support::upgrade::{image, upgrade, wait_for_successor};
 use support::{DEADLINE, require_root, skip, wait_for, wait_until};
 
 /// How many steps are made without being asked for more.
-const STEPS: usize = 4000;
+const STEPS: usize = 3000;
 /// How many steps a world lasts.
 const STEPS_OF_A_WORLD: usize = 400;
 /// How many steps are made behind libvirt's daemon.
-const STEPS_BEHIND_LIBVIRTS: usize = 1500;
+const STEPS_BEHIND_LIBVIRTS: usize = 1200;
 /// How many calls libvirt's daemon may get before ours takes over.
 const CALLS_BEFORE: usize = 25;
 const OWNERS: usize = 5;
@@ -63,33 +66,6 @@ const STUBBORN_LEAVERS: usize = 1;
 /// How long a torn look at `/proc/locks` may differ.
 const TORN: Duration = Duration::from_secs(2);
 
-/// An owner's process, as the reference sees it.
-struct Actor {
-    owner: Owner,
-    on_term: OnTerm,
-    /// `None`: closed.
-    sessions: Vec<Option<Session>>,
-    leaving: Option<Leaving>,
-}
-
-/// It was sent SIGTERM, which it ignores.
-#[derive(Clone, Copy)]
-struct Leaving {
-    since: Instant,
-    at_step: usize,
-}
-
-impl Actor {
-    fn pid(&self) -> i32 {
-        self.owner.pid()
-    }
-
-    /// Whether the end of this session is the owner's end.
-    fn stands_for_it(&self, session: Option<Session>) -> bool {
-        session.is_some_and(|session| session.pid == Some(self.pid()))
-    }
-}
-
 struct World {
     seed: u64,
     step: usize,
@@ -100,6 +76,9 @@ struct World {
     actors: Vec<Option<Actor>>,
     /// Their numbers must not be used again while rows name them.
     dead: Vec<Owner>,
+    loans: Vec<Loan>,
+    /// How often the daemon freed the locks of a process, and said so.
+    freed: BTreeMap<i32, usize>,
     strangers: Vec<Stranger>,
     stubborn_leavers: usize,
     /// The image of the daemon when it was told to replace itself, until it has.
@@ -133,6 +112,8 @@ impl World {
             random: Random::new(seed),
             actors: (0..OWNERS).map(|_| None).collect(),
             dead: Vec::new(),
+            loans: Vec::new(),
+            freed: BTreeMap::new(),
             strangers: (0..STRANGERS).map(Stranger::new).collect(),
             stubborn_leavers: 0,
             replacing: None,
@@ -244,23 +225,37 @@ impl World {
         let is_missed = actor.leaving.is_some()
             || self.model.holds(pid) && sessions.any(|session| actor.stands_for_it(*session));
         if is_missed {
-            let freed = self.model.end_owner(pid);
-            self.count("deaths of holders");
-            let ends = [
-                format!("pid {pid}) is dead: "),
-                format!("Process {pid} is dead: "),
-            ];
-            let count: usize =
-                wait_for(DEADLINE, "the daemon to free a dead owner's locks", || {
-                    let log = self.daemon.stderr();
-                    let said = ends.iter().find_map(|end| log.split_once(end))?.1;
-                    said.split_once(" of its locks are free")?.0.parse().ok()
-                });
-            assert_eq!(count, freed, "locks of owner {pid} that became free");
+            self.locks_are_freed(pid);
+        }
+        for loan in &mut self.loans {
+            loan.lender_has_it &= loan.lender != pid;
         }
         self.settle();
         // What is held for it without a connection of its own stays, under its number.
         self.dead.push(actor.owner);
+    }
+
+    /// Waits until the daemon has freed the locks of a dead owner, and says how many.
+    fn locks_are_freed(&mut self, pid: i32) {
+        self.count("deaths of holders");
+        let count = self.model.end_owner(pid);
+        let times = self.freed.entry(pid).or_default();
+        *times += 1;
+        let ends = [
+            format!("pid {pid}) is dead: {count} of its locks"),
+            format!("Process {pid} is dead: {count} of its locks"),
+            format!("pid {pid}) is dead: "),
+            format!("Process {pid} is dead: "),
+        ];
+        let said = wait_for(DEADLINE, "the daemon to free a dead owner's locks", || {
+            let log = self.daemon.stderr();
+            let mut lines = log.lines().filter_map(|line| {
+                let end = ends.iter().position(|end| line.contains(end))?;
+                Some((end, line.to_owned()))
+            });
+            lines.nth(*times - 1)
+        });
+        assert!(said.0 < 2, "{count} locks of owner {pid}: {}", said.1);
     }
 
     /// When this returns, the daemon has seen every connection that was closed before. It may
@@ -274,6 +269,12 @@ impl World {
     fn connection_ended(&mut self, slot: usize, connection: usize) {
         let actor = self.actors[slot].as_mut().expect("an owner");
         let session = actor.sessions[connection].take();
+        self.session_ended(slot, session);
+    }
+
+    /// The same, of an owner that lives.
+    fn session_ended(&mut self, slot: usize, session: Option<Session>) {
+        let actor = self.actors[slot].as_mut().expect("an owner");
         let pid = actor.pid();
         let is_its_end = actor.stands_for_it(session) && self.model.holds(pid);
         if !is_its_end || actor.leaving.is_some() {
@@ -340,12 +341,13 @@ impl World {
         // Whatever a step draws, the next one does not depend on it.
         let next = self.random.next();
         match chance {
-            0..78 => self.owner_calls(slot),
-            78..81 => self.owner_connects(slot),
-            81..84 => self.owner_leaves(slot),
-            84..86 => self.owner_is_killed(slot),
-            86..94 => self.stranger_acts(),
-            94..96 => self.names_change(),
+            0..77 => self.owner_calls(slot),
+            77..80 => self.owner_connects(slot),
+            80..83 => self.owner_leaves(slot),
+            83..85 => self.owner_is_killed(slot),
+            85..88 => self.connection_is_lent(slot),
+            88..95 => self.stranger_acts(),
+            95..96 => self.names_change(),
             96..98 => self.daemon_replaces_itself(),
             _ => {
                 self.tell("SIGHUP".into());
@@ -474,6 +476,65 @@ impl World {
         };
         self.tell(format!("owner {slot} {how} connection {connection}"));
         self.connection_ended(slot, connection);
+    }
+
+    /// A child of the owner gets a connection of it; or such a child ends.
+    fn connection_is_lent(&mut self, slot: usize) {
+        if !self.loans.is_empty() && self.random.percent(60) {
+            let loan = self.random.below(self.loans.len());
+            return self.loan_ends(loan);
+        }
+        let Some(connection) = self.a_connection(slot) else {
+            return;
+        };
+        let lender_has_it = self.random.percent(50);
+        let actor = self.actor(slot);
+        actor.owner.use_connection(connection);
+        let borrower = actor.owner.lend_connection();
+        if !lender_has_it {
+            actor.owner.close_connection();
+        }
+        // Whatever comes over it now may be read by either.
+        let session = actor.sessions[connection].take();
+        let lender = actor.pid();
+        self.loans.push(Loan {
+            lender,
+            connection,
+            lender_has_it,
+            borrower,
+            session: session.expect("an open connection"),
+        });
+        self.tell(format!(
+            "owner {slot} lends connection {connection} to {borrower}, has it too: {lender_has_it}"
+        ));
+    }
+
+    fn loan_ends(&mut self, number: usize) {
+        let loan = self.loans.swap_remove(number);
+        self.tell(format!("kill -9 of borrower {}", loan.borrower));
+        self.count("loans");
+        let pid = nix::unistd::Pid::from_raw(loan.borrower);
+        nix::sys::signal::kill(pid, Signal::SIGKILL).expect("kill a borrower");
+        wait_until(DEADLINE, "the end of a borrower", || !runs(loan.borrower));
+        let is_lender = |actor: &Option<Actor>| {
+            let actor = actor.as_ref();
+            actor.is_some_and(|actor| actor.pid() == loan.lender)
+        };
+        let slot = self.actors.iter().position(is_lender);
+        match slot {
+            Some(slot) if loan.lender_has_it => {
+                let actor = self.actors[slot].as_mut().expect("the lender");
+                actor.sessions[loan.connection] = Some(loan.session);
+            }
+            Some(slot) => self.session_ended(slot, Some(loan.session)),
+            None => {
+                // Its maker is dead for long: only now the daemon learns of it.
+                if loan.session.pid == Some(loan.lender) && self.model.holds(loan.lender) {
+                    self.locks_are_freed(loan.lender);
+                }
+                self.settle();
+            }
+        }
     }
 
     fn owner_is_killed(&mut self, slot: usize) {
@@ -734,6 +795,10 @@ impl World {
             self.owner_is_killed(slot);
         }
         self.check();
+        while !self.loans.is_empty() {
+            self.loan_ends(0);
+            self.check();
+        }
         self.await_successor();
         let rows = self.model.rows.clone();
         for row in rows {
@@ -766,6 +831,10 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        for loan in &self.loans {
+            let borrower = nix::unistd::Pid::from_raw(loan.borrower);
+            let _ = nix::sys::signal::kill(borrower, Signal::SIGKILL);
+        }
         if std::thread::panicking() {
             let first = self.told.len().saturating_sub(60);
             eprintln!("the last steps of the world with seed {}:", self.seed);
