@@ -3,20 +3,22 @@
 //! Owners, each a real process, take and give back a few files under all their names, over
 //! connections of their own or as libvirtd does for them. They are killed, between calls and in the
 //! midst of one, or leave and are killed by the daemon. The daemon is replaced again and again. All
-//! the time a rival tries to lock the same files without the daemon. Everything is written down with
-//! the time, and afterwards a judge ([`record`]) looks for an instant with two exclusive owners, or
-//! one in which a granted lock was free.
+//! the time a rival tries to lock the same files without the daemon, and another host takes and
+//! removes the one that is made and removed with its lock ([`outside`]). Everything is written down
+//! with the time, and afterwards a judge ([`record`]) looks for an instant with two exclusive owners,
+//! or one in which a granted lock was free.
 //!
 //! `VIRTLOCKD_HISTORY_SECONDS` makes it longer, `VIRTLOCKD_HISTORY_SEED` draws the same numbers
 //! again: not the same history, which depends on who is faster.
 
 mod support;
 
+#[path = "history/outside.rs"]
+mod outside;
 #[path = "history/record.rs"]
 mod record;
 
-use std::fs::File;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -31,7 +33,7 @@ use support::daemon::{self, Daemon};
 use support::owner::{OnTerm, Owner, runs};
 use support::random::Random;
 use support::upgrade::{Host, Slowed, upgrade};
-use support::{DEADLINE, drop_lock, lock_probe, require_root, set_lock, skip, wait_until};
+use support::{DEADLINE, lock_probe, require_root, skip, wait_until};
 
 /// How long the owners are at work without being asked for more, seconds.
 const SECONDS: u64 = 10;
@@ -41,8 +43,6 @@ const WORKERS: u32 = 6;
 /// How many files an owner has at the most, and how many calls it makes.
 const FILES_AT_ONCE: usize = 2;
 const CALLS: usize = 150;
-/// How many times the rival leaves a file alone that it got, so that others get it, too.
-const MANNERS: u32 = 200;
 const BETWEEN_UPGRADES: Duration = Duration::from_millis(60);
 
 /// Two histories at once would be half as dense.
@@ -143,74 +143,6 @@ impl Run<'_> {
         }
         entries
     }
-
-    /// Tries to lock the files without the daemon. How often it tried.
-    fn rob(&self, tries: &AtomicU64) -> Vec<Entry> {
-        let paths: Vec<PathBuf> = (0..DISKS)
-            .map(|disk| self.host.path(format!("/run/h/disks/{disk}")))
-            .collect();
-        let open = |path: &PathBuf| {
-            let mut options = File::options();
-            options.read(true).write(true).open(path)
-        };
-        let disks: Vec<File> = paths
-            .iter()
-            .map(|path| open(path).expect("open a disk"))
-            .collect();
-        let lease = self.host.path(LOCKSPACE).join("lease");
-        let mut entries = Vec::new();
-        let mut left_alone = [0u32; FILES];
-        let mut mode = Mode::Exclusive;
-        while !self.stop.load(Ordering::Relaxed) {
-            mode = match mode {
-                Mode::Exclusive => Mode::Shared,
-                Mode::Shared => Mode::Exclusive,
-            };
-            for (file, left_alone) in left_alone.iter_mut().enumerate() {
-                if *left_alone > 0 {
-                    *left_alone -= 1;
-                    continue;
-                }
-                tries.fetch_add(1, Ordering::Relaxed);
-                let got = match disks.get(file) {
-                    Some(disk) => self.rob_file(disk, mode),
-                    // It is there only while somebody has it.
-                    None => open(&lease).ok().and_then(|opened| {
-                        let got = self.rob_file(&opened, mode)?;
-                        // Between the opening and the locking it may have been removed: then
-                        // nobody else will ever ask for this file.
-                        is_at(&opened, &lease).then_some(got)
-                    }),
-                };
-                if let Some((before, after)) = got {
-                    entries.push(Entry {
-                        before,
-                        after,
-                        what: What::Robbed(file, mode),
-                    });
-                    *left_alone = MANNERS;
-                }
-            }
-        }
-        entries
-    }
-
-    /// Before and after it had the lock, if it had.
-    fn rob_file(&self, file: &File, mode: Mode) -> Option<(Moment, Moment)> {
-        let exclusive = mode == Mode::Exclusive;
-        let (before, got, after) = self.timed(|| set_lock(file, exclusive));
-        if got {
-            drop_lock(file);
-        }
-        got.then_some((before, after))
-    }
-}
-
-fn is_at(file: &File, path: &Path) -> bool {
-    let (Ok(opened), Ok(found)) = (file.metadata(), path.metadata()) else {
-        return false;
-    };
-    (opened.dev(), opened.ino()) == (found.dev(), found.ino())
 }
 
 /// How an owner ends.
@@ -456,7 +388,10 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
     let mut upgrades = 0;
     let entries: Vec<Entry> = std::thread::scope(|scope| {
         let (run, tries) = (&run, &tries);
-        let mut threads = vec![scope.spawn(move || run.rob(tries))];
+        let mut threads = vec![
+            scope.spawn(move || run.rob(tries)),
+            scope.spawn(move || run.be_another_host(Random::new(!seed))),
+        ];
         for worker in 0..WORKERS {
             let random = Random::new(seed ^ (u64::from(worker) << 32));
             threads.push(scope.spawn(move || run.work(random)));
@@ -482,7 +417,6 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
         ("granted exclusively", count(exclusively)),
         ("granted shared", count(shared)),
         ("released", count(|what| matches!(what, What::Released(..)))),
-        ("killed", count(|what| matches!(what, What::Killed(_)))),
         (
             "had by the rival",
             count(|what| matches!(what, What::Robbed(..))),
@@ -512,8 +446,6 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             lock_probe(&path).is_none()
         });
     }
-    let lease = host.path(LOCKSPACE).join("lease");
-    wait_until(DEADLINE, "the lease to be removed", || !lease.exists());
 }
 
 fn judge(entries: &[Entry], seed: u64) {

@@ -4,13 +4,16 @@
 //!
 //! A list of rows says what must come of each step ([`model`]). After each step the kernel is asked
 //! from outside what is locked, exactly; the names are listed, and the contents read. What an owner
-//! that is made to die holds must be locked for as long as its process runs.
+//! that is made to die holds must be locked for as long as its process runs. Some worlds are begun by
+//! libvirt's daemon, whose POSIX locks ours then has to keep.
 //!
 //! `VIRTLOCKD_WORLD_SEED` repeats the world whose seed was printed, `VIRTLOCKD_WORLD_STEPS` goes on
 //! for longer: world after world, each with the next seed.
 
 mod support;
 
+#[path = "world/actor.rs"]
+mod actor;
 #[path = "world/files.rs"]
 mod files;
 #[path = "world/model.rs"]
@@ -24,8 +27,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use actor::{Actor, Leaving, Loan};
 use files::{BUSY_PLACES, FileId, Files, LOCKSPACES, LOOSE_NAMES, Node, PLACES, Place};
-use model::{Ask, Effect, Mode, Model, Refusal, Request, Session};
+use model::{Ask, Effect, Mode, Model, Program, Refusal, Request, Session};
 use nix::sys::signal::Signal;
 use outside::{Outside, id_of, open_devices};
 use strangers::Stranger;
@@ -40,9 +44,13 @@ use support::upgrade::{image, upgrade, wait_for_successor};
 use support::{DEADLINE, require_root, skip, wait_for, wait_until};
 
 /// How many steps are made without being asked for more.
-const STEPS: usize = 4000;
+const STEPS: usize = 3000;
 /// How many steps a world lasts.
 const STEPS_OF_A_WORLD: usize = 400;
+/// How many steps are made behind libvirt's daemon.
+const STEPS_BEHIND_LIBVIRTS: usize = 1200;
+/// How many calls libvirt's daemon may get before ours takes over.
+const CALLS_BEFORE: usize = 25;
 const OWNERS: usize = 5;
 const CONNECTIONS: usize = 3;
 /// The first half lock open files, the others are processes of their own with POSIX locks.
@@ -58,33 +66,6 @@ const STUBBORN_LEAVERS: usize = 1;
 /// How long a torn look at `/proc/locks` may differ.
 const TORN: Duration = Duration::from_secs(2);
 
-/// An owner's process, as the reference sees it.
-struct Actor {
-    owner: Owner,
-    on_term: OnTerm,
-    /// `None`: closed.
-    sessions: Vec<Option<Session>>,
-    leaving: Option<Leaving>,
-}
-
-/// It was sent SIGTERM, which it ignores.
-#[derive(Clone, Copy)]
-struct Leaving {
-    since: Instant,
-    at_step: usize,
-}
-
-impl Actor {
-    fn pid(&self) -> i32 {
-        self.owner.pid()
-    }
-
-    /// Whether the end of this session is the owner's end.
-    fn stands_for_it(&self, session: Option<Session>) -> bool {
-        session.is_some_and(|session| session.pid == Some(self.pid()))
-    }
-}
-
 struct World {
     seed: u64,
     step: usize,
@@ -95,6 +76,9 @@ struct World {
     actors: Vec<Option<Actor>>,
     /// Their numbers must not be used again while rows name them.
     dead: Vec<Owner>,
+    loans: Vec<Loan>,
+    /// How often the daemon freed the locks of a process, and said so.
+    freed: BTreeMap<i32, usize>,
     strangers: Vec<Stranger>,
     stubborn_leavers: usize,
     /// The image of the daemon when it was told to replace itself, until it has.
@@ -109,10 +93,18 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64) -> World {
-        let outside = Outside::new();
+    fn new(seed: u64, program: Program) -> World {
+        let path = match program {
+            Program::Ours => daemon::program(),
+            Program::Libvirts => daemon::c_daemon().expect("libvirt's daemon is there"),
+        };
+        let outside = Outside::new(&path);
         let daemon = outside.host.start_configured("");
-        let bystander = daemon.client();
+        // Registered, because libvirt's daemon cannot be replaced under one that is not.
+        let mut bystander = daemon.client();
+        bystander
+            .call(&register_as("bystander", NOBODY))
+            .expect_ok();
         let mut world = World {
             seed,
             step: 0,
@@ -120,12 +112,14 @@ impl World {
             random: Random::new(seed),
             actors: (0..OWNERS).map(|_| None).collect(),
             dead: Vec::new(),
+            loans: Vec::new(),
+            freed: BTreeMap::new(),
             strangers: (0..STRANGERS).map(Stranger::new).collect(),
             stubborn_leavers: 0,
             replacing: None,
             counts: BTreeMap::new(),
             bystander,
-            model: Model::new(Files::default()),
+            model: Model::new(Files::default(), program),
             daemon,
             outside,
         };
@@ -173,7 +167,14 @@ impl World {
             }
             assert!(begun.elapsed() < TORN, "locks: {seen:?}, not {expected:?}");
         }
-        assert_eq!(self.outside.list(), self.model.files.nodes, "the names");
+        let (seen, expected) = (self.outside.list(), &self.model.files.nodes);
+        let only_in = |these: &BTreeMap<String, Node>, those: &BTreeMap<String, Node>| {
+            let mut names: Vec<_> = these.clone().into_iter().collect();
+            names.retain(|(name, node)| those.get(name) != Some(node));
+            names
+        };
+        let (more, less) = (only_in(&seen, expected), only_in(expected, &seen));
+        assert_eq!((more, less), (vec![], vec![]), "names there, names missing");
         self.outside.check_contents();
     }
 
@@ -224,23 +225,37 @@ impl World {
         let is_missed = actor.leaving.is_some()
             || self.model.holds(pid) && sessions.any(|session| actor.stands_for_it(*session));
         if is_missed {
-            let freed = self.model.end_owner(pid);
-            self.count("deaths of holders");
-            let ends = [
-                format!("pid {pid}) is dead: "),
-                format!("Process {pid} is dead: "),
-            ];
-            let count: usize =
-                wait_for(DEADLINE, "the daemon to free a dead owner's locks", || {
-                    let log = self.daemon.stderr();
-                    let said = ends.iter().find_map(|end| log.split_once(end))?.1;
-                    said.split_once(" of its locks are free")?.0.parse().ok()
-                });
-            assert_eq!(count, freed, "locks of owner {pid} that became free");
+            self.locks_are_freed(pid);
+        }
+        for loan in &mut self.loans {
+            loan.lender_has_it &= loan.lender != pid;
         }
         self.settle();
         // What is held for it without a connection of its own stays, under its number.
         self.dead.push(actor.owner);
+    }
+
+    /// Waits until the daemon has freed the locks of a dead owner, and says how many.
+    fn locks_are_freed(&mut self, pid: i32) {
+        self.count("deaths of holders");
+        let count = self.model.end_owner(pid);
+        let times = self.freed.entry(pid).or_default();
+        *times += 1;
+        let ends = [
+            format!("pid {pid}) is dead: {count} of its locks"),
+            format!("Process {pid} is dead: {count} of its locks"),
+            format!("pid {pid}) is dead: "),
+            format!("Process {pid} is dead: "),
+        ];
+        let said = wait_for(DEADLINE, "the daemon to free a dead owner's locks", || {
+            let log = self.daemon.stderr();
+            let mut lines = log.lines().filter_map(|line| {
+                let end = ends.iter().position(|end| line.contains(end))?;
+                Some((end, line.to_owned()))
+            });
+            lines.nth(*times - 1)
+        });
+        assert!(said.0 < 2, "{count} locks of owner {pid}: {}", said.1);
     }
 
     /// When this returns, the daemon has seen every connection that was closed before. It may
@@ -254,6 +269,12 @@ impl World {
     fn connection_ended(&mut self, slot: usize, connection: usize) {
         let actor = self.actors[slot].as_mut().expect("an owner");
         let session = actor.sessions[connection].take();
+        self.session_ended(slot, session);
+    }
+
+    /// The same, of an owner that lives.
+    fn session_ended(&mut self, slot: usize, session: Option<Session>) {
+        let actor = self.actors[slot].as_mut().expect("an owner");
         let pid = actor.pid();
         let is_its_end = actor.stands_for_it(session) && self.model.holds(pid);
         if !is_its_end || actor.leaving.is_some() {
@@ -275,18 +296,58 @@ impl World {
 
     // ---- the steps ----
 
+    /// Libvirt's daemon grants some locks, of its own kind, and ours takes over. Nothing is asked to
+    /// which the two have other answers, but for two names of one file that are both shared.
+    fn begin_with_libvirts(&mut self) {
+        for slot in 0..OWNERS {
+            self.actor(slot);
+        }
+        for lockspace in LOCKSPACES
+            .iter()
+            .filter(|path| path.starts_with("/run/w/ls1"))
+        {
+            self.call(0, 0, plain(Ask::CreateLockspace(lockspace)));
+        }
+        for _ in 0..CALLS_BEFORE {
+            let slot = self.random.below(OWNERS);
+            let request = plain(Ask::Acquire {
+                place: self.choose_place_or_held(),
+                mode: *self
+                    .random
+                    .pick(&[Mode::Exclusive, Mode::Shared, Mode::Shared]),
+                make: self.random.percent(40),
+            });
+            let pid = self.actor(slot).pid();
+            let session = Session {
+                pid: Some(pid),
+                is_restricted: false,
+            };
+            let verdict = self.model.judge(session, request);
+            if verdict.opens.is_none() && verdict.outcome.is_ok() {
+                self.call(slot, 0, request);
+                self.check();
+            }
+        }
+        self.tell("our daemon takes over".into());
+        self.outside.host.install(&daemon::program());
+        upgrade(&self.daemon);
+        self.model.take_over();
+        self.check();
+    }
+
     fn make_step(&mut self) {
         let slot = self.random.below(OWNERS);
         let chance = self.random.below(100);
         // Whatever a step draws, the next one does not depend on it.
         let next = self.random.next();
         match chance {
-            0..78 => self.owner_calls(slot),
-            78..81 => self.owner_connects(slot),
-            81..84 => self.owner_leaves(slot),
-            84..86 => self.owner_is_killed(slot),
-            86..94 => self.stranger_acts(),
-            94..96 => self.names_change(),
+            0..77 => self.owner_calls(slot),
+            77..80 => self.owner_connects(slot),
+            80..83 => self.owner_leaves(slot),
+            83..85 => self.owner_is_killed(slot),
+            85..88 => self.connection_is_lent(slot),
+            88..95 => self.stranger_acts(),
+            95..96 => self.names_change(),
             96..98 => self.daemon_replaces_itself(),
             _ => {
                 self.tell("SIGHUP".into());
@@ -345,29 +406,36 @@ impl World {
                 leaving: None,
             });
             let pid = self.actors[slot].as_ref().map_or(0, Actor::pid);
-            if self.random.percent(90) {
+            if self.model.program == Program::Libvirts || self.random.percent(90) {
                 self.call(slot, 0, plain(Ask::Register { pid, id: 7 }));
             }
         }
         self.actors[slot].as_mut().expect("an owner")
     }
 
-    /// An open connection, mostly one that may do something.
-    fn open_connection(&mut self, slot: usize) -> Option<usize> {
-        let sessions = &self.actor(slot).sessions;
-        let open = sessions.iter().enumerate();
-        let open: Vec<(usize, Session)> = open
-            .filter_map(|(number, session)| Some((number, (*session)?)))
-            .collect();
-        let may_act = |session: &Session| session.pid.is_some() && !session.is_restricted;
-        let able: Vec<(usize, Session)> = open
-            .iter()
-            .filter(|(_, session)| may_act(session))
-            .copied()
-            .collect();
-        let of_all = self.random.percent(10) || able.is_empty();
-        let choices = if of_all { open } else { able };
-        (!choices.is_empty()).then(|| self.random.pick(&choices).0)
+    /// Connections of an owner, all or only those that may do something.
+    fn open_connections(&mut self, slot: usize, only_able: bool) -> Vec<usize> {
+        let is_able = |session: Session| session.pid.is_some() && !session.is_restricted;
+        let sessions = self.actor(slot).sessions.iter().enumerate();
+        sessions
+            .filter(|(_, session)| session.is_some_and(|session| !only_able || is_able(session)))
+            .map(|(number, _)| number)
+            .collect()
+    }
+
+    /// Mostly one that may do something, which is made if there is none.
+    fn a_connection(&mut self, slot: usize) -> Option<usize> {
+        let only_able = self.random.percent(90);
+        if only_able && self.open_connections(slot, true).is_empty() {
+            self.owner_connects(slot);
+        }
+        let able = self.open_connections(slot, only_able);
+        let choices = if able.is_empty() {
+            self.open_connections(slot, false)
+        } else {
+            able
+        };
+        (!choices.is_empty()).then(|| *self.random.pick(&choices))
     }
 
     fn owner_connects(&mut self, slot: usize) {
@@ -385,7 +453,7 @@ impl World {
     }
 
     fn owner_leaves(&mut self, slot: usize) {
-        let Some(connection) = self.open_connection(slot) else {
+        let Some(connection) = self.a_connection(slot) else {
             return;
         };
         let stubborn_leavers = self.stubborn_leavers;
@@ -410,6 +478,65 @@ impl World {
         self.connection_ended(slot, connection);
     }
 
+    /// A child of the owner gets a connection of it; or such a child ends.
+    fn connection_is_lent(&mut self, slot: usize) {
+        if !self.loans.is_empty() && self.random.percent(60) {
+            let loan = self.random.below(self.loans.len());
+            return self.loan_ends(loan);
+        }
+        let Some(connection) = self.a_connection(slot) else {
+            return;
+        };
+        let lender_has_it = self.random.percent(50);
+        let actor = self.actor(slot);
+        actor.owner.use_connection(connection);
+        let borrower = actor.owner.lend_connection();
+        if !lender_has_it {
+            actor.owner.close_connection();
+        }
+        // Whatever comes over it now may be read by either.
+        let session = actor.sessions[connection].take();
+        let lender = actor.pid();
+        self.loans.push(Loan {
+            lender,
+            connection,
+            lender_has_it,
+            borrower,
+            session: session.expect("an open connection"),
+        });
+        self.tell(format!(
+            "owner {slot} lends connection {connection} to {borrower}, has it too: {lender_has_it}"
+        ));
+    }
+
+    fn loan_ends(&mut self, number: usize) {
+        let loan = self.loans.swap_remove(number);
+        self.tell(format!("kill -9 of borrower {}", loan.borrower));
+        self.count("loans");
+        let pid = nix::unistd::Pid::from_raw(loan.borrower);
+        nix::sys::signal::kill(pid, Signal::SIGKILL).expect("kill a borrower");
+        wait_until(DEADLINE, "the end of a borrower", || !runs(loan.borrower));
+        let is_lender = |actor: &Option<Actor>| {
+            let actor = actor.as_ref();
+            actor.is_some_and(|actor| actor.pid() == loan.lender)
+        };
+        let slot = self.actors.iter().position(is_lender);
+        match slot {
+            Some(slot) if loan.lender_has_it => {
+                let actor = self.actors[slot].as_mut().expect("the lender");
+                actor.sessions[loan.connection] = Some(loan.session);
+            }
+            Some(slot) => self.session_ended(slot, Some(loan.session)),
+            None => {
+                // Its maker is dead for long: only now the daemon learns of it.
+                if loan.session.pid == Some(loan.lender) && self.model.holds(loan.lender) {
+                    self.locks_are_freed(loan.lender);
+                }
+                self.settle();
+            }
+        }
+    }
+
     fn owner_is_killed(&mut self, slot: usize) {
         let Some(actor) = &self.actors[slot] else {
             return;
@@ -420,7 +547,7 @@ impl World {
     }
 
     fn owner_calls(&mut self, slot: usize) {
-        let Some(connection) = self.open_connection(slot) else {
+        let Some(connection) = self.a_connection(slot) else {
             return;
         };
         if self.random.percent(3) {
@@ -509,7 +636,8 @@ impl World {
         let verdict = self.model.judge(session, request);
         let call = request.call();
         let reply = actor.owner.call(&call);
-        self.tell(format!("owner {slot} on {connection} {call:?}: {reply:?}"));
+        let said = brief(&reply);
+        self.tell(format!("owner {slot} on {connection} {call:?}: {said}"));
         let outcome = &verdict.outcome;
         compare(
             &reply,
@@ -564,7 +692,8 @@ impl World {
         actor.owner.use_connection(connection);
         let reply = actor.owner.exchange(&message);
         self.tell(format!(
-            "owner {slot} on {connection} talks nonsense: {reply:?}"
+            "owner {slot} on {connection} talks nonsense: {}",
+            brief(&reply)
         ));
         reply.expect_error(RPC_ERROR, DOMAIN_RPC);
     }
@@ -666,6 +795,10 @@ impl World {
             self.owner_is_killed(slot);
         }
         self.check();
+        while !self.loans.is_empty() {
+            self.loan_ends(0);
+            self.check();
+        }
         self.await_successor();
         let rows = self.model.rows.clone();
         for row in rows {
@@ -698,13 +831,23 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        for loan in &self.loans {
+            let borrower = nix::unistd::Pid::from_raw(loan.borrower);
+            let _ = nix::sys::signal::kill(borrower, Signal::SIGKILL);
+        }
         if std::thread::panicking() {
             let first = self.told.len().saturating_sub(60);
             eprintln!("the last steps of the world with seed {}:", self.seed);
             for step in &self.told[first..] {
                 eprintln!("  {step:.400}");
             }
-            eprintln!("its locks should be: {:#?}", self.model.rows);
+            eprintln!("what should be held:");
+            for row in &self.model.rows {
+                eprintln!("  {row:?}");
+            }
+            for lock in &self.model.strangers {
+                eprintln!("  {lock:?}");
+            }
             eprintln!("VIRTLOCKD_WORLD_SEED={} repeats it", self.seed);
         }
     }
@@ -714,6 +857,14 @@ fn plain(ask: Ask) -> Request {
     Request {
         ask,
         has_unknown_flag: false,
+    }
+}
+
+/// A reply in the list of steps.
+fn brief(reply: &Reply) -> String {
+    match reply {
+        Reply::Ok { .. } => "ok".into(),
+        Reply::Error(error) => format!("{} ({}) {}", error.code, error.domain, error.message),
     }
 }
 
@@ -732,18 +883,20 @@ fn compare(reply: &Reply, refusal: Option<&Refusal>, what: &str) {
     }
 }
 
-#[test]
-fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
-    if !require_root() {
-        return;
-    }
+fn can_run() -> bool {
     if daemon::c_daemon().is_some_and(|path| path == daemon::program()) {
-        return skip("libvirt's own daemon has other rules");
+        skip("libvirt's own daemon has other rules");
+        return false;
     }
+    require_root()
+}
+
+/// World after world, until so many steps are made.
+fn make_worlds(program: Program, default_steps: usize) {
     let first = Random::seed_from("VIRTLOCKD_WORLD_SEED");
     let steps = match std::env::var("VIRTLOCKD_WORLD_STEPS") {
         Ok(text) => text.parse().expect("VIRTLOCKD_WORLD_STEPS is a number"),
-        Err(_) => STEPS,
+        Err(_) => default_steps,
     };
     let mut made = 0;
     let mut counts = BTreeMap::<_, usize>::new();
@@ -752,9 +905,12 @@ fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
         if in_this_world == 0 {
             break;
         }
-        eprintln!("world with VIRTLOCKD_WORLD_SEED={seed}: {in_this_world} steps");
-        let mut world = World::new(seed);
+        eprintln!("VIRTLOCKD_WORLD_SEED={seed}, begun by {program:?}: {in_this_world} steps");
+        let mut world = World::new(seed, program);
         world.check();
+        if program == Program::Libvirts {
+            world.begin_with_libvirts();
+        }
         for step in 1..=in_this_world {
             world.step = step;
             world.make_step();
@@ -765,4 +921,22 @@ fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
         }
     }
     eprintln!("{made} steps: {counts:?}");
+}
+
+#[test]
+fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
+    if can_run() {
+        make_worlds(Program::Ours, STEPS);
+    }
+}
+
+#[test]
+fn and_so_it_is_in_a_world_that_libvirts_daemon_began() {
+    if !can_run() {
+        return;
+    }
+    if daemon::c_daemon().is_none() {
+        return skip("needs libvirt's virtlockd");
+    }
+    make_worlds(Program::Libvirts, STEPS_BEHIND_LIBVIRTS);
 }

@@ -23,10 +23,6 @@ pub enum Mode {
     Shared,
 }
 
-fn goes_with(one: Mode, other: Mode) -> bool {
-    (one, other) == (Mode::Shared, Mode::Shared)
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// The owner asked for a lock and got it.
@@ -138,11 +134,23 @@ pub fn check(entries: &[Entry]) -> Result<(), Violation> {
     for holds in files.values() {
         no_two_owners(holds)?;
     }
+    let mut against_exclusive = BTreeMap::new();
+    let mut against_shared = BTreeMap::new();
+    for (file, holds) in files {
+        let exclusive = holds.iter().filter(|hold| hold.mode == Mode::Exclusive);
+        against_shared.insert(file, Longest::of(exclusive.copied()));
+        against_exclusive.insert(file, Longest::of(holds.into_iter()));
+    }
     for entry in entries {
-        if let What::Robbed(file, mode) = entry.what
-            && let Some(holds) = files.get(&file)
-        {
-            not_robbed(holds, *entry, mode)?;
+        if let What::Robbed(file, mode) = entry.what {
+            let in_the_way = match mode {
+                Mode::Exclusive => &against_exclusive,
+                Mode::Shared => &against_shared,
+            };
+            let around = in_the_way.get(&file);
+            if let Some(hold) = around.and_then(|holds| holds.around(*entry)) {
+                return Err(Violation::Free(hold, *entry));
+            }
         }
     }
     Ok(())
@@ -174,14 +182,26 @@ fn no_two_owners(holds: &[Hold]) -> Result<(), Violation> {
     Ok(())
 }
 
-fn not_robbed(holds: &[Hold], robbery: Entry, mode: Mode) -> Result<(), Violation> {
-    let begun = holds.partition_point(|hold| hold.from <= robbery.before);
-    let around = holds[..begun]
-        .iter()
-        .find(|hold| hold.until >= robbery.after && !goes_with(hold.mode, mode));
-    match around {
-        Some(hold) => Err(Violation::Free(*hold, robbery)),
-        None => Ok(()),
+/// Of the holds of a file, in the order of their beginning, each time the one that lasts longest so
+/// far: there may be a million robberies to look at.
+struct Longest(Vec<(Moment, Hold)>);
+
+impl Longest {
+    fn of(holds: impl Iterator<Item = Hold>) -> Longest {
+        let mut longest: Option<Hold> = None;
+        let with_longest = holds.map(|hold| {
+            let so_far = longest.filter(|longest| longest.until >= hold.until);
+            longest = Some(so_far.unwrap_or(hold));
+            (hold.from, so_far.unwrap_or(hold))
+        });
+        Longest(with_longest.collect())
+    }
+
+    /// A hold in which all of a robbery lies.
+    fn around(&self, robbery: Entry) -> Option<Hold> {
+        let begun = self.0.partition_point(|(from, _)| *from <= robbery.before);
+        let (_, longest) = self.0.get(begun.checked_sub(1)?)?;
+        (longest.until >= robbery.after).then_some(*longest)
     }
 }
 

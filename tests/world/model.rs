@@ -161,13 +161,22 @@ pub struct Row {
     pub file: FileId,
     /// The name goes with its last holder.
     pub goes_at_end: bool,
+    pub kind: Kind,
 }
 
-/// How somebody outside of the daemon locks.
+/// What kind of lock the kernel has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     OpenFile,
+    /// Of a process, which has at most one on a file.
     Posix,
+}
+
+/// Whose program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    Ours,
+    Libvirts,
 }
 
 /// A lock of somebody outside of the daemon.
@@ -181,6 +190,7 @@ pub struct Stranger {
 
 #[derive(Clone, Debug)]
 pub struct Model {
+    pub program: Program,
     pub files: Files,
     pub lockspaces: BTreeSet<&'static str>,
     pub rows: Vec<Row>,
@@ -188,8 +198,9 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn new(files: Files) -> Model {
+    pub fn new(files: Files, program: Program) -> Model {
         Model {
+            program,
             files,
             lockspaces: BTreeSet::from([DEFAULT]),
             rows: Vec::new(),
@@ -285,9 +296,16 @@ impl Model {
             Behind::Nothing | Behind::DanglingLink if !make => {
                 return refuse(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
             }
+            // While there are POSIX locks, files are looked at before they are opened, and what
+            // a link to nothing leads to is not made.
+            Behind::DanglingLink if self.has_posix_locks() => {
+                return refuse(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
+            }
             Behind::Nothing | Behind::DanglingLink => {}
             Behind::File(file) => {
-                self.refuse_other_names(file)?;
+                if !(self.program == Program::Libvirts && self.has_room(file, mode)) {
+                    self.refuse_other_names(file)?;
+                }
                 let of_file = |lock: &&Stranger| lock.file == file;
                 let mut strangers = self.strangers.iter().filter(of_file);
                 if strangers.any(|lock| !goes_with(mode, lock.mode)) {
@@ -297,7 +315,9 @@ impl Model {
         }
         let name = path_of(place).expect("a place that is inside has a path");
         // In a lockspace it is a lock file and goes; a disk goes only if the daemon made it.
-        let may_go = place.lockspace != DEFAULT || behind == Behind::Nothing;
+        // Libvirt's daemon does not say which those are.
+        let is_ours = self.program == Program::Ours;
+        let may_go = place.lockspace != DEFAULT || behind == Behind::Nothing && is_ours;
         Ok(Effect::Grant {
             place,
             pid,
@@ -400,30 +420,56 @@ impl Model {
             } => {
                 let file = identify(&target);
                 self.files.nodes.insert(target, Node::File(file));
+                let kind = match self.program {
+                    Program::Ours => Kind::OpenFile,
+                    Program::Libvirts => Kind::Posix,
+                };
                 self.rows.push(Row {
                     place,
                     pid,
                     mode,
                     file,
                     goes_at_end,
+                    kind,
                 });
             }
             Effect::End(holding) => {
-                self.end_row(holding);
+                let row = self.rows.remove(holding);
+                self.end_resource(row);
             }
         }
     }
 
-    /// Ends a holding; whether nobody holds the resource any more.
-    fn end_row(&mut self, holding: usize) -> bool {
-        let row = self.rows.remove(holding);
+    /// Our daemon takes over from libvirt's. Exclusive locks stay as they are, and so do shared ones
+    /// of a file that has two names; other shared ones become locks of our own kind.
+    pub fn take_over(&mut self) {
+        self.program = Program::Ours;
+        let names: BTreeSet<(FileId, Place)> =
+            self.rows.iter().map(|row| (row.file, row.place)).collect();
+        for row in &mut self.rows {
+            let is_alone = names.iter().filter(|(file, _)| *file == row.file).count() == 1;
+            if row.mode == Mode::Shared && is_alone {
+                row.kind = Kind::OpenFile;
+            }
+        }
+    }
+
+    fn has_posix_locks(&self) -> bool {
+        self.program == Program::Ours && self.rows.iter().any(|row| row.kind == Kind::Posix)
+    }
+
+    /// What comes of the end of a holding that is in the list no more. Whether it was the last.
+    fn end_resource(&mut self, row: Row) -> bool {
         if self.is_held(row.place) {
             return false;
         }
         let is_shared_outside = self.strangers.iter().any(|lock| lock.file == row.file);
+        // Another name of the file is held with a POSIX lock, which every close would drop: then
+        // nothing is closed, and nothing removed.
+        let is_shared_inside = self.rows.iter().any(|other| other.file == row.file);
         // Only a name that still leads to the file that was locked is removed.
         let leads = self.files.behind(row.place) == Behind::File(row.file);
-        if row.goes_at_end && leads && !is_shared_outside {
+        if row.goes_at_end && leads && !is_shared_outside && !is_shared_inside {
             let name = path_of(row.place).expect("what was locked has a path");
             if !is_mounted(&name) {
                 self.files.nodes.remove(&name);
@@ -434,11 +480,13 @@ impl Model {
 
     /// Ends all that a process holds; how many resources are free now.
     pub fn end_owner(&mut self, pid: i32) -> usize {
-        let mut count = 0;
-        while let Some(holding) = self.rows.iter().position(|row| row.pid == pid) {
-            count += usize::from(self.end_row(holding));
-        }
-        count
+        let (ended, left) = self.rows.iter().partition(|row| row.pid == pid);
+        self.rows = left;
+        let mut ended: Vec<Row> = ended;
+        ended.sort_by_key(|row| row.place);
+        ended.dedup_by_key(|row| row.place);
+        let is_free = |row: Row| self.end_resource(row);
+        ended.into_iter().map(is_free).filter(|free| *free).count()
     }
 
     pub fn holds(&self, pid: i32) -> bool {
@@ -461,16 +509,20 @@ impl Model {
             .collect()
     }
 
-    /// The locks that the kernel has: one for each resource that is held, one for each stranger.
+    /// The locks that the kernel has: one for each resource that is held, or for each file where it
+    /// is a POSIX lock, and one for each stranger.
     pub fn kernel_locks(&self) -> Vec<(FileId, Kind, Mode)> {
         let resources: BTreeSet<_> = self
             .rows
             .iter()
-            .map(|row| (row.place, row.file, row.mode))
+            .map(|row| {
+                let place = (row.kind == Kind::OpenFile).then_some(row.place);
+                (place, row.file, row.kind, row.mode)
+            })
             .collect();
         let held = resources
             .into_iter()
-            .map(|(_, file, mode)| (file, Kind::OpenFile, mode));
+            .map(|(_, file, kind, mode)| (file, kind, mode));
         let strangers = self
             .strangers
             .iter()

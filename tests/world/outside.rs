@@ -22,9 +22,9 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// Makes the files, with all their names.
-    pub fn new() -> Outside {
-        let host = Host::new();
+    /// A host with this program, and the files with all their names.
+    pub fn new(program: &Path) -> Outside {
+        let host = Host::with(program);
         let at = |name: &str| host.path(ROOT).join(name);
         fs::create_dir(host.path(ROOT)).expect("make the root of the world");
         // A file system of its own: every lock on it must be explained.
