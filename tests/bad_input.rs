@@ -442,10 +442,9 @@ fn flood_is_bounded(bytes: &[u8]) {
     }
     scene.daemon.wait_until_asleep();
     let grown = scene.daemon.memory_kib("VmRSS").saturating_sub(before);
-    assert!(
-        grown < ALLOWED_GROWTH_KIB,
-        "4 clients that never read cost {grown} KiB"
-    );
+    support::assert_memory(grown < ALLOWED_GROWTH_KIB, || {
+        format!("4 clients that never read cost {grown} KiB")
+    });
     // One of them reads after all: its requests are answered again.
     let late = &mut clients[0];
     late.stream().set_nonblocking(false).expect("wait again");
@@ -482,10 +481,9 @@ fn a_length_word_allocates_nothing_by_itself() {
         .zip(before.into_iter().zip(after))
     {
         let grown = after.saturating_sub(before);
-        assert!(
-            grown < 6 * 1024,
-            "{name} grew by {grown} KiB for {CLIENTS} length words"
-        );
+        support::assert_memory(grown < 6 * 1024, || {
+            format!("{name} grew by {grown} KiB for {CLIENTS} length words")
+        });
     }
     // They were not forgotten: the rest of a message still makes a whole one.
     let mut rest = acquire("", "/run/other", 0).frame(0)[28..].to_vec();
@@ -517,7 +515,9 @@ fn a_client_that_registers_again_and_again_costs_nothing_more() {
     }
     // Kept names would be 58 MiB.
     let grown = scene.daemon.memory_kib("VmRSS").saturating_sub(before);
-    assert!(grown < 4 * 1024, "1000 registrations cost {grown} KiB");
+    support::assert_memory(grown < 4 * 1024, || {
+        format!("1000 registrations cost {grown} KiB")
+    });
     drop(client);
     scene.check_nothing_left();
 }
@@ -554,10 +554,9 @@ fn connections_that_are_gone_leave_no_memory_behind() {
     }
     // The allocator needs some rounds to find its size.
     let grown = sizes[ROUNDS - 1].saturating_sub(sizes[ROUNDS / 2]);
-    assert!(
-        grown < 1024,
-        "half of the rounds cost {grown} KiB: {sizes:?}"
-    );
+    support::assert_memory(grown < 1024, || {
+        format!("half of the rounds cost {grown} KiB: {sizes:?}")
+    });
 }
 
 #[test]
