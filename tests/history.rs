@@ -503,7 +503,7 @@ fn nor_when_every_fcntl_and_close_is_slow() {
         return skip("needs strace (tests/run installs it)");
     }
     let host = host();
-    let daemon = host.start(&[], &[]);
+    let daemon = host.start(&[], &[daemon::WATCHED]);
     let _slowed = Slowed::attach(&daemon);
     run_and_judge(&host, daemon, seconds(SECONDS_SLOWED));
 }

@@ -15,7 +15,7 @@ use support::client::{
     ADMIN_PROGRAM, CALL, Client, Reply, SHARED, acquire, frame, put_string, put_u32, register_as,
     release,
 };
-use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET};
+use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
     Host, PROGRAM, Rival, Slowed, helper_client, image, upgrade, wait_for_successor,
@@ -192,7 +192,7 @@ fn no_rival_gets_a_lock_although_every_fcntl_and_close_is_slow() {
         return support::skip("needs strace");
     }
     let host = Host::new();
-    let daemon = host.start(&[], &[]);
+    let daemon = host.start(&[], &[WATCHED]);
     let disks: Vec<String> = (0..20)
         .map(|number| host.disk(&format!("d{number}")))
         .collect();

@@ -45,6 +45,19 @@ pub fn skip(reason: &str) {
     }
 }
 
+/// Asserts a bound on the daemon's memory, but for a daemon that was built with a sanitizer
+/// (`VIRTLOCKD_SANITIZED`, set by `tests/sanitize`): that keeps freed memory and its own notes, so
+/// its size says nothing. This is said aloud; the rest of the test holds there, too.
+pub fn assert_memory(holds: bool, what: impl FnOnce() -> String) {
+    if std::env::var_os("VIRTLOCKD_SANITIZED").is_some() {
+        if !holds {
+            eprintln!("NOT ASSERTED with a sanitizer: {}", what());
+        }
+        return;
+    }
+    assert!(holds, "{}", what());
+}
+
 /// True for root. Anybody else gets a skip and false: mount namespaces need root.
 pub fn require_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
