@@ -40,6 +40,8 @@ pub enum Sent {
     All,
     /// The socket takes no more for now.
     Blocked,
+    /// The kernel has no memory for it now.
+    NoMemory,
     /// Nobody will ever read it.
     Failed,
 }
@@ -163,6 +165,10 @@ impl Connection {
                 Err(Errno::EAGAIN) => {
                     self.keep_output(rest.to_vec());
                     return Sent::Blocked;
+                }
+                Err(Errno::ENOMEM | Errno::ENOBUFS) => {
+                    self.output = rest.to_vec();
+                    return Sent::NoMemory;
                 }
                 Err(_) => return Sent::Failed,
             }

@@ -40,6 +40,10 @@ pub const READ_SIZE: usize = 64 * 1024;
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
 const ADMIN_BYTES: usize = 64 * 1024 * 1024;
 
+/// How long until a connection is seen to again for which a system call failed and may soon not
+/// fail, milliseconds.
+const RETRY_MS: u64 = 100;
+
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -212,6 +216,7 @@ impl Daemon {
             match connection.send_rest() {
                 Sent::All => (),
                 Sent::Blocked => return self.wait_to_send(place, true),
+                Sent::NoMemory => return self.serve_later(place),
                 Sent::Failed => return self.end_connection(place),
             }
             if connection.phase == Phase::Closing {
@@ -235,6 +240,7 @@ impl Daemon {
                         }
                     }
                     Read::Nothing => continue,
+                    Read::NoMemory => return self.serve_later(place),
                     Read::End => return self.end_connection(place),
                 }
             };
@@ -310,9 +316,19 @@ impl Daemon {
                 self.wait_to_send(place, true);
                 false
             }
+            (Sent::NoMemory, _) => {
+                self.serve_later(place);
+                false
+            }
             (_, Phase::Over) => false,
             (Sent::All, _) => true,
         }
+    }
+
+    /// To end a connection for want of memory would be to kill the machine that it stands for.
+    fn serve_later(&mut self, place: usize) {
+        let again = Moment::now().plus_ms(RETRY_MS);
+        self.deadlines.set(Deadline::Serve(place), again);
     }
 
     /// Asks to be told, or no longer to be told, when the socket takes bytes again.
@@ -354,10 +370,23 @@ impl Daemon {
 
     /// Clears away a connection that is over. An owner that leaves with its last word unspoken is
     /// fenced, or its locks are freed if it is dead already.
+    ///
+    /// An owner that cannot be reached for want of memory or descriptors must not live on for that:
+    /// its connection stays, and it is tried again.
     pub fn clear_away(&mut self, place: usize) {
+        let left = self.owner_left_with(place);
+        if let Some((pid, Err(reason))) = &left
+            && may_pass(*reason)
+        {
+            let again = Moment::now().plus_ms(RETRY_MS);
+            self.deadlines.set(Deadline::ClearAway(place), again);
+            return self.note_unreachable(*pid, *reason);
+        }
         let Some(connection) = self.connections.try_remove(place) else {
             return;
         };
+        self.deadlines.unset(Deadline::Serve(place));
+        self.deadlines.unset(Deadline::ClearAway(place));
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
         let descriptor = connection.socket.as_raw_fd();
         let _ = self.registry.deregister(&mut SourceFd(&descriptor));
@@ -366,8 +395,8 @@ impl Daemon {
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
         self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
-        if let Some(pid) = self.ends_with(&connection) {
-            self.owner_left(pid, &connection);
+        if let Some((pid, process)) = left {
+            self.owner_left(pid, process);
         }
         let service = connection.service;
         // Behind what becomes of its owner, and before anybody else can have its number.
@@ -385,6 +414,8 @@ impl Daemon {
             Deadline::Kill(pid) => self.kill(pid),
             Deadline::StillAlive(pid) => self.still_alive(pid),
             Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Serve(place) => self.enqueue(place),
+            Deadline::ClearAway(place) => self.ending.push_back(place),
             Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
                 // Somebody may have come in the same moment.
@@ -403,6 +434,7 @@ impl Daemon {
             Deadline::Stop => self.give_up_fencing(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
+            Deadline::Abandoned => self.reap_abandoned(),
             Deadline::Quiet => self.never_quiet(),
         }
     }
@@ -431,9 +463,18 @@ impl Daemon {
     }
 }
 
+/// Whether a call that failed for this reason may succeed a moment later.
+fn may_pass(reason: Errno) -> bool {
+    matches!(
+        reason,
+        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
+    )
+}
+
 enum Read {
     Some { bytes: usize, descriptors: bool },
     Nothing,
+    NoMemory,
     End,
 }
 
@@ -454,6 +495,7 @@ fn receive(connection: &mut Connection, buffer: &mut [u8]) -> Read {
             Read::Nothing
         }
         Err(Errno::EINTR) => Read::Nothing,
+        Err(Errno::ENOMEM | Errno::ENOBUFS) => Read::NoMemory,
         Err(_) => Read::End,
     }
 }
