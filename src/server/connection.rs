@@ -53,6 +53,8 @@ pub enum Sent {
     All,
     /// The socket takes no more for now.
     Blocked,
+    /// The kernel has no memory for it now.
+    NoMemory,
     /// Nobody will ever read it.
     Failed,
 }
@@ -183,6 +185,10 @@ impl Connection {
                 Err(Errno::EAGAIN) => {
                     self.hold(rest);
                     return Sent::Blocked;
+                }
+                Err(Errno::ENOMEM | Errno::ENOBUFS) => {
+                    self.hold(rest);
+                    return Sent::NoMemory;
                 }
                 Err(_) => return Sent::Failed,
             }

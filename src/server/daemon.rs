@@ -47,6 +47,9 @@ const MEMORY_MS: u64 = 1000;
 const LEDGER_ENTRY: usize = 512;
 /// A ledger up to this size is no waste, bytes.
 const SMALL_LEDGER: usize = 256 * 1024;
+/// How long until a connection is seen to again for which a system call failed and may soon not
+/// fail, milliseconds.
+const RETRY_MS: u64 = 100;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,6 +248,7 @@ impl Daemon {
                 match connection.send_rest() {
                     Sent::All => (),
                     Sent::Blocked => return self.wait_to_send(place, true),
+                    Sent::NoMemory => return self.serve_later(place),
                     Sent::Failed => return self.end_connection(place),
                 }
             }
@@ -263,6 +267,7 @@ impl Daemon {
                 match receive(connection, &mut self.input) {
                     Read::Some { bytes, descriptors } => (bytes, descriptors),
                     Read::Nothing => continue,
+                    Read::NoMemory => return self.serve_later(place),
                     Read::End => return self.end_connection(place),
                 }
             };
@@ -339,9 +344,19 @@ impl Daemon {
                 self.wait_to_send(place, true);
                 false
             }
+            (Sent::NoMemory, _) => {
+                self.serve_later(place);
+                false
+            }
             (_, Phase::Over) => false,
             (Sent::All, _) => true,
         }
+    }
+
+    /// To end a connection for want of memory would be to kill the machine that it stands for.
+    fn serve_later(&mut self, place: usize) {
+        let again = Moment::now().plus_ms(RETRY_MS);
+        self.deadlines.set(Deadline::Serve(place), again);
     }
 
     /// Asks to be told, or no longer to be told, when the socket takes bytes again.
@@ -383,10 +398,23 @@ impl Daemon {
 
     /// Clears away a connection that is over. An owner that leaves with its last word unspoken is
     /// fenced, or its locks are freed if it is dead already.
+    ///
+    /// An owner that cannot be reached for want of memory or descriptors must not live on for that:
+    /// its connection stays, and it is tried again.
     pub fn clear_away(&mut self, place: usize) {
+        let left = self.owner_left_with(place);
+        if let Some((pid, Err(reason))) = &left
+            && may_pass(*reason)
+        {
+            let again = Moment::now().plus_ms(RETRY_MS);
+            self.deadlines.set(Deadline::ClearAway(place), again);
+            return self.note_unreachable(*pid, *reason);
+        }
         let Some(connection) = self.connections.try_remove(place) else {
             return;
         };
+        self.deadlines.unset(Deadline::Serve(place));
+        self.deadlines.unset(Deadline::ClearAway(place));
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
         let descriptor = connection.socket.as_raw_fd();
         let _ = self.registry.deregister(&mut SourceFd(&descriptor));
@@ -395,8 +423,8 @@ impl Daemon {
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
         self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
-        if let Some(pid) = self.ends_with(&connection) {
-            self.owner_left(pid, &connection);
+        if let Some((pid, process)) = left {
+            self.owner_left(pid, process);
         }
         let service = connection.service;
         // Behind what becomes of its owner, and before anybody else can have its number.
@@ -441,6 +469,8 @@ impl Daemon {
             Deadline::Kill(pid) => self.kill(pid),
             Deadline::StillAlive(pid) => self.still_alive(pid),
             Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Serve(place) => self.enqueue(place),
+            Deadline::ClearAway(place) => self.ending.push_back(place),
             Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
                 // Somebody may have come in the same moment.
@@ -460,6 +490,7 @@ impl Daemon {
             Deadline::Memory => self.give_memory_back(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
+            Deadline::Abandoned => self.reap_abandoned(),
             Deadline::Quiet => self.never_quiet(),
         }
     }
@@ -488,9 +519,18 @@ impl Daemon {
     }
 }
 
+/// Whether a call that failed for this reason may succeed a moment later.
+fn may_pass(reason: Errno) -> bool {
+    matches!(
+        reason,
+        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
+    )
+}
+
 enum Read {
     Some { bytes: usize, descriptors: bool },
     Nothing,
+    NoMemory,
     End,
 }
 
@@ -511,6 +551,7 @@ fn receive(connection: &mut Connection, buffer: &mut [u8]) -> Read {
             Read::Nothing
         }
         Err(Errno::EINTR) => Read::Nothing,
+        Err(Errno::ENOMEM | Errno::ENOBUFS) => Read::NoMemory,
         Err(_) => Read::End,
     }
 }

@@ -20,6 +20,7 @@ use crate::host::clock::Moment;
 use crate::host::descriptors::Inherited;
 use crate::host::file::FileIdentity;
 use crate::host::log::{self, Printable};
+use crate::host::patience::patiently;
 use crate::host::process::Process;
 use crate::host::{errno, file, process, stream};
 use crate::locks::lease::{self, Found, Lease, LockKind};
@@ -478,7 +479,7 @@ impl Daemon {
         let all: Vec<usize> = self.connections.iter().map(|(place, _)| place).collect();
         for place in all {
             if !is_watched {
-                self.watch(place)
+                patiently(|| self.watch(place))
                     .map_err(|error| format!("a client cannot be watched: {error}"))?;
             }
             let Some(connection) = self.connections.get(place) else {

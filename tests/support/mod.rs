@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod daemon;
+pub mod faults;
 pub mod libvirt;
 pub mod namespace;
 pub mod owner;
@@ -195,6 +196,18 @@ pub fn drop_lock(file: &std::fs::File) {
     let lock = byte_zero(libc::F_UNLCK);
     nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))
         .unwrap_or_else(|error| panic!("F_OFD_SETLK to unlock: {error}"));
+}
+
+/// Waits in the kernel until an exclusive lock on byte 0 can be had, and takes it.
+pub fn wait_for_lock(file: &std::fs::File) {
+    let lock = byte_zero(libc::F_WRLCK);
+    loop {
+        match nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)) {
+            Ok(_) => return,
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => panic!("F_OFD_SETLKW: {error}"),
+        }
+    }
 }
 
 fn byte_zero(kind: i32) -> libc::flock {

@@ -97,6 +97,17 @@ impl Owner {
         Reply::parse(&from_hex(hex))
     }
 
+    /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
+    /// there is no reply. The process lives on.
+    pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
+        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
+        match answer.strip_prefix("reply ") {
+            Some(hex) => Ok(Reply::parse(&from_hex(hex))),
+            None => Err(answer),
+        }
+    }
+
     /// Makes one more connection, which calls go over from now on. The others stay open for as
     /// long as the process lives.
     pub fn connect_again(&mut self) {
@@ -170,7 +181,8 @@ impl Owner {
 
     fn order(&mut self, line: &str) {
         let orders = self.orders.as_mut().expect("the owner still listens");
-        writeln!(orders, "{line}").expect("give an order to the owner process");
+        // One that was killed meanwhile is found out when it does not answer.
+        let _ = writeln!(orders, "{line}");
     }
 
     #[track_caller]
@@ -284,15 +296,10 @@ fn the_owner_process() {
             "use" => current = argument.parse().expect("the number of a connection"),
             "call" => {
                 let stream = stream.as_mut().expect("the connection is open");
-                stream
-                    .write_all(&from_hex(argument))
-                    .expect("send the call");
-                let mut reply = vec![0; 4];
-                stream.read_exact(&mut reply).expect("read the length word");
-                let word = reply[..4].try_into().expect("four bytes");
-                reply.resize(u32::from_be_bytes(word) as usize, 0);
-                stream.read_exact(&mut reply[4..]).expect("read the reply");
-                answer(&format!("reply {}", to_hex(&reply)));
+                match exchange(stream, &from_hex(argument)) {
+                    Ok(reply) => answer(&format!("reply {}", to_hex(&reply))),
+                    Err(error) => answer(&format!("no reply: {error}")),
+                }
             }
             "spoil" => {
                 let mut stream = stream.take().expect("the connection is open");
@@ -304,6 +311,18 @@ fn the_owner_process() {
             _ => panic!("an order that nobody knows: {line}"),
         }
     }
+}
+
+/// Sends a call and reads its reply.
+fn exchange(stream: &mut UnixStream, call: &[u8]) -> std::io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.write_all(call)?;
+    let mut reply = vec![0; 4];
+    stream.read_exact(&mut reply)?;
+    let length = u32::from_be_bytes(reply[..4].try_into().expect("four bytes")) as usize;
+    reply.resize(length, 0);
+    stream.read_exact(&mut reply[4..])?;
+    Ok(reply)
 }
 
 pub fn to_hex(bytes: &[u8]) -> String {
