@@ -59,8 +59,8 @@ const STRANGERS: usize = 4;
 const NOBODY: i32 = i32::MAX;
 /// How many steps an owner that ignores SIGTERM is seen to hold what it holds.
 const STEPS_OF_GRACE: usize = 12;
-/// Before that much of the 1.6 s is over, the owner lives for sure.
-const SAFE_GRACE: Duration = Duration::from_secs(1);
+/// After that much of the 1.6 s nothing more is asked of it: it might be killed in the midst.
+const SAFE_GRACE: Duration = Duration::from_millis(600);
 /// How many owners that ignore SIGTERM close their connection in a world: each takes 1.6 s.
 const STUBBORN_LEAVERS: usize = 1;
 /// How long a torn look at `/proc/locks` may differ.
@@ -374,13 +374,17 @@ impl World {
             if self.step < leaving.at_step + STEPS_OF_GRACE && !is_late {
                 continue;
             }
+            let pid = actor.pid();
+            // Whoever runs then has to know of it.
+            if self.random.percent(50) {
+                self.daemon_replaces_itself();
+            }
             let is_killed = self.random.percent(40);
             let how = if is_killed { "kill -9 of" } else { "await" };
-            let what = format!("{how} the leaving owner {slot} (pid {})", actor.pid());
-            if is_killed {
+            self.tell(format!("{how} the leaving owner {slot} (pid {pid})"));
+            if is_killed && let Some(actor) = &self.actors[slot] {
                 actor.owner.kill();
             }
-            self.tell(what);
             self.bury(slot);
         }
     }
