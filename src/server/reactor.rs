@@ -215,7 +215,7 @@ impl Reactor {
             let Some(place) = self.daemon.ready.pop_front() else {
                 break;
             };
-            self.daemon.serve(place, Moment::now().plus_us(TURN_US));
+            self.daemon.serve(place, None);
         }
         if self.has_work() {
             let end = Moment::now().plus_us(TURN_US);
@@ -240,7 +240,7 @@ impl Reactor {
         let daemon = &mut self.daemon;
         match line {
             Line::Unfinished => match daemon.unfinished.pop_front() {
-                Some(place) => daemon.serve(place, end),
+                Some(place) => daemon.serve(place, Some(end)),
                 None => return false,
             },
             Line::Newcomers => {
