@@ -39,6 +39,9 @@ pub enum NoRoom {
 pub enum Appetite {
     /// What it sent last was done in less than a turn.
     Small,
+    /// What it sent last took as long as a turn, for the first time. Perhaps something else had the
+    /// processor meanwhile.
+    Doubtful,
     /// What it sent last takes more than a turn.
     Large,
     /// It is new, or what it sent before its last turn took more than one: first it has to show that

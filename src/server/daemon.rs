@@ -173,7 +173,7 @@ impl Daemon {
         {
             connection.queued = true;
             match connection.appetite {
-                Appetite::Small => self.ready.push_back(place),
+                Appetite::Small | Appetite::Doubtful => self.ready.push_back(place),
                 Appetite::Large | Appetite::Unknown => self.unfinished.push_back(place),
             }
         }
@@ -188,8 +188,9 @@ impl Daemon {
             return;
         };
         connection.appetite = match (turn, connection.appetite) {
-            (Turn::Short, Appetite::Small | Appetite::Unknown) => Appetite::Small,
             (Turn::Short, Appetite::Large) => Appetite::Unknown,
+            (Turn::Short, _) => Appetite::Small,
+            (Turn::Long, Appetite::Small) => Appetite::Doubtful,
             (Turn::Long | Turn::Unfinished, _) => Appetite::Large,
         };
         if turn == Turn::Unfinished {
