@@ -54,6 +54,9 @@ pub fn all() -> Vec<Seed> {
             &steps.concat(),
         );
     }
+    for (number, steps) in PINGS.into_iter().enumerate() {
+        add(&mut seeds, "keepalive", &number.to_string(), steps);
+    }
     add(&mut seeds, "config", "empty", b"");
     add(
         &mut seeds,
@@ -122,6 +125,20 @@ const CALLS: [[[u8; 5]; 6]; 4] = [
     ],
 ];
 
+/// Inputs of the target `keepalive`: the connection, a plan of pieces, steps.
+const PINGS: [&[u8]; 3] = [
+    // A PING with a payload; a PONG; a PING that is a call; one of another version.
+    &[
+        0, 1, 5, 0, 0, 0, 0, 3, 40, 0, 0, 8, 3, 40, 0, 0, 64, 3, 40, 0, 0, 3, 3, 40,
+    ],
+    // So many of them that the client has to read first.
+    &[
+        129, 1, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ],
+    // A call with descriptors that names the program, and a PING behind it.
+    &[3, 2, 36, 1, 1, 1, 0, 0, 96, 1, 16, 0, 0, 0, 0, 0],
+];
+
 const CONFIGURATIONS: [&str; 4] = [
     "log_level = 3\nlog_filters=\"3:remote 4:event\"\nlog_outputs = \"1:stderr\" # why\n",
     "max_clients = 1024\nadmin_max_clients=5 ; log_level = 1\n",
@@ -182,6 +199,16 @@ fn from_vector(seeds: &mut Vec<Seed>, vector: &Value) {
             &format!("{name}-{kind}"),
             &[plan, &request].concat(),
         );
+    }
+    for connection in 0..4 {
+        // In steps, of which each says how many bytes of the stream follow.
+        let steps = request.chunks(255).flat_map(|part| {
+            let length = u8::try_from(part.len()).expect("a chunk's length");
+            [&[1, length], part].concat()
+        });
+        let plan = [connection, 2, 9, 2, 200, 0];
+        let bytes: Vec<u8> = plan.into_iter().chain(steps).collect();
+        add(seeds, "keepalive", &format!("{name}-{connection}"), &bytes);
     }
     for Frame {
         header, payload, ..

@@ -324,7 +324,8 @@ fn unfinished_messages_of_all_admin_clients_together_are_bounded() {
         third.try_send(&unfinished(31)).is_err(),
         "it is cut off on the way"
     );
-    assert!(scene.daemon.memory_kib("VmRSS") < 256 * 1024);
+    let size = scene.daemon.memory_kib("VmRSS");
+    support::assert_memory(size < 256 * 1024, || format!("it takes {size} KiB"));
     let mut bystander = scene.client_in();
     bystander.ping();
     let log = scene.daemon.stderr();

@@ -14,8 +14,8 @@ use support::client::{
 use support::daemon::{self, ADMIN_SOCKET, Daemon, LOCK_SOCKET};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    Host, Orphan, PROGRAM, Rival, helper_client, image, long_name, refusals, refused_upgrade,
-    upgrade, wait_for_successor,
+    Host, Orphan, PROGRAM, Rival, Slowed, helper_client, image, long_name, refusals,
+    refused_upgrade, upgrade, wait_for_successor,
 };
 use support::{DEADLINE, lock_probe, require_root, skip, wait_until};
 
@@ -43,34 +43,6 @@ fn look_up_server(admin: &mut Client, serial: u32) {
     let reply = admin.receive();
     assert_eq!(reply[20..24], serial.to_be_bytes());
     Reply::parse(&reply).expect_ok();
-}
-
-/// strace, attached, that makes each fcntl and close half a millisecond long.
-struct Slowed(Child);
-
-impl Slowed {
-    fn attach(daemon: &Daemon) -> Slowed {
-        let strace = Command::new("strace")
-            .args(["-f", "-o", "/dev/null", "-e", "trace=fcntl,close"])
-            .args(["-e", "inject=fcntl,close:delay_enter=500"])
-            .args(["-p", &daemon.pid().to_string()])
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start strace");
-        let status = format!("/proc/{}/status", daemon.pid());
-        wait_until(DEADLINE, "strace to be attached", || {
-            let status = std::fs::read_to_string(&status).expect("the daemon's status");
-            !status.contains("TracerPid:\t0\n")
-        });
-        Slowed(strace)
-    }
-}
-
-impl Drop for Slowed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Everything that a daemon can have in it.

@@ -13,7 +13,7 @@ use support::client::{
     AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, Reply, SHARED, UUID, acquire,
     new_lockspace, register, register_as, release,
 };
-use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, c_daemon, program};
+use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED, c_daemon, program};
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner, process_state, rival, runs};
 use support::{DEADLINE, TempDir, lock_probe, wait_for, wait_until};
@@ -78,7 +78,7 @@ impl Scene {
         let traced = format!("trace={traced}");
         // -D: the daemon is the process that was started, and strace its child.
         let words = ["strace", "-D", "-o", TRACE, "-e", &traced, "-e", injection];
-        Scene::under(&words, &[], &[])
+        Scene::under(&words, &[], &[WATCHED])
     }
 
     /// What strace has written down.

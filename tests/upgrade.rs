@@ -7,7 +7,6 @@ use nix::sys::signal::Signal;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -16,9 +15,11 @@ use support::client::{
     ADMIN_PROGRAM, CALL, Client, Reply, SHARED, acquire, frame, put_string, put_u32, register_as,
     release,
 };
-use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET};
+use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
-use support::upgrade::{Host, PROGRAM, Rival, helper_client, image, upgrade, wait_for_successor};
+use support::upgrade::{
+    Host, PROGRAM, Rival, Slowed, helper_client, image, upgrade, wait_for_successor,
+};
 use support::{DEADLINE, require_root, wait_until};
 
 /// Clients at work in threads of their own until they are told to stop.
@@ -182,37 +183,6 @@ fn ten_upgrades_under_load_lose_nothing_and_nobody_gets_a_lock_meanwhile() {
     host.assert_free(&disk);
 }
 
-/// strace, attached to a daemon, that makes each of its fcntl and close calls half a millisecond
-/// long: a lock that is dropped and taken again at once shows only so.
-struct Slowed {
-    strace: Child,
-}
-
-impl Slowed {
-    fn attach(daemon: &Daemon) -> Slowed {
-        let strace = Command::new("strace")
-            .args(["-f", "-o", "/dev/null", "-e", "trace=fcntl,close"])
-            .args(["-e", "inject=fcntl,close:delay_enter=500"])
-            .args(["-p", &daemon.pid().to_string()])
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start strace");
-        let status = format!("/proc/{}/status", daemon.pid());
-        wait_until(DEADLINE, "strace to be attached", || {
-            let status = std::fs::read_to_string(&status).expect("the daemon's status");
-            !status.contains("TracerPid:\t0\n")
-        });
-        Slowed { strace }
-    }
-}
-
-impl Drop for Slowed {
-    fn drop(&mut self) {
-        let _ = self.strace.kill();
-        let _ = self.strace.wait();
-    }
-}
-
 #[test]
 fn no_rival_gets_a_lock_although_every_fcntl_and_close_is_slow() {
     if !require_root() {
@@ -222,7 +192,7 @@ fn no_rival_gets_a_lock_although_every_fcntl_and_close_is_slow() {
         return support::skip("needs strace");
     }
     let host = Host::new();
-    let daemon = host.start(&[], &[]);
+    let daemon = host.start(&[], &[WATCHED]);
     let disks: Vec<String> = (0..20)
         .map(|number| host.disk(&format!("d{number}")))
         .collect();

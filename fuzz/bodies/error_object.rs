@@ -1,25 +1,37 @@
-//! The error object: whatever its text, a client reads what was said; and no bytes at all make the
-//! reading of one fail otherwise than with an error.
+//! The error object: the bytes of a reply are those that the protocol says, whatever the text; a
+//! client reads what was said; no part of it can be missing; and no bytes at all make the reading of
+//! one fail otherwise than with an error.
 //!
 //! Input: a byte for the code, one for the domain, one for the shape, four for an errno, then the
 //! text. The same bytes are also read as an error object.
 
 use virtlockd::wire::error::{self, Code, Domain, Error, Received, Shape};
-use virtlockd::wire::frame::{self, Header, Kind, LONGEST, STATUS_ERROR, STATUS_OK, Split};
+use virtlockd::wire::frame::{Header, Kind, STATUS_OK};
 
-const CODES: [Code; 10] = [
-    Code::InternalError,
-    Code::InvalidArgument,
-    Code::OperationDenied,
-    Code::SystemError,
-    Code::Rpc,
-    Code::OperationInvalid,
-    Code::ArgumentUnsupported,
-    Code::ResourceBusy,
-    Code::NoServer,
-    Code::NoClient,
+use super::reference::{self, ErrorObject};
+
+const CODES: [(Code, i32, &str); 10] = [
+    (Code::InternalError, 1, "internal error"),
+    (Code::InvalidArgument, 8, "invalid argument"),
+    (Code::OperationDenied, 29, "operation forbidden"),
+    (Code::SystemError, 38, ""),
+    (Code::Rpc, 39, ""),
+    (
+        Code::OperationInvalid,
+        55,
+        "Requested operation is not valid",
+    ),
+    (Code::ArgumentUnsupported, 74, "argument unsupported"),
+    (Code::ResourceBusy, 87, "resource busy"),
+    (Code::NoServer, 95, "Server not found"),
+    (Code::NoClient, 96, "Client not found"),
 ];
-const DOMAINS: [Domain; 4] = [Domain::None, Domain::Rpc, Domain::Lockspace, Domain::Admin];
+const DOMAINS: [(Domain, i32); 4] = [
+    (Domain::None, 0),
+    (Domain::Rpc, 7),
+    (Domain::Lockspace, 51),
+    (Domain::Admin, 62),
+];
 
 const CALL: Header = Header {
     program: 1,
@@ -31,51 +43,76 @@ const CALL: Header = Header {
 };
 
 pub fn run(data: &[u8]) {
-    let _ = error::decode(data);
+    // Any bytes are an error object or none.
+    if let Ok(received) = error::decode(data) {
+        let texts = [received.message, received.str1, received.str2];
+        assert!(texts.into_iter().flatten().all(|text| !text.contains(&0)));
+    }
     let Some(([code, domain, shape, errno @ ..], text)) = data.split_first_chunk::<7>() else {
         return;
     };
     let errno = i32::from_le_bytes(*errno);
-    let error = Error {
-        code: CODES[usize::from(*code) % CODES.len()],
-        domain: DOMAINS[usize::from(*domain) % DOMAINS.len()],
+    let (code, code_number, prefix) = CODES[usize::from(*code) % CODES.len()];
+    let (domain, domain_number) = DOMAINS[usize::from(*domain) % DOMAINS.len()];
+    let shape = match shape % 3 {
+        0 => Shape::Plain,
+        1 => Shape::System(errno),
+        _ => Shape::Flags("function"),
+    };
+    let sent = Error {
+        code,
+        domain,
         detail: text.to_vec(),
-        shape: match shape % 3 {
-            0 => Shape::Plain,
-            1 => Shape::System(errno),
-            _ => Shape::Flags("function"),
-        },
+        shape,
     };
     let mut reply = Vec::new();
-    error.encode_reply(&mut reply, CALL);
-    let Split::Frame(frame) = frame::split(&reply, LONGEST) else {
-        panic!("the reply is no frame");
+    sent.encode_reply(&mut reply, CALL);
+
+    let prefix = if shape == Shape::Plain { prefix } else { "" };
+    let (message, str1) = if prefix.is_empty() {
+        (text.to_vec(), "%s".to_owned())
+    } else {
+        let message = [prefix.as_bytes(), b": ", text].concat();
+        (message, format!("{prefix}: %1$s"))
     };
-    assert_eq!(frame.length, reply.len());
-    assert_eq!(frame.header, CALL.reply(STATUS_ERROR));
-    let received = error::decode(frame.payload).expect("an error object");
-    compare(&error, &received);
+    let (str1, str2, ints) = match shape {
+        Shape::Plain => (str1.as_str(), text, [-1, -1]),
+        Shape::System(errno) => ("%s", text, [errno, -1]),
+        Shape::Flags(function) => (function, &b"flags"[..], [0, 0]),
+    };
+    assert_eq!(sent.message(), message);
+    let expected = ErrorObject {
+        code: code_number,
+        domain: domain_number,
+        message: &message,
+        str1: str1.as_bytes(),
+        str2,
+        ints,
+    };
+    assert_eq!(
+        reply,
+        reference::error_reply([1, 2, 3, 0, 4, 0], &expected),
+        "{sent:?}"
+    );
+
+    let payload = &reply[28..];
+    let received = error::decode(payload).expect("an error object");
+    compare(&expected, &received);
+    let words_missing = 1 + errno.unsigned_abs() as usize % (payload.len() / 4);
+    let cut = &payload[..payload.len() - 4 * words_missing];
+    assert!(error::decode(cut).is_err(), "{words_missing} words missing");
 }
 
-fn compare(sent: &Error, received: &Received<'_>) {
+fn compare(sent: &ErrorObject<'_>, received: &Received<'_>) {
     // Strings end at their first NUL, on both sides of the wire.
     let cut = |text: &[u8]| text.split(|byte| *byte == 0).next().unwrap().to_vec();
     let text = |text: Option<&[u8]>| text.map(<[u8]>::to_vec);
-    assert_eq!(received.code, sent.code.number());
-    assert_eq!(received.domain, sent.domain.number());
+    assert_eq!(received.code, sent.code);
+    assert_eq!(received.domain, sent.domain);
     assert_eq!(received.level, 2);
-    assert_eq!(text(received.message), Some(cut(&sent.message())));
+    assert_eq!(text(received.message), Some(cut(sent.message)));
+    assert_eq!(text(received.str1), Some(cut(sent.str1)));
+    assert_eq!(text(received.str2), Some(cut(sent.str2)));
     assert_eq!(received.str3, None);
-    if let Shape::Flags(function) = sent.shape {
-        assert_eq!(received.str1, Some(function.as_bytes()));
-        assert_eq!(received.str2, Some(&b"flags"[..]));
-        assert_eq!((received.int1, received.int2), (0, 0));
-        return;
-    }
-    assert_eq!(text(received.str2), Some(cut(&sent.detail)));
-    let errno = match sent.shape {
-        Shape::System(errno) => errno,
-        Shape::Plain | Shape::Flags(_) => -1,
-    };
-    assert_eq!((received.int1, received.int2), (errno, -1));
+    assert_eq!([received.int1, received.int2], sent.ints);
 }

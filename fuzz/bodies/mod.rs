@@ -7,21 +7,24 @@ pub mod config;
 pub mod connection;
 pub mod error_object;
 pub mod frame;
+pub mod keepalive;
 pub mod ledger;
 pub mod libvirt_json;
 pub mod lock_call;
 mod log_reader;
 pub mod log_settings;
+mod reference;
 mod world;
 
 /// A body by the name of its target.
 pub type Body = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const ALL: [Body; 9] = [
+pub const ALL: [Body; 10] = [
     ("frame", frame::run),
     ("lock_call", lock_call::run),
     ("admin_call", admin_call::run),
+    ("keepalive", keepalive::run),
     ("error_object", error_object::run),
     ("connection", connection::run),
     ("config", config::run),

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, listen,
     socket,
@@ -257,17 +256,21 @@ fn presence(address: &UnixAddr) -> Presence {
 ///
 /// Whoever may look into the directory can take this lock, so it is only waited for briefly and the
 /// start goes on without it.
-fn lock_directory(path: &Path) -> Option<Flock<File>> {
+///
+/// Closing the directory gives the lock back: nix's own guard panics if it cannot be unlocked.
+fn lock_directory(path: &Path) -> Option<File> {
     const ATTEMPTS: u32 = 100;
     const PAUSE: Duration = Duration::from_millis(10);
-    let mut directory = File::open(path.parent()?).ok()?;
+    let directory = File::open(path.parent()?).ok()?;
     for _ in 0..ATTEMPTS {
-        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Some(lock),
-            Err((file, Errno::EWOULDBLOCK)) => directory = file,
+        // SAFETY: flock(2) takes two integers and touches no memory of ours.
+        let result = unsafe { libc::flock(directory.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+        match Errno::result(result) {
+            Ok(_) => return Some(directory),
+            Err(Errno::EWOULDBLOCK) => std::thread::sleep(PAUSE),
+            Err(Errno::EINTR) => (),
             Err(_) => return None,
         }
-        std::thread::sleep(PAUSE);
     }
     None
 }

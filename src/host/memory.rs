@@ -11,6 +11,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap, munmap};
 use nix::sys::stat::fstat;
 
+use super::patience::patiently;
+
 /// The file and its mapping.
 #[derive(Debug)]
 pub struct Memory {
@@ -25,22 +27,22 @@ impl Memory {
     pub fn new(size: NonZeroUsize) -> Result<Memory, Errno> {
         let descriptor = memfd_create(c"virtlockd-ledger", MFdFlags::MFD_CLOEXEC)?;
         allocate(&descriptor, size)?;
-        Memory::map(descriptor, size, MapFlags::empty())
+        let start = map(&descriptor, size, MapFlags::empty())?;
+        Ok(Memory {
+            descriptor,
+            start,
+            size,
+        })
     }
 
-    /// A memory file that was passed on, whole.
+    /// A memory file that was passed on, whole. It is what all locks of the host depend on: should
+    /// there be no memory for it, that is waited for for a while.
     pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
-        let length = usize::try_from(fstat(&descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
-        let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
+        let length = patiently(|| fstat(&descriptor))?.st_size;
+        let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
+        let size = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
         // It is read at once: to map its pages one by one would take longer.
-        Memory::map(descriptor, length, MapFlags::MAP_POPULATE)
-    }
-
-    fn map(descriptor: OwnedFd, size: NonZeroUsize, how: MapFlags) -> Result<Memory, Errno> {
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let flags = MapFlags::MAP_SHARED | how;
-        // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.
-        let start = unsafe { mmap(None, size, protection, flags, &descriptor, 0) }?;
+        let start = patiently(|| map(&descriptor, size, MapFlags::MAP_POPULATE))?;
         Ok(Memory {
             descriptor,
             start,
@@ -83,6 +85,17 @@ impl Drop for Memory {
         // SAFETY: this is our mapping, and nothing can refer to it any more.
         let _ = unsafe { munmap(self.start, self.size.get()) };
     }
+}
+
+fn map(
+    descriptor: &OwnedFd,
+    size: NonZeroUsize,
+    how: MapFlags,
+) -> Result<NonNull<libc::c_void>, Errno> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let flags = MapFlags::MAP_SHARED | how;
+    // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.
+    unsafe { mmap(None, size, protection, flags, descriptor, 0) }
 }
 
 fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Errno> {

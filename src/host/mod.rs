@@ -16,6 +16,7 @@ pub mod memory;
 pub mod names;
 pub mod notify;
 pub mod paths;
+pub mod patience;
 pub mod pid_file;
 pub mod process;
 pub mod signals;

@@ -47,7 +47,12 @@ impl Process {
     /// runs no code and has no open file.
     pub fn is_dead(&self) -> bool {
         let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1))
+        loop {
+            match poll(&mut polled, PollTimeout::ZERO) {
+                Err(Errno::EINTR) => (),
+                result => return result == Ok(1),
+            }
+        }
     }
 
     /// Sends a signal. ESRCH when the process has been reaped.

@@ -91,7 +91,13 @@ impl Signals {
 
     /// The next pending signal, if any.
     pub fn next(&self) -> Option<Signal> {
-        let information = self.descriptor.read_signal().ok()??;
+        let information = loop {
+            match self.descriptor.read_signal() {
+                // Nobody would come back for it: the reactor is told of a signal once.
+                Err(Errno::EINTR) => (),
+                result => break result.ok()??,
+            }
+        };
         Signal::try_from(i32::try_from(information.ssi_signo).ok()?).ok()
     }
 

@@ -97,16 +97,33 @@ impl Acquisition<'_> {
             Mode::Exclusive => LockType::Write,
             Mode::Shared => LockType::Read,
         };
+        let mut made = None;
         for _ in 0..ROUNDS {
             let (descriptor, created) = self.open(&held)?;
-            let identity = file::identity(&descriptor).map_err(Refused::Open)?;
+            let identity = match file::identity(&descriptor) {
+                Ok(identity) => identity,
+                Err(errno) if created => {
+                    self.unmake(&descriptor);
+                    return Err(Refused::Open(errno));
+                }
+                Err(errno) => return Err(Refused::Open(errno)),
+            };
+            if created {
+                made = Some(identity);
+            }
             if held(identity) {
                 return Err(Refused::Held(identity));
             }
-            match file::lock_open_file(&descriptor, lock_type) {
-                Ok(()) => (),
-                Err(Errno::EAGAIN | Errno::EACCES) => return Err(Refused::Busy),
-                Err(errno) => return Err(Refused::Lock(errno)),
+            // In this round or in one before, after which it could not be seen at its name.
+            let created = made == Some(identity);
+            if let Err(errno) = file::lock_open_file(&descriptor, lock_type) {
+                if created {
+                    self.unmake(&descriptor);
+                }
+                return Err(match errno {
+                    Errno::EAGAIN | Errno::EACCES => Refused::Busy,
+                    errno => Refused::Lock(errno),
+                });
             }
             let lease = Lease {
                 descriptor,
@@ -120,6 +137,16 @@ impl Acquisition<'_> {
             }
         }
         Err(Refused::Busy)
+    }
+
+    /// Removes a file that was made for a lock which could not be had. Under a lock, because
+    /// somebody else may have taken it meanwhile.
+    fn unmake(&self, descriptor: &OwnedFd) {
+        if let Ok(identity) = file::identity(descriptor)
+            && file::lock_open_file(descriptor, LockType::Write).is_ok()
+        {
+            remove(self.place, identity);
+        }
     }
 
     fn open(&self, held: impl Fn(FileIdentity) -> bool) -> Result<(OwnedFd, bool), Refused> {

@@ -173,6 +173,9 @@ impl Daemon {
         }
         let mut connection = Connection::new(socket, service, id, peer, phase);
         connection.connected_at = seconds_now();
+        // Who connects has something to say, and has mostly said it by now: its first turn, behind
+        // those that are known to be quick, costs no poll.
+        connection.readable = true;
         if !self.names_processes {
             connection.start_time = self.start_time(peer.pid);
         }
@@ -187,6 +190,7 @@ impl Daemon {
             return;
         }
         self.note_connected(place);
+        self.enqueue(place);
         match phase {
             Phase::Refused(reason) => self.refuse(place, id, reason),
             _ => {

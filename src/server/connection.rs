@@ -57,6 +57,8 @@ pub enum Sent {
     All,
     /// The socket takes no more for now.
     Blocked,
+    /// The kernel has no memory for it now.
+    NoMemory,
     /// Nobody will ever read it.
     Failed,
 }
@@ -82,8 +84,6 @@ pub struct Connection {
     pub session: Session,
     /// Whether it has made a call, or was let in after it had been refused.
     pub has_called: bool,
-    /// Bytes that came in and wait.
-    pub conversation: Conversation,
     /// Frames may be waiting in the conversation that nothing but time keeps from being served.
     pub paused: bool,
     /// The socket may have something to read: no read has come back short since it was said to.
@@ -98,6 +98,14 @@ pub struct Connection {
     pub waits_to_send: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
     pub counted: usize,
+    on_the_way: Option<Box<OnTheWay>>,
+}
+
+/// Bytes that came in and wait, and bytes that wait to go out. Few connections have any, and there
+/// are thousands.
+#[derive(Debug, Default)]
+struct OnTheWay {
+    conversation: Conversation,
     output: Vec<u8>,
 }
 
@@ -114,7 +122,6 @@ impl Connection {
             phase,
             session: Session::default(),
             has_called: false,
-            conversation: Conversation::default(),
             paused: false,
             readable: false,
             hung_up: false,
@@ -122,27 +129,55 @@ impl Connection {
             appetite: Appetite::default(),
             waits_to_send: false,
             counted: 0,
-            output: Vec::new(),
+            on_the_way: None,
+        }
+    }
+
+    /// What came in and waits, if anything does.
+    pub fn conversation(&self) -> Option<&Conversation> {
+        let conversation = &self.on_the_way.as_ref()?.conversation;
+        (!conversation.is_empty()).then_some(conversation)
+    }
+
+    /// Takes the conversation out, to go on with it.
+    pub fn take_conversation(&mut self) -> Conversation {
+        match &mut self.on_the_way {
+            Some(on_the_way) => std::mem::take(&mut on_the_way.conversation),
+            None => Conversation::default(),
+        }
+    }
+
+    /// Puts the conversation back.
+    pub fn keep_conversation(&mut self, conversation: Conversation) {
+        if !conversation.is_empty() {
+            self.on_the_way.get_or_insert_default().conversation = conversation;
+        } else if self.unsent().is_empty() {
+            self.on_the_way = None;
         }
     }
 
     /// Bytes that could not be sent yet.
     pub fn unsent(&self) -> &[u8] {
-        &self.output
+        match &self.on_the_way {
+            Some(on_the_way) => &on_the_way.output,
+            None => &[],
+        }
     }
 
     /// Sends what is left of earlier replies.
     pub fn send_rest(&mut self) -> Sent {
-        if self.output.is_empty() {
-            return Sent::All;
+        match &mut self.on_the_way {
+            Some(on_the_way) if !on_the_way.output.is_empty() => {
+                let output = std::mem::take(&mut on_the_way.output);
+                self.send(&output)
+            }
+            _ => Sent::All,
         }
-        let output = std::mem::take(&mut self.output);
-        self.send(&output)
     }
 
     /// Sends what is left of earlier replies, then `bytes`; keeps what the socket does not take.
     pub fn send(&mut self, bytes: &[u8]) -> Sent {
-        if !self.output.is_empty() {
+        if !self.unsent().is_empty() {
             self.hold(bytes);
             return self.send_rest();
         }
@@ -152,8 +187,12 @@ impl Connection {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(Errno::EINTR) => (),
                 Err(Errno::EAGAIN) => {
-                    self.output = rest.to_vec();
+                    self.hold(rest);
                     return Sent::Blocked;
+                }
+                Err(Errno::ENOMEM | Errno::ENOBUFS) => {
+                    self.hold(rest);
+                    return Sent::NoMemory;
                 }
                 Err(_) => return Sent::Failed,
             }
@@ -165,16 +204,14 @@ impl Connection {
     /// much to send yet.
     pub fn holds_replies(&self) -> bool {
         let is_served = matches!(self.phase, Phase::Served | Phase::Refused(_));
-        is_served && self.paused && self.output.len() < ENOUGH_OUTPUT
+        is_served && self.paused && self.unsent().len() < ENOUGH_OUTPUT
     }
 
-    /// Keeps replies until those that follow them are made, to send all of them at once.
+    /// Keeps replies, or what is left of them, behind those that are kept already.
     pub fn hold(&mut self, bytes: &[u8]) {
-        self.output.extend_from_slice(bytes);
-    }
-
-    /// Puts bytes in front that an earlier image of the process could not send.
-    pub fn resume_output(&mut self, bytes: Vec<u8>) {
-        self.output = bytes;
+        if !bytes.is_empty() {
+            let on_the_way = self.on_the_way.get_or_insert_default();
+            on_the_way.output.extend_from_slice(bytes);
+        }
     }
 }

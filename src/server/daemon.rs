@@ -14,7 +14,7 @@ use slab::Slab;
 use super::accept::{Listener, RefusedQueue, Reserve};
 use super::clients::Clients;
 use super::connection::{Appetite, Connection, Phase, Sent, Service};
-use super::conversation::{Flow, Taken};
+use super::conversation::{Conversation, Flow, Taken};
 use super::deadlines::{Deadline, Deadlines};
 use super::dispatch;
 use super::fence::Fences;
@@ -47,6 +47,9 @@ const MEMORY_MS: u64 = 1000;
 const LEDGER_ENTRY: usize = 512;
 /// A ledger up to this size is no waste, bytes.
 const SMALL_LEDGER: usize = 256 * 1024;
+/// How long until a connection is seen to again for which a system call failed and may soon not
+/// fail, milliseconds.
+const RETRY_MS: u64 = 100;
 
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,8 +210,8 @@ impl Daemon {
             return;
         }
         let held = connection
-            .conversation
-            .waiting()
+            .conversation()
+            .map_or(0, Conversation::waiting)
             .saturating_add(connection.unsent().len());
         let others = self.admin_bytes.saturating_sub(connection.counted);
         connection.counted = held;
@@ -246,6 +249,10 @@ impl Daemon {
                         self.wait_to_send(place, true);
                         return turn;
                     }
+                    Sent::NoMemory => {
+                        self.serve_later(place);
+                        return turn;
+                    }
                     Sent::Failed => {
                         self.end_connection(place);
                         return turn;
@@ -269,6 +276,10 @@ impl Daemon {
                 match receive(connection, &mut self.input) {
                     Read::Some { bytes, descriptors } => (bytes, descriptors),
                     Read::Nothing => continue,
+                    Read::NoMemory => {
+                        self.serve_later(place);
+                        return turn;
+                    }
                     Read::End => {
                         self.end_connection(place);
                         return turn;
@@ -303,7 +314,7 @@ impl Daemon {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
         };
-        let mut conversation = std::mem::take(&mut connection.conversation);
+        let mut conversation = connection.take_conversation();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
         let mut is_first = true;
@@ -325,8 +336,8 @@ impl Daemon {
         self.input = input;
         self.output = output;
         if let Some(connection) = self.connections.get_mut(place) {
-            connection.conversation = conversation;
-            connection.paused = taken == Taken::Paused && !connection.conversation.is_empty();
+            connection.paused = taken == Taken::Paused && !conversation.is_empty();
+            connection.keep_conversation(conversation);
         }
         taken
     }
@@ -358,9 +369,19 @@ impl Daemon {
                 self.wait_to_send(place, true);
                 false
             }
+            (Sent::NoMemory, _) => {
+                self.serve_later(place);
+                false
+            }
             (_, Phase::Over) => false,
             (Sent::All, _) => true,
         }
+    }
+
+    /// To end a connection for want of memory would be to kill the machine that it stands for.
+    fn serve_later(&mut self, place: usize) {
+        let again = Moment::now().plus_ms(RETRY_MS);
+        self.deadlines.set(Deadline::Serve(place), again);
     }
 
     /// Asks to be told, or no longer to be told, when the socket takes bytes again.
@@ -402,10 +423,23 @@ impl Daemon {
 
     /// Clears away a connection that is over. An owner that leaves with its last word unspoken is
     /// fenced, or its locks are freed if it is dead already.
+    ///
+    /// An owner that cannot be reached for want of memory or descriptors must not live on for that:
+    /// its connection stays, and it is tried again.
     pub fn clear_away(&mut self, place: usize) {
+        let left = self.owner_left_with(place);
+        if let Some((pid, Err(reason))) = &left
+            && may_pass(*reason)
+        {
+            let again = Moment::now().plus_ms(RETRY_MS);
+            self.deadlines.set(Deadline::ClearAway(place), again);
+            return self.note_unreachable(*pid, *reason);
+        }
         let Some(connection) = self.connections.try_remove(place) else {
             return;
         };
+        self.deadlines.unset(Deadline::Serve(place));
+        self.deadlines.unset(Deadline::ClearAway(place));
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
         let descriptor = connection.socket.as_raw_fd();
         let _ = self.registry.deregister(&mut SourceFd(&descriptor));
@@ -414,8 +448,8 @@ impl Daemon {
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
         self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
-        if let Some(pid) = self.ends_with(&connection) {
-            self.owner_left(pid, &connection);
+        if let Some((pid, process)) = left {
+            self.owner_left(pid, process);
         }
         let service = connection.service;
         // Behind what becomes of its owner, and before anybody else can have its number.
@@ -460,6 +494,8 @@ impl Daemon {
             Deadline::Kill(pid) => self.kill(pid),
             Deadline::StillAlive(pid) => self.still_alive(pid),
             Deadline::Refused(place) => self.end_connection(place),
+            Deadline::Serve(place) => self.enqueue(place),
+            Deadline::ClearAway(place) => self.ending.push_back(place),
             Deadline::Accept => self.enqueue_listeners(),
             Deadline::Idle => {
                 // Somebody may have come in the same moment.
@@ -479,6 +515,7 @@ impl Daemon {
             Deadline::Memory => self.give_memory_back(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
+            Deadline::Abandoned => self.reap_abandoned(),
             Deadline::Quiet => self.never_quiet(),
         }
     }
@@ -518,9 +555,18 @@ enum Turn {
     Unfinished,
 }
 
+/// Whether a call that failed for this reason may succeed a moment later.
+fn may_pass(reason: Errno) -> bool {
+    matches!(
+        reason,
+        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
+    )
+}
+
 enum Read {
     Some { bytes: usize, descriptors: bool },
     Nothing,
+    NoMemory,
     End,
 }
 
@@ -541,6 +587,7 @@ fn receive(connection: &mut Connection, buffer: &mut [u8]) -> Read {
             Read::Nothing
         }
         Err(Errno::EINTR) => Read::Nothing,
+        Err(Errno::ENOMEM | Errno::ENOBUFS) => Read::NoMemory,
         Err(_) => Read::End,
     }
 }

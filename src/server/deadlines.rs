@@ -14,6 +14,10 @@ pub enum Deadline {
     StillAlive(Pid),
     /// A client that was refused has still not made the call that the refusal would answer.
     Refused(usize),
+    /// The kernel had no memory for what a connection receives or is sent: time to try again.
+    Serve(usize),
+    /// The process that an ended connection stood for could not be reached: time to try again.
+    ClearAway(usize),
     /// Connections could not be accepted: time to try again.
     Accept,
     /// Nothing was served for as long as the daemon was told to wait for work.
@@ -26,6 +30,8 @@ pub enum Deadline {
     Ledger,
     /// The check of the successor must not take longer.
     Successor,
+    /// A successor that was killed should be over.
+    Abandoned,
     /// The moment without messages on their way, which libvirt's daemon needs to take over, must
     /// have come by now.
     Quiet,

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use slab::Slab;
 
+use super::accept::Reserve;
 use super::connection::Connection;
 use super::daemon::{Daemon, State};
 use super::deadlines::Deadline;
@@ -107,18 +108,27 @@ impl Daemon {
         (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
     }
 
+    /// The owner that a connection which is over stood for, unless it is being fenced already, and
+    /// its process.
+    pub fn owner_left_with(&mut self, place: usize) -> Option<(Pid, Result<Process, Errno>)> {
+        let connection = self.connections.get(place)?;
+        let pid = self.ends_with(connection)?;
+        if self.fences.of(pid).is_some() {
+            return None;
+        }
+        let process = process_of(connection, self.names_processes, &mut self.reserve);
+        Some((pid, process))
+    }
+
     /// The connection that stood for an owner is over: the owner is fenced, or its locks are free if
     /// it is dead already.
-    pub fn owner_left(&mut self, pid: Pid, connection: &Connection) {
-        if self.fences.of(pid).is_some() {
-            return;
-        }
+    pub fn owner_left(&mut self, pid: Pid, process: Result<Process, Errno>) {
         // Process 1 of a host or container cannot be fenced: it goes with everything else.
         if pid == 1 {
             self.free(pid);
             return;
         }
-        match self.process_of(connection) {
+        match process {
             Ok(process) if !process.is_dead() => self.fence(pid, process),
             Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => {
                 if self.has_successor(pid) {
@@ -132,15 +142,20 @@ impl Daemon {
                     self.free(pid);
                 }
             }
-            Err(errno) => {
-                self.unreachable.insert(pid);
-                tracing::error!(
-                    target: "locking.lock_daemon",
-                    "{} closed its connection but cannot be fenced, because its process cannot be \
-                     reached: {}. Its locks stay until the daemon ends: stop the process by hand",
-                    self.owner_text(pid), crate::host::errno::text(errno)
-                );
-            }
+            Err(errno) => self.note_unreachable(pid, errno),
+        }
+    }
+
+    /// Says once that an owner cannot be fenced.
+    pub fn note_unreachable(&mut self, pid: Pid, reason: Errno) {
+        if self.unreachable.insert(pid) {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "{} closed its connection but cannot be fenced, because its process cannot be \
+                 reached: {}. Its locks stay until it can be or the daemon ends: stop the process \
+                 by hand",
+                self.owner_text(pid), crate::host::errno::text(reason)
+            );
         }
     }
 
@@ -159,29 +174,9 @@ impl Daemon {
             })
     }
 
-    /// The process that made a connection. ESRCH or EINVAL if it has been reaped.
-    fn process_of(&mut self, connection: &Connection) -> Result<Process, Errno> {
-        loop {
-            let result = if self.names_processes {
-                stream::peer_process(&connection.socket)
-            } else {
-                let pid = connection.peer.pid;
-                match connection.start_time {
-                    Some(start_time) => Process::open(pid, start_time),
-                    // Never found out: nobody knows whether the one that has the number now is the
-                    // one that connected. Only that there is none is certain.
-                    None => Process::open_any(pid).and(Err(Errno::EPERM)),
-                }
-            };
-            match result {
-                Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
-                result => return result,
-            }
-        }
-    }
-
     /// Begins to fence an owner.
     fn fence(&mut self, pid: Pid, process: Process) {
+        self.unreachable.remove(&pid);
         let text = self.owner_text(pid);
         if process::is_exiting(pid) {
             tracing::info!(target: "locking.lock_daemon", "{text} is ending");
@@ -332,6 +327,31 @@ impl Daemon {
                 uuid_text(&owner.uuid)
             ),
             None => format!("Process {pid}"),
+        }
+    }
+}
+
+/// The process that made a connection. ESRCH or EINVAL if it has been reaped.
+fn process_of(
+    connection: &Connection,
+    names_processes: bool,
+    reserve: &mut Reserve,
+) -> Result<Process, Errno> {
+    loop {
+        let result = if names_processes {
+            stream::peer_process(&connection.socket)
+        } else {
+            let pid = connection.peer.pid;
+            match connection.start_time {
+                Some(start_time) => Process::open(pid, start_time),
+                // Never found out: nobody knows whether the one that has the number now is the
+                // one that connected. Only that there is none is certain.
+                None => Process::open_any(pid).and(Err(Errno::EPERM)),
+            }
+        };
+        match result {
+            Err(Errno::EMFILE | Errno::ENFILE) if reserve.give_up_one() => (),
+            result => return result,
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::host::clock::Moment;
 use crate::host::descriptors::Inherited;
 use crate::host::file::FileIdentity;
 use crate::host::log::{self, Printable};
+use crate::host::patience::patiently;
 use crate::host::process::Process;
 use crate::host::{errno, file, process, stream};
 use crate::locks::lease::{self, Found, Lease, LockKind};
@@ -478,7 +479,7 @@ impl Daemon {
         let all: Vec<usize> = self.connections.iter().map(|(place, _)| place).collect();
         for place in all {
             if !is_watched {
-                self.watch(place)
+                patiently(|| self.watch(place))
                     .map_err(|error| format!("a client cannot be watched: {error}"))?;
             }
             let Some(connection) = self.connections.get(place) else {
@@ -548,12 +549,12 @@ impl Daemon {
             Some(owner) => Session::Registered(Box::new(owner)),
         };
         connection.paused = !pending.is_empty();
-        connection.conversation = Conversation::resume(Pending {
+        connection.keep_conversation(Conversation::resume(Pending {
             bytes: pending,
             descriptors_at_end,
             arrived,
-        });
-        connection.resume_output(unsent);
+        }));
+        connection.hold(&unsent);
         Ok(connection)
     }
 }
@@ -673,14 +674,15 @@ fn client_state(connection: &Connection) -> ClientState {
 
 /// The bytes of a connection that are on their way.
 fn traffic(connection: &Connection) -> Traffic {
-    let (pending, descriptors_at_end, arrived) = match connection.conversation.pending() {
-        Some(Pending {
-            bytes,
-            descriptors_at_end,
-            arrived,
-        }) => (bytes, descriptors_at_end, arrived),
-        None => (Vec::new(), false, 0),
-    };
+    let (pending, descriptors_at_end, arrived) =
+        match connection.conversation().and_then(Conversation::pending) {
+            Some(Pending {
+                bytes,
+                descriptors_at_end,
+                arrived,
+            }) => (bytes, descriptors_at_end, arrived),
+            None => (Vec::new(), false, 0),
+        };
     Traffic {
         pending,
         descriptors_at_end,

@@ -19,6 +19,7 @@ use super::daemon::{Daemon, State, TURN_US};
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::descriptors;
+use crate::host::patience::patiently;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::restart::ledger::Ledger;
@@ -83,13 +84,13 @@ impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
     /// [`Reactor::listen`].
     pub fn new(reload: Reload) -> std::io::Result<Reactor> {
-        let poll = Poll::new()?;
-        let signals = Signals::open()?;
-        let timer = Timer::new()?;
-        let registry = poll.registry().try_clone()?;
-        Source::Signals.watch(&registry, signals.as_raw_fd())?;
-        Source::Timer.watch(&registry, timer.as_raw_fd())?;
-        let daemon = Daemon::new(registry, Ledger::new()?);
+        let poll = patiently(Poll::new)?;
+        let signals = patiently(Signals::open)?;
+        let timer = patiently(Timer::new)?;
+        let registry = patiently(|| poll.registry().try_clone())?;
+        patiently(|| Source::Signals.watch(&registry, signals.as_raw_fd()))?;
+        patiently(|| Source::Timer.watch(&registry, timer.as_raw_fd()))?;
+        let daemon = Daemon::new(registry, patiently(Ledger::new)?);
         Ok(Reactor {
             poll,
             signals,
@@ -104,9 +105,9 @@ impl Reactor {
     /// already: to take thousands out of one poll and into another would keep all of them waiting.
     pub fn inherit(&mut self, poll: OwnedFd) -> std::io::Result<()> {
         descriptors::put_in_place(poll, self.poll.as_raw_fd())?;
-        let registry = self.poll.registry().try_clone()?;
-        Source::Signals.watch(&registry, self.signals.as_raw_fd())?;
-        Source::Timer.watch(&registry, self.timer.as_raw_fd())?;
+        let registry = patiently(|| self.poll.registry().try_clone())?;
+        patiently(|| Source::Signals.watch(&registry, self.signals.as_raw_fd()))?;
+        patiently(|| Source::Timer.watch(&registry, self.timer.as_raw_fd()))?;
         self.daemon.registry = registry;
         Ok(())
     }
@@ -144,7 +145,8 @@ impl Reactor {
     /// Adds a listening socket.
     pub fn listen(&mut self, listener: super::accept::Listener) -> std::io::Result<()> {
         let number = self.daemon.listeners.len();
-        Source::Listener(number).watch(self.poll.registry(), listener.socket.as_raw_fd())?;
+        let descriptor = listener.socket.as_raw_fd();
+        patiently(|| Source::Listener(number).watch(self.poll.registry(), descriptor))?;
         self.daemon.listeners.push(listener);
         Ok(())
     }

@@ -23,6 +23,8 @@ use crate::restart::libvirt_json;
 
 /// How long a successor may take to show that it can take over, milliseconds.
 const CHECK_MS: u64 = 10_000;
+/// How long until it is looked again whether a successor that was killed is over, milliseconds.
+const REAP_MS: u64 = 500;
 /// How long to wait for a moment in which libvirt's daemon can take over, milliseconds.
 const QUIET_MS: u64 = 10_000;
 
@@ -121,6 +123,11 @@ impl Daemon {
 
     /// The successor takes too long.
     pub fn successor_is_late(&mut self) {
+        // Its end may have gone unnoticed.
+        self.look_at_successor();
+        if !matches!(self.upgrade.stage, Stage::Checking(_)) {
+            return;
+        }
         if let Some(check) = self.end_check() {
             self.abandon(check);
             let reason = format!("it does not say its version within {} s", CHECK_MS / 1000);
@@ -147,13 +154,16 @@ impl Daemon {
         let _ = self.registry.deregister(&mut SourceFd(&check.descriptor()));
     }
 
-    /// Kills a successor and goes on watching it: it is reaped when it is over, not waited for.
+    /// Kills a successor and looks for its end now and then, also if that cannot be watched: it is
+    /// reaped when it is over, not waited for.
     fn abandon(&mut self, mut check: Check) {
         check.kill();
         self.upgrade.abandoned.push(check);
+        self.reap_abandoned();
     }
 
-    fn reap_abandoned(&mut self) {
+    /// Forgets the abandoned successors that are over.
+    pub fn reap_abandoned(&mut self) {
         let (over, left) = std::mem::take(&mut self.upgrade.abandoned)
             .into_iter()
             .partition(Check::is_over);
@@ -162,6 +172,12 @@ impl Daemon {
         for check in over {
             self.unwatch(&check);
             check.reap();
+        }
+        if self.upgrade.abandoned.is_empty() {
+            self.deadlines.unset(Deadline::Abandoned);
+        } else {
+            let again = Moment::now().plus_ms(REAP_MS);
+            self.deadlines.set(Deadline::Abandoned, again);
         }
     }
 
@@ -265,7 +281,7 @@ impl Daemon {
         let quiet = |connection: &Connection| {
             matches!(connection.phase, Phase::Refused(_))
                 || connection.phase == Phase::Served
-                    && connection.conversation.is_empty()
+                    && connection.conversation().is_none()
                     && connection.unsent().is_empty()
         };
         self.fences.is_empty()

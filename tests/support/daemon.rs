@@ -28,6 +28,10 @@ pub fn c_daemon() -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
+/// For the environment of a daemon that strace is to watch: where the daemon was built to look for
+/// leaks (`tests/sanitize`), it cannot do so then, and would fail for that.
+pub const WATCHED: (&str, &str) = ("LSAN_OPTIONS", "detect_leaks=0");
+
 /// A daemon in the foreground. It is killed (SIGKILL) when dropped.
 pub struct Daemon {
     child: Child,

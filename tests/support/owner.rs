@@ -83,7 +83,13 @@ impl Owner {
     /// A call over the owner's own connection.
     #[track_caller]
     pub fn call(&mut self, call: &Call) -> Reply {
-        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        self.exchange(&call.frame(0))
+    }
+
+    /// Sends a message, whatever it is, and takes the reply to it.
+    #[track_caller]
+    pub fn exchange(&mut self, message: &[u8]) -> Reply {
+        self.order(&format!("call {}", to_hex(message)));
         let answer = self.answer();
         let hex = answer
             .strip_prefix("reply ")
@@ -91,11 +97,27 @@ impl Owner {
         Reply::parse(&from_hex(hex))
     }
 
-    /// Makes a second connection, which calls go over from now on. The first one stays open for as
+    /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
+    /// there is no reply. The process lives on.
+    pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
+        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
+        match answer.strip_prefix("reply ") {
+            Some(hex) => Ok(Reply::parse(&from_hex(hex))),
+            None => Err(answer),
+        }
+    }
+
+    /// Makes one more connection, which calls go over from now on. The others stay open for as
     /// long as the process lives.
     pub fn connect_again(&mut self) {
         self.order("connect");
-        assert_eq!(self.answer(), "connected", "a second connection");
+        assert_eq!(self.answer(), "connected", "one more connection");
+    }
+
+    /// Calls go over this connection from now on: 0 is the first one.
+    pub fn use_connection(&mut self, number: usize) {
+        self.order(&format!("use {number}"));
     }
 
     /// Starts a process that has the connection open as well, for as long as it lives; its pid.
@@ -113,6 +135,17 @@ impl Owner {
         assert!(
             matches!(answer.as_deref(), None | Some("closed")),
             "closed: {answer:?}"
+        );
+    }
+
+    /// Sends what makes the daemon end the connection, and waits for that end. The process lives on,
+    /// unless the daemon kills it for that.
+    pub fn spoil_connection(&mut self, bytes: &[u8]) {
+        self.order(&format!("spoil {}", to_hex(bytes)));
+        let answer = self.answer_or_end();
+        assert!(
+            matches!(answer.as_deref(), None | Some("ended")),
+            "ended by the daemon: {answer:?}"
         );
     }
 
@@ -148,7 +181,8 @@ impl Owner {
 
     fn order(&mut self, line: &str) {
         let orders = self.orders.as_mut().expect("the owner still listens");
-        writeln!(orders, "{line}").expect("give an order to the owner process");
+        // One that was killed meanwhile is found out when it does not answer.
+        let _ = writeln!(orders, "{line}");
     }
 
     #[track_caller]
@@ -232,37 +266,63 @@ fn the_owner_process() {
             .expect("answer the test");
     };
     let connect = || UnixStream::connect(&socket).expect("connect to the daemon");
-    let mut stream = Some(connect());
-    let mut earlier = Vec::new();
+    let mut connections = vec![Some(connect())];
+    let mut current = 0;
     answer("connected");
     for line in std::io::stdin().lines() {
         let line = line.expect("read an order");
-        if line == "close" {
-            stream = None;
-            answer("closed");
-        } else if line == "lend" {
-            let stream = stream.as_ref().expect("the connection is open");
-            let copy = stream.try_clone().expect("copy the descriptor");
-            let borrower = Command::new("cat")
-                .stdin(Stdio::from(std::os::fd::OwnedFd::from(copy)))
-                .stdout(Stdio::null())
-                .spawn()
-                .expect("start cat on the connection");
-            answer(&format!("lent to {}", borrower.id()));
-        } else if line == "connect" {
-            earlier.extend(stream.replace(connect()));
-            answer("connected");
-        } else if let Some(hex) = line.strip_prefix("call ") {
-            let stream = stream.as_mut().expect("the connection is open");
-            stream.write_all(&from_hex(hex)).expect("send the call");
-            let mut reply = vec![0; 4];
-            stream.read_exact(&mut reply).expect("read the length word");
-            let length = u32::from_be_bytes(reply[..4].try_into().expect("four bytes")) as usize;
-            reply.resize(length, 0);
-            stream.read_exact(&mut reply[4..]).expect("read the reply");
-            answer(&format!("reply {}", to_hex(&reply)));
+        let (order, argument) = line.split_once(' ').unwrap_or((&line, ""));
+        let stream = &mut connections[current];
+        match order {
+            "close" => {
+                *stream = None;
+                answer("closed");
+            }
+            "lend" => {
+                let stream = stream.as_ref().expect("the connection is open");
+                let copy = stream.try_clone().expect("copy the descriptor");
+                let borrower = Command::new("cat")
+                    .stdin(Stdio::from(std::os::fd::OwnedFd::from(copy)))
+                    .stdout(Stdio::null())
+                    .spawn()
+                    .expect("start cat on the connection");
+                answer(&format!("lent to {}", borrower.id()));
+            }
+            "connect" => {
+                current = connections.len();
+                connections.push(Some(connect()));
+                answer("connected");
+            }
+            "use" => current = argument.parse().expect("the number of a connection"),
+            "call" => {
+                let stream = stream.as_mut().expect("the connection is open");
+                match exchange(stream, &from_hex(argument)) {
+                    Ok(reply) => answer(&format!("reply {}", to_hex(&reply))),
+                    Err(error) => answer(&format!("no reply: {error}")),
+                }
+            }
+            "spoil" => {
+                let mut stream = stream.take().expect("the connection is open");
+                // The daemon may end it before everything is sent, and with bytes unread.
+                let _ = stream.write_all(&from_hex(argument));
+                let _ = stream.read_to_end(&mut Vec::new());
+                answer("ended");
+            }
+            _ => panic!("an order that nobody knows: {line}"),
         }
     }
+}
+
+/// Sends a call and reads its reply.
+fn exchange(stream: &mut UnixStream, call: &[u8]) -> std::io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.write_all(call)?;
+    let mut reply = vec![0; 4];
+    stream.read_exact(&mut reply)?;
+    let length = u32::from_be_bytes(reply[..4].try_into().expect("four bytes")) as usize;
+    reply.resize(length, 0);
+    stream.read_exact(&mut reply[4..])?;
+    Ok(reply)
 }
 
 pub fn to_hex(bytes: &[u8]) -> String {

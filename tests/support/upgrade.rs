@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -273,6 +273,38 @@ fn rob(paths: &[PathBuf], stop: &AtomicBool, tries: &AtomicU64) -> Vec<PathBuf> 
         }
     }
     robbed
+}
+
+/// strace, attached to a daemon, that makes each of its fcntl and close calls half a millisecond
+/// long: a lock that is dropped and taken again at once shows only so.
+pub struct Slowed {
+    strace: Child,
+}
+
+impl Slowed {
+    /// It is at work when this returns.
+    pub fn attach(daemon: &Daemon) -> Slowed {
+        let strace = Command::new("strace")
+            .args(["-f", "-o", "/dev/null", "-e", "trace=fcntl,close"])
+            .args(["-e", "inject=fcntl,close:delay_enter=500"])
+            .args(["-p", &daemon.pid().to_string()])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start strace");
+        let status = format!("/proc/{}/status", daemon.pid());
+        wait_until(DEADLINE, "strace to be attached", || {
+            let status = std::fs::read_to_string(&status).expect("the daemon's status");
+            !status.contains("TracerPid:\t0\n")
+        });
+        Slowed { strace }
+    }
+}
+
+impl Drop for Slowed {
+    fn drop(&mut self) {
+        let _ = self.strace.kill();
+        let _ = self.strace.wait();
+    }
 }
 
 /// A connection whose maker is gone: a child of it has the socket and passes messages on.
