@@ -37,12 +37,12 @@ pub enum NoRoom {
 /// What serving a connection takes, as far as it is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Appetite {
-    /// What it sent last was done in less than a turn.
+    /// What it sent last was done in one turn, and soon.
     Small,
-    /// What it sent last took as long as a turn, for the first time. Perhaps something else had the
-    /// processor meanwhile.
+    /// What it sent last took long, for the first time. Perhaps something else had the processor
+    /// meanwhile.
     Doubtful,
-    /// What it sent last takes more than a turn.
+    /// What it sent last takes more than a turn, or long.
     Large,
     /// It is new, or what it sent before its last turn took more than one: first it has to show that
     /// it keeps nobody waiting.

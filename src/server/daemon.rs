@@ -35,6 +35,9 @@ use crate::wire::{frame, lock};
 /// turn, microseconds; or for two frames, if they take longer. It is the time of two or three locks:
 /// who makes a call while somebody else floods the daemon waits about as long as the call takes.
 pub const TURN_US: u64 = 16;
+/// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
+/// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
+const LONG_TURN_US: u64 = 4 * TURN_US;
 /// The most that one read takes.
 pub const READ_SIZE: usize = 64 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
@@ -184,8 +187,8 @@ impl Daemon {
 
     /// One connection's turn. It is shorter if an `end` is given that comes earlier.
     pub fn serve(&mut self, place: usize, end: Option<Moment>) {
-        let whole_turn = Moment::now().plus_us(TURN_US);
-        let turn = self.serve_turn(place, whole_turn, end.unwrap_or(whole_turn));
+        let start = Moment::now();
+        let turn = self.serve_turn(place, start, end.unwrap_or(start.plus_us(TURN_US)));
         self.count_admin_bytes(place);
         let Some(connection) = self.connections.get_mut(place) else {
             return;
@@ -228,7 +231,7 @@ impl Daemon {
     }
 
     /// What a connection sent is read, worked on and answered, until `end`.
-    fn serve_turn(&mut self, place: usize, whole_turn: Moment, end: Moment) -> Turn {
+    fn serve_turn(&mut self, place: usize, start: Moment, end: Moment) -> Turn {
         let Some(connection) = self.connections.get_mut(place) else {
             return Turn::Short;
         };
@@ -290,7 +293,7 @@ impl Daemon {
             // Before the reply goes out: whoever gets it may have this processor next.
             let now = Moment::now();
             is_over = now >= end;
-            if now >= whole_turn {
+            if now >= start.plus_us(LONG_TURN_US) {
                 turn = Turn::Long;
             }
             if !self.answer(place, taken) {
@@ -547,9 +550,9 @@ impl Daemon {
 /// How a connection's turn went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
-    /// Everything was done in less than the time of a turn.
+    /// Everything was done, and soon.
     Short,
-    /// Everything was done, but it took that time.
+    /// Everything was done, but it took long.
     Long,
     /// Something is left to do.
     Unfinished,
