@@ -123,11 +123,11 @@ fn with_the_same_guests_the_daemon_has_the_same_memory_and_descriptors_after_any
             soak.something_happens();
         }
         soak.settle();
-        let steady = soak.look();
+        let steady = Look::at(&soak.daemon);
         upgrade(&soak.daemon);
         soak.upgrades += 1;
         soak.check_all();
-        let upgraded = soak.look();
+        let upgraded = Look::at(&soak.daemon);
         watch.saw(steady, upgraded);
         watch.progress(|| format!("{} guests, {} upgrades", soak.started, soak.upgrades));
     }
@@ -315,15 +315,6 @@ impl Soak {
         let of_disks = locks.iter().filter(|lock| lock.contains("OFDLCK"));
         assert_eq!(of_disks.count(), held, "{locks:?}");
     }
-
-    fn look(&self) -> Look {
-        // Short connections may still be on their way out.
-        self.daemon.wait_until_asleep();
-        Look {
-            memory_kib: self.daemon.memory_kib("VmRSS"),
-            descriptors: self.daemon.descriptors(),
-        }
-    }
 }
 
 /// What libvirtd does for a guest: a connection that registers with the pid of the guest, makes its
@@ -343,6 +334,19 @@ fn speak_for(daemon: &Daemon, guest: &Guest, calls: &[Call]) {
 struct Look {
     memory_kib: u64,
     descriptors: usize,
+}
+
+impl Look {
+    fn at(daemon: &Daemon) -> Look {
+        // A successor that has not begun yet is asleep, too: on a busy machine that takes a while.
+        daemon.client().ping();
+        // And then short connections are on their way out.
+        daemon.wait_until_asleep();
+        Look {
+            memory_kib: daemon.memory_kib("VmRSS"),
+            descriptors: daemon.descriptors(),
+        }
+    }
 }
 
 /// The looks so far, in the steady state and right after an upgrade.
@@ -457,21 +461,13 @@ fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
             });
             started += 1;
         }
-        let look = |libvirt: &mut Libvirt| {
-            let daemon = libvirt.lockd();
-            daemon.wait_until_asleep();
-            Look {
-                memory_kib: daemon.memory_kib("VmRSS"),
-                descriptors: daemon.descriptors(),
-            }
-        };
-        let steady = look(&mut libvirt);
+        let steady = Look::at(libvirt.lockd());
         upgrade(libvirt.lockd());
         upgrades += 1;
         for (_, disk) in &domains {
             assert!(lock_probe(disk).is_some(), "{} is free", disk.display());
         }
-        let upgraded = look(&mut libvirt);
+        let upgraded = Look::at(libvirt.lockd());
         watch.saw(steady, upgraded);
         watch.progress(|| format!("{started} guests, {upgrades} upgrades"));
     }

@@ -173,7 +173,8 @@ impl Daemon {
         }
         let mut connection = Connection::new(socket, service, id, peer, phase);
         connection.connected_at = seconds_now();
-        // Who connects has something to say, and has mostly said it by now.
+        // Who connects has something to say, and has mostly said it by now: its first turn, behind
+        // those that are known to be quick, costs no poll.
         connection.readable = true;
         if !self.names_processes {
             connection.start_time = self.start_time(peer.pid);

@@ -34,16 +34,20 @@ pub enum NoRoom {
     Descriptors,
 }
 
-/// How much a connection has asked for at a time.
+/// What serving a connection takes, as far as it is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Appetite {
-    /// What it sent last was done in one turn.
-    #[default]
+    /// What it sent last was done in one turn, and soon.
     Small,
-    /// What it sent is taking more than one turn.
+    /// What it sent last took long, for the first time. Perhaps something else had the processor
+    /// meanwhile.
+    Doubtful,
+    /// What it sent last takes more than a turn, or long.
     Large,
-    /// What it sent last took more than one turn; what it sends next has to wait behind the others.
-    WasLarge,
+    /// It is new, or what it sent before its last turn took more than one: first it has to show that
+    /// it keeps nobody waiting.
+    #[default]
+    Unknown,
 }
 
 /// What sending achieved.

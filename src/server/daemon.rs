@@ -32,9 +32,12 @@ use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
 /// For how long one connection is read from and its frames are worked on before others have their
-/// turn, microseconds; one frame at least. It is the time of two or three locks: who makes a call
-/// while somebody else floods the daemon waits about as long as the call itself takes.
+/// turn, microseconds; or for two frames, if they take longer. It is the time of two or three locks:
+/// who makes a call while somebody else floods the daemon waits about as long as the call takes.
 pub const TURN_US: u64 = 16;
+/// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
+/// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
+const LONG_TURN_US: u64 = 4 * TURN_US;
 /// The most that one read takes.
 pub const READ_SIZE: usize = 64 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
@@ -101,7 +104,7 @@ pub struct Daemon {
     pub registry: mio::Registry,
     /// Connections on which something has happened.
     pub ready: VecDeque<usize>,
-    /// Connections that need more than a turn: they come after those that are ready.
+    /// Connections that may need much: they come after those that are ready.
     pub unfinished: VecDeque<usize>,
     /// Connections that are over and not cleared away yet.
     pub ending: VecDeque<usize>,
@@ -176,31 +179,28 @@ impl Daemon {
         {
             connection.queued = true;
             match connection.appetite {
-                Appetite::Small => self.ready.push_back(place),
-                Appetite::Large | Appetite::WasLarge => self.unfinished.push_back(place),
+                Appetite::Small | Appetite::Doubtful => self.ready.push_back(place),
+                Appetite::Large | Appetite::Unknown => self.unfinished.push_back(place),
             }
         }
     }
 
-    /// A turn is over before everything is done.
-    fn postpone(&mut self, place: usize) {
-        if let Some(connection) = self.connections.get_mut(place) {
-            connection.appetite = Appetite::Large;
-        }
-        self.enqueue(place);
-    }
-
-    /// One connection's turn, until `end`.
-    pub fn serve(&mut self, place: usize, end: Moment) {
-        self.serve_turn(place, end);
+    /// One connection's turn. It is shorter if an `end` is given that comes earlier.
+    pub fn serve(&mut self, place: usize, end: Option<Moment>) {
+        let start = Moment::now();
+        let turn = self.serve_turn(place, start, end.unwrap_or(start.plus_us(TURN_US)));
         self.count_admin_bytes(place);
-        if let Some(connection) = self.connections.get_mut(place)
-            && !connection.queued
-        {
-            connection.appetite = match connection.appetite {
-                Appetite::Large => Appetite::WasLarge,
-                Appetite::Small | Appetite::WasLarge => Appetite::Small,
-            };
+        let Some(connection) = self.connections.get_mut(place) else {
+            return;
+        };
+        connection.appetite = match (turn, connection.appetite) {
+            (Turn::Short, Appetite::Large) => Appetite::Unknown,
+            (Turn::Short, _) => Appetite::Small,
+            (Turn::Long, Appetite::Small) => Appetite::Doubtful,
+            (Turn::Long | Turn::Unfinished, _) => Appetite::Large,
+        };
+        if turn == Turn::Unfinished {
+            self.enqueue(place);
         }
     }
 
@@ -230,36 +230,48 @@ impl Daemon {
         }
     }
 
-    /// What a connection sent is read, worked on and answered, until its time is over.
-    fn serve_turn(&mut self, place: usize, end: Moment) {
+    /// What a connection sent is read, worked on and answered, until `end`.
+    fn serve_turn(&mut self, place: usize, start: Moment, end: Moment) -> Turn {
         let Some(connection) = self.connections.get_mut(place) else {
-            return;
+            return Turn::Short;
         };
         connection.queued = false;
-        if connection.phase == Phase::Over {
-            return;
-        }
-        let mut is_first_piece = true;
+        let mut turn = Turn::Short;
+        let mut is_over = false;
         loop {
             let Some(connection) = self.connections.get_mut(place) else {
-                return;
+                return turn;
             };
+            if connection.phase == Phase::Over {
+                return turn;
+            }
             if !connection.holds_replies() {
                 match connection.send_rest() {
                     Sent::All => (),
-                    Sent::Blocked => return self.wait_to_send(place, true),
-                    Sent::NoMemory => return self.serve_later(place),
-                    Sent::Failed => return self.end_connection(place),
+                    Sent::Blocked => {
+                        self.wait_to_send(place, true);
+                        return turn;
+                    }
+                    Sent::NoMemory => {
+                        self.serve_later(place);
+                        return turn;
+                    }
+                    Sent::Failed => {
+                        self.end_connection(place);
+                        return turn;
+                    }
                 }
             }
             if connection.phase == Phase::Closing {
-                return self.end_connection(place);
+                self.end_connection(place);
+                return turn;
             }
             if !connection.paused && !connection.readable {
-                return self.wait_to_send(place, false);
+                self.wait_to_send(place, false);
+                return turn;
             }
-            if !std::mem::take(&mut is_first_piece) && Moment::now() >= end {
-                return self.postpone(place);
+            if is_over {
+                return Turn::Unfinished;
             }
             let (bytes, descriptors) = if connection.paused {
                 (0, false)
@@ -267,13 +279,25 @@ impl Daemon {
                 match receive(connection, &mut self.input) {
                     Read::Some { bytes, descriptors } => (bytes, descriptors),
                     Read::Nothing => continue,
-                    Read::NoMemory => return self.serve_later(place),
-                    Read::End => return self.end_connection(place),
+                    Read::NoMemory => {
+                        self.serve_later(place);
+                        return turn;
+                    }
+                    Read::End => {
+                        self.end_connection(place);
+                        return turn;
+                    }
                 }
             };
             let taken = self.take_in(place, 0..bytes, descriptors, end);
+            // Before the reply goes out: whoever gets it may have this processor next.
+            let now = Moment::now();
+            is_over = now >= end;
+            if now >= start.plus_us(LONG_TURN_US) {
+                turn = Turn::Long;
+            }
             if !self.answer(place, taken) {
-                return;
+                return turn;
             }
         }
     }
@@ -296,15 +320,19 @@ impl Daemon {
         let mut conversation = connection.take_conversation();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
+        let mut is_first = true;
         let taken = conversation.take_in(
             input.get(bytes).unwrap_or_default(),
             descriptors,
             longest,
             |header, payload| {
                 let flow = dispatch::dispatch(self, place, header, payload, &mut output);
-                match flow {
-                    Flow::Continue if Moment::now() >= end => Flow::Pause,
-                    flow => flow,
+                // Most often it is the only one, and nothing else is to be put off.
+                let may_pause = !std::mem::take(&mut is_first) && flow == Flow::Continue;
+                if may_pause && Moment::now() >= end {
+                    Flow::Pause
+                } else {
+                    flow
                 }
             },
         );
@@ -517,6 +545,17 @@ impl Daemon {
             listener.queued = listener.readable;
         }
     }
+}
+
+/// How a connection's turn went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Everything was done, and soon.
+    Short,
+    /// Everything was done, but it took long.
+    Long,
+    /// Something is left to do.
+    Unfinished,
 }
 
 /// Whether a call that failed for this reason may succeed a moment later.

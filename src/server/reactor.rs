@@ -217,7 +217,7 @@ impl Reactor {
             let Some(place) = self.daemon.ready.pop_front() else {
                 break;
             };
-            self.daemon.serve(place, Moment::now().plus_us(TURN_US));
+            self.daemon.serve(place, None);
         }
         if self.has_work() {
             let end = Moment::now().plus_us(TURN_US);
@@ -242,7 +242,7 @@ impl Reactor {
         let daemon = &mut self.daemon;
         match line {
             Line::Unfinished => match daemon.unfinished.pop_front() {
-                Some(place) => daemon.serve(place, end),
+                Some(place) => daemon.serve(place, Some(end)),
                 None => return false,
             },
             Line::Newcomers => {
@@ -251,10 +251,6 @@ impl Reactor {
                     let listener = daemon.listeners.get(number);
                     if listener.is_some_and(|listener| listener.queued) {
                         let more = daemon.accept(number);
-                        // Most newcomers have made their first call by now: it costs no poll.
-                        if let Some(place) = daemon.ready.pop_front() {
-                            daemon.serve(place, end);
-                        }
                         if let Some(listener) = daemon.listeners.get_mut(number) {
                             listener.queued = more;
                         }

@@ -136,8 +136,11 @@ impl Daemon {
         Client::connect(&self.lock_socket)
     }
 
-    /// A new connection to the admin socket.
+    /// A new connection to the admin socket, which a daemon makes after the lock socket.
     pub fn admin_client(&self) -> Client {
+        wait_until(DEADLINE, "the admin socket to be there", || {
+            self.admin_socket.exists()
+        });
         Client::connect(&self.admin_socket)
     }
 
