@@ -17,6 +17,7 @@ pub const FAILING: &[(&str, &str)] = &[
     ("clone", "EAGAIN ENOMEM EPERM"),
     ("clone3", "EAGAIN ENOMEM EPERM ENOSYS"),
     ("connect", "EACCES EPERM EAGAIN EINTR"),
+    ("dup3", "EMFILE EBUSY EINTR"),
     ("epoll_create1", "EMFILE ENFILE ENOMEM"),
     ("epoll_ctl", "ENOMEM ENOSPC"),
     ("epoll_wait", "EINTR"),
