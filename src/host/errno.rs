@@ -19,6 +19,14 @@ pub fn of(error: &std::io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
+/// Whether a call that failed for this reason may succeed a moment later.
+pub fn may_pass(reason: Errno) -> bool {
+    matches!(
+        reason,
+        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

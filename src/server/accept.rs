@@ -16,7 +16,7 @@ use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::stream::Peer;
-use crate::host::{process, stream};
+use crate::host::{errno, process, stream};
 use crate::wire::error::Error;
 
 /// How many refused clients may be waiting for their refusal at a time.
@@ -177,7 +177,21 @@ impl Daemon {
         // those that are known to be quick, costs no poll.
         connection.readable = true;
         if !self.names_processes {
-            connection.start_time = self.start_time(peer.pid);
+            match self.start_time(peer.pid) {
+                // It could not be fenced, ever.
+                Err(reason)
+                    if errno::may_pass(reason) && phase != Phase::Refused(NoRoom::Descriptors) =>
+                {
+                    tracing::error!(
+                        target: "rpc.netsocket",
+                        "Client {} of the {} server is turned away: its process cannot be looked \
+                         at: {}",
+                        peer.pid, service.name(), errno::text(reason)
+                    );
+                    return;
+                }
+                found => connection.start_time = found.ok(),
+            }
         }
         let place = self.connections.insert(connection);
         if let Err(error) = self.watch(place) {
@@ -200,13 +214,13 @@ impl Daemon {
     }
 
     /// When the process of a client started, should it take one of the last descriptors to find out.
-    fn start_time(&mut self, pid: i32) -> Option<u64> {
+    fn start_time(&mut self, pid: i32) -> Result<u64, Errno> {
         loop {
             match process::start_time(pid) {
                 Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
                 found => {
                     self.reserve.refill();
-                    return found.ok();
+                    return found;
                 }
             }
         }

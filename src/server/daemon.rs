@@ -23,7 +23,7 @@ use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
 use crate::host::heap;
 use crate::host::names::Names;
-use crate::host::stream;
+use crate::host::{errno, stream};
 use crate::locks::keeper::Keeper;
 use crate::locks::table::Pid;
 use crate::restart::event::Event;
@@ -432,7 +432,7 @@ impl Daemon {
     pub fn clear_away(&mut self, place: usize) {
         let left = self.owner_left_with(place);
         if let Some((pid, Err(reason))) = &left
-            && may_pass(*reason)
+            && errno::may_pass(*reason)
         {
             let again = Moment::now().plus_ms(RETRY_MS);
             self.deadlines.set(Deadline::ClearAway(place), again);
@@ -556,14 +556,6 @@ enum Turn {
     Long,
     /// Something is left to do.
     Unfinished,
-}
-
-/// Whether a call that failed for this reason may succeed a moment later.
-fn may_pass(reason: Errno) -> bool {
-    matches!(
-        reason,
-        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
-    )
 }
 
 enum Read {

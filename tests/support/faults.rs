@@ -17,6 +17,7 @@ pub const FAILING: &[(&str, &str)] = &[
     ("clone", "EAGAIN ENOMEM EPERM"),
     ("clone3", "EAGAIN ENOMEM EPERM ENOSYS"),
     ("connect", "EACCES EPERM EAGAIN EINTR"),
+    ("dup3", "EMFILE EBUSY EINTR"),
     ("epoll_create1", "EMFILE ENFILE ENOMEM"),
     ("epoll_ctl", "ENOMEM ENOSPC"),
     ("epoll_wait", "EINTR"),
@@ -48,7 +49,7 @@ pub const FAILING: &[(&str, &str)] = &[
         "openat2",
         "EMFILE ENFILE ENOMEM EACCES EAGAIN EINTR ENOSPC EXDEV ENOSYS",
     ),
-    ("pidfd_open", "EMFILE ENFILE ENOMEM ENODEV"),
+    ("pidfd_open", "EMFILE ENFILE ENOMEM"),
     ("pidfd_send_signal", "EPERM"),
     ("pipe2", "EMFILE ENFILE"),
     ("poll", "EINTR ENOMEM"),
@@ -110,24 +111,48 @@ pub struct Fault {
     pub call: &'static str,
     pub error: &'static str,
     pub nth: usize,
+    pub kernel: Kernel,
 }
+
+/// What the kernel can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// What this one can.
+    This,
+    /// It does not name the process of a peer (SO_PEERPIDFD, Linux 6.5). The daemon finds that out with
+    /// a pair of sockets, and is never given one.
+    NamesNoPeers,
+}
+
+/// The call that fails on a kernel that names no peers.
+const PROBE: &str = "socketpair";
 
 impl std::fmt::Display for Fault {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(out, "{}:{}:{}", self.call, self.error, self.nth)
+        write!(out, "{}:{}:{}", self.call, self.error, self.nth)?;
+        match self.kernel {
+            Kernel::This => Ok(()),
+            Kernel::NamesNoPeers => write!(out, " where the kernel names no peers"),
+        }
     }
 }
 
 /// The words of a command line in front of the daemon's own: strace, which writes what it sees to
 /// `output` and makes one call fail, or none.
-pub fn strace_words(fault: Option<&Fault>, output: &str) -> Vec<String> {
+pub fn strace_words(fault: Option<&Fault>, kernel: Kernel, output: &str) -> Vec<String> {
     // -D: the daemon is the process that was started, and strace its grandchild. -y: descriptors are
     // shown with what they are of.
     let mut words: Vec<String> = ["strace", "-D", "-q", "-y", "-o", output]
         .map(str::to_owned)
         .into();
-    if let Some(Fault { call, error, nth }) = fault {
-        words.push(format!("--trace={call}"));
+    if kernel == Kernel::NamesNoPeers {
+        words.push(format!("--inject={PROBE}:error=EMFILE"));
+    }
+    if let Some(Fault {
+        call, error, nth, ..
+    }) = fault
+    {
+        words.push(format!("--trace={call},{PROBE}"));
         words.push(format!("--inject={call}:error={error}:when={nth}"));
     }
     words
@@ -143,8 +168,9 @@ pub fn calls(trace: &str) -> impl Iterator<Item = (&str, &str)> {
 }
 
 /// The line of the call that was made to fail, if it came to that.
-pub fn injected(trace: &str) -> Option<&str> {
-    trace.lines().find(|line| line.contains("(INJECTED)"))
+pub fn injected<'a>(trace: &'a str, fault: &Fault) -> Option<&'a str> {
+    let is_it = |(name, line): &(&str, &str)| *name == fault.call && line.contains("(INJECTED)");
+    calls(trace).find(is_it).map(|(_, line)| line)
 }
 
 /// Whether strace has seen the end of the process.
@@ -171,6 +197,13 @@ pub fn cannot_fail(line: &str) -> bool {
         .any(|command| line.contains(command))
 }
 
+/// Whether a call serves to find and follow a process on a kernel that names no peers.
+pub fn is_about_processes(line: &str) -> bool {
+    ["/stat\"", "/stat>", "pidfd_open("]
+        .iter()
+        .any(|word| line.contains(word))
+}
+
 /// Whether the kernel would never have given this error for this call: then nothing follows from
 /// what the daemon made of it.
 pub fn is_untrue(fault: &Fault, line: &str) -> bool {
@@ -178,6 +211,11 @@ pub fn is_untrue(fault: &Fault, line: &str) -> bool {
     match (fault.call, fault.error) {
         ("fcntl", "EMFILE") => !is_about(&["F_DUPFD"]),
         ("fcntl", _) => is_about(&["F_DUPFD"]) || cannot_fail(line),
+        // Root is not denied this, and there is no disk behind it.
+        ("openat", "EACCES" | "EPERM" | "EROFS" | "ENOSPC" | "EIO" | "ELOOP") => {
+            is_about(&["\"/proc/"])
+        }
+        ("read", "EIO") if is_about(&["</proc/"]) => true,
         // There is no disk and no network behind these.
         (_, "EIO" | "ESTALE") => is_about(&["<anon_inode:", "<pipe:", "<socket:", "</memfd:"]),
         _ => false,
