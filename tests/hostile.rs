@@ -484,14 +484,19 @@ fn refused_clients_that_never_call_use_few_descriptors() {
     }
     const CLIENTS: usize = 300;
     const KEPT_AT_MOST: usize = 100;
+    /// How long a refused client may take to make its call.
+    const REFUSED_FOR: Duration = Duration::from_secs(10);
     // The bystander, the guest, and one more.
     let mut scene = limited_scene("max_clients = 3\n");
     scene.withstands(Guest::Locks, SOME_KIB, |daemon| {
         let mut third = served_client(daemon);
         let before = open_descriptors(daemon);
+        let begun = std::time::Instant::now();
         let mut silent = clients(daemon, CLIENTS);
-        // Refused ones that are too many are closed, the oldest first.
+        // Refused ones that are too many are closed, the oldest first; not when their time is over.
         silent[0].expect_closed();
+        let waited = begun.elapsed();
+        assert!(waited < REFUSED_FOR, "closed after {waited:?} only");
         wait_until(DEADLINE, "refused clients to be bounded", || {
             open_descriptors(daemon) < before + KEPT_AT_MOST
         });
