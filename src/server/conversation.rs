@@ -105,14 +105,15 @@ impl Conversation {
             self.pending.extend_from_slice(bytes);
             self.descriptors_at_end = descriptors_at_end;
         }
-        let pending = std::mem::take(&mut self.pending);
+        let mut pending = std::mem::take(&mut self.pending);
         let (left, taken) = self.advance(&pending, longest, &mut work);
-        if left.len() == pending.len() {
-            self.pending = pending;
-        } else {
-            // A copy of what is left: what a long frame needed is not kept for what follows it.
-            self.pending = left.to_vec();
+        let left = left.len();
+        pending.drain(..pending.len().saturating_sub(left));
+        // What a long frame needed is not kept for what follows it.
+        if left < pending.capacity() / 4 {
+            pending.shrink_to_fit();
         }
+        self.pending = pending;
         taken
     }
 

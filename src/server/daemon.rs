@@ -32,7 +32,7 @@ use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
 /// For how long one connection is read from and its frames are worked on before others have their
-/// turn, microseconds; or for two frames, if they take longer. It is the time of two or three locks:
+/// turn, microseconds; or for three frames, if they take longer. It is the time of two or three locks:
 /// who makes a call while somebody else floods the daemon waits about as long as the call takes.
 pub const TURN_US: u64 = 16;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
@@ -320,15 +320,17 @@ impl Daemon {
         let mut conversation = connection.take_conversation();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
-        let mut is_first = true;
+        let mut count = 0usize;
         let taken = conversation.take_in(
             input.get(bytes).unwrap_or_default(),
             descriptors,
             longest,
             |header, payload| {
                 let flow = dispatch::dispatch(self, place, header, payload, &mut output);
-                // Most often it is the only one, and nothing else is to be put off.
-                let may_pause = !std::mem::take(&mut is_first) && flow == Flow::Continue;
+                count = count.wrapping_add(1);
+                // Most often there is only one, and nothing else to be put off; of many, every
+                // second one is worth a look at the clock.
+                let may_pause = count.is_multiple_of(2) && flow == Flow::Continue;
                 if may_pause && Moment::now() >= end {
                     Flow::Pause
                 } else {
