@@ -86,7 +86,7 @@ pub fn all() -> Vec<Seed> {
 }
 
 /// Calls as the target `connection` chooses them: what to do; procedure, lockspace, name, flags.
-const CALLS: [[[u8; 5]; 6]; 4] = [
+const CALLS: [[[u8; 5]; 6]; 5] = [
     // Two owners share a file and give it back.
     [
         [32, 0, 1, 1, 65],
@@ -122,6 +122,15 @@ const CALLS: [[[u8; 5]; 6]; 4] = [
         [40, 5, 4, 0, 2],
         [33, 0, 1, 1, 65],
         [33, 4, 4, 0, 0],
+    ],
+    // There is no room for the third one until the first has ended.
+    [
+        [32, 0, 1, 1, 65],
+        [33, 0, 1, 2, 66],
+        [35, 5, 1, 0, 3],
+        [40, 5, 1, 0, 3],
+        [35, 0, 1, 1, 67],
+        [35, 5, 1, 0, 1],
     ],
 ];
 

@@ -22,7 +22,7 @@ use support::owner::{OnTerm, Owner};
 use support::random::Random;
 use support::scene::locks_of;
 use support::upgrade::{Host, upgrade};
-use support::{DEADLINE, lock_probe, wait_until};
+use support::{DEADLINE, assert_memory, lock_probe, wait_until};
 
 /// How many guests there are whenever the daemon is looked at.
 const GUESTS: usize = 16;
@@ -421,7 +421,9 @@ impl Watch {
                 most(last).expect("looks"),
                 looks[0].descriptors
             );
-            assert!(after <= before + SLACK_KIB, "memory grows: {looks:?}");
+            assert_memory(after <= before + SLACK_KIB, || {
+                format!("memory grows: {looks:?}")
+            });
             let descriptors = looks[0].descriptors;
             assert!(
                 looks.iter().all(|look| look.descriptors == descriptors),

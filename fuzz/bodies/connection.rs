@@ -1,6 +1,7 @@
 //! A daemon with four connections, three to the lock socket and one to the admin socket: bytes in,
-//! replies out. After each step every call has had its one reply, the table is sound, the kernel
-//! has the locks that the table says, and replaying the ledger gives the daemon's state.
+//! replies out. There is room for two on each socket. After each step every call has had its one
+//! reply, the table is sound, the kernel has the locks that the table says, nobody waits where there
+//! is room, and replaying the ledger gives the daemon's state.
 //!
 //! Nothing is killed: the peers cannot be seen, as those of another pid namespace (pid 0). The one
 //! call that is left out is the daemon's shutdown, which may start a program.
@@ -22,7 +23,7 @@ use virtlockd::locks::table::Mode;
 use virtlockd::restart::event::Event;
 use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::state::{ClientState, ResourceState, Service, State};
-use virtlockd::server::connection::{Connection, Phase};
+use virtlockd::server::connection::{Connection, NoRoom, Phase};
 use virtlockd::server::conversation::{Flow, Taken};
 use virtlockd::server::daemon::Daemon;
 use virtlockd::server::dispatch;
@@ -58,7 +59,8 @@ pub fn run(data: &[u8]) {
         let registry = poll.registry().try_clone().expect("its registry");
         let mut daemon = Daemon::new(registry, Ledger::new().expect("a ledger"));
         for service in Service::ALL {
-            daemon.clients_mut(service).limit = 10;
+            // One of the three on the lock socket has to wait until another has ended.
+            daemon.clients_mut(service).limit = 2;
             daemon.note_server(service);
         }
         let mut run = Run {
@@ -85,15 +87,25 @@ impl Run<'_> {
             self.clients.push(theirs);
             let clients = self.daemon.clients_mut(service);
             let id = clients.take_id();
+            let has_room = clients.has_room();
             let peer = Peer {
                 pid: 0,
                 uid: 0,
                 gid: 0,
             };
-            let connection = Connection::new(OwnedFd::from(ours), service, id, peer, Phase::Served);
+            let phase = if has_room {
+                Phase::Served
+            } else {
+                Phase::Refused(NoRoom::Limit)
+            };
+            let connection = Connection::new(OwnedFd::from(ours), service, id, peer, phase);
             let place = self.daemon.connections.insert(connection);
-            self.daemon.clients_mut(service).by_id.insert(id, place);
             self.daemon.note_connected(place);
+            if has_room {
+                self.daemon.clients_mut(service).by_id.insert(id, place);
+            } else {
+                self.daemon.wait_for_first_call(place, id);
+            }
             self.places[number] = place;
         }
     }
@@ -125,6 +137,8 @@ impl Run<'_> {
             while let Some(place) = self.daemon.ending.pop_front() {
                 self.daemon.clear_away(place);
             }
+            // Before anybody else can take the room.
+            self.check_clients();
             self.connect_missing();
             self.check();
         }
@@ -182,6 +196,7 @@ impl Run<'_> {
     fn check(&mut self) {
         self.daemon.tend_ledger();
         self.check_table();
+        self.check_clients();
         assert!(!self.daemon.ledger.is_stale());
         if self.replayed.0 != self.daemon.ledger.content() {
             let content = self.daemon.ledger.content();
@@ -218,6 +233,25 @@ impl Run<'_> {
         assert!(owners.iter().eq(held_by.keys()));
         for (pid, held) in held_by {
             assert_eq!(table.held_by(pid), held);
+        }
+    }
+
+    /// Whoever is served is counted, and nobody waits where there is room.
+    fn check_clients(&self) {
+        for service in Service::ALL {
+            let mut served = BTreeMap::new();
+            let clients = self.daemon.clients(service);
+            for (place, connection) in &self.daemon.connections {
+                if connection.service != service {
+                    continue;
+                }
+                match connection.phase {
+                    Phase::Served => assert_eq!(served.insert(connection.id, place), None),
+                    Phase::Refused(_) => assert!(!clients.has_room(), "there is room for it"),
+                    Phase::Closing | Phase::Over => panic!("{:?} is left", connection.phase),
+                }
+            }
+            assert_eq!(clients.by_id, served);
         }
     }
 
