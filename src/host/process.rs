@@ -76,6 +76,19 @@ impl Process {
     }
 }
 
+/// Forgets the children of this process that have ended. Whether there are others that have not.
+pub fn reap_children() -> bool {
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    let any = nix::unistd::Pid::from_raw(-1);
+    loop {
+        match waitpid(any, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => return true,
+            Ok(_) | Err(Errno::EINTR) => (),
+            Err(_) => return false,
+        }
+    }
+}
+
 /// When a process started, in clock ticks since boot (`/proc/PID/stat`, field 22; proc(5)).
 /// ESRCH if there is no such process; another error, which says nothing about the process, if its
 /// file cannot be read.

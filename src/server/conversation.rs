@@ -105,15 +105,14 @@ impl Conversation {
             self.pending.extend_from_slice(bytes);
             self.descriptors_at_end = descriptors_at_end;
         }
-        let mut pending = std::mem::take(&mut self.pending);
+        let pending = std::mem::take(&mut self.pending);
         let (left, taken) = self.advance(&pending, longest, &mut work);
-        let left = left.len();
-        pending.drain(..pending.len().saturating_sub(left));
-        // What a long frame needed is not kept for what follows it.
-        if left < pending.capacity() / 4 {
-            pending.shrink_to_fit();
+        if left.len() == pending.len() {
+            self.pending = pending;
+        } else {
+            // A copy of what is left: what a long frame needed is not kept for what follows it.
+            self.pending = left.to_vec();
         }
-        self.pending = pending;
         taken
     }
 

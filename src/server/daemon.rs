@@ -520,7 +520,10 @@ impl Daemon {
             Deadline::Memory => self.give_memory_back(),
             Deadline::Ledger => (),
             Deadline::Successor => self.successor_is_late(),
-            Deadline::Abandoned => self.reap_abandoned(),
+            Deadline::Abandoned => {
+                self.reap_abandoned();
+                self.reap_inherited();
+            }
             Deadline::Quiet => self.never_quiet(),
         }
     }

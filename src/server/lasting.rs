@@ -375,6 +375,7 @@ impl Daemon {
         for directory in &state.lockspaces {
             self.keeper.add_lockspace(directory);
         }
+        self.inherit_abandoned();
         self.resume_resources(state.resources, inherited)?;
         self.resume_clients(state.clients, state.poll, inherited)?;
         for fence in state.fences {

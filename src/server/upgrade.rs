@@ -58,6 +58,8 @@ pub struct Upgrade {
     seen: Option<ProgramFile>,
     /// Successors that took too long and were killed, and are not over yet.
     abandoned: Vec<Check>,
+    /// An earlier image of this process may have left such successors behind.
+    has_inherited: bool,
 }
 
 impl Daemon {
@@ -176,6 +178,26 @@ impl Daemon {
         if self.upgrade.abandoned.is_empty() {
             self.deadlines.unset(Deadline::Abandoned);
         } else {
+            let again = Moment::now().plus_ms(REAP_MS);
+            self.deadlines.set(Deadline::Abandoned, again);
+        }
+    }
+
+    /// An earlier image of this process was here before: what it abandoned is a child of this one.
+    pub fn inherit_abandoned(&mut self) {
+        self.upgrade.has_inherited = true;
+        self.reap_inherited();
+    }
+
+    /// Forgets those that an earlier image abandoned, while there is no child of this one.
+    pub fn reap_inherited(&mut self) {
+        if !self.upgrade.has_inherited {
+            return;
+        }
+        let has_own =
+            matches!(self.upgrade.stage, Stage::Checking(_)) || !self.upgrade.abandoned.is_empty();
+        self.upgrade.has_inherited = has_own || process::reap_children();
+        if self.upgrade.has_inherited {
             let again = Moment::now().plus_ms(REAP_MS);
             self.deadlines.set(Deadline::Abandoned, again);
         }
