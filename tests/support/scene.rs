@@ -6,7 +6,7 @@ use super::daemon::Daemon;
 use super::namespace::Namespace;
 use super::{DEADLINE, assert_memory, is_sanitized, lock_probe, wait_until};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 /// The disk that the bystander holds all the time.
@@ -197,38 +197,53 @@ pub fn open_descriptors(daemon: &Daemon) -> usize {
 /// A guest that makes calls all the time, in a thread of its own. Every call has to be granted.
 struct BusyGuest {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<usize>,
+    rounds: Arc<AtomicUsize>,
+    thread: JoinHandle<()>,
 }
 
 impl BusyGuest {
     /// It has made its first calls when this returns.
     fn start(daemon: &Daemon, guest: Guest) -> BusyGuest {
         let stop = Arc::<AtomicBool>::default();
+        let rounds = Arc::<AtomicUsize>::default();
         let mut client = daemon.client();
         client.call(&register_as("guest", 4243)).expect_ok();
         let thread = std::thread::spawn({
-            let stop = stop.clone();
+            let (stop, rounds) = (stop.clone(), rounds.clone());
             move || {
-                let mut calls = 0;
                 while !stop.load(Ordering::Relaxed) {
                     if guest == Guest::Locks {
                         client.call(&acquire("", BUSY, 0)).expect_ok();
                         client.call(&release("", BUSY)).expect_ok();
                     }
                     client.ping();
-                    calls += 1;
+                    rounds.fetch_add(1, Ordering::Relaxed);
                 }
-                calls
             }
         });
-        BusyGuest { stop, thread }
+        let busy = BusyGuest {
+            stop,
+            rounds,
+            thread,
+        };
+        busy.wait_for_another_round();
+        busy
+    }
+
+    fn wait_for_another_round(&self) {
+        let before = self.rounds.load(Ordering::Relaxed);
+        wait_until(DEADLINE, "the busy guest's calls to be answered", || {
+            self.thread.is_finished() || self.rounds.load(Ordering::Relaxed) > before
+        });
     }
 
     /// Ends it; how many rounds of calls it has made.
     fn end(self) -> usize {
+        self.wait_for_another_round();
         self.stop.store(true, Ordering::Relaxed);
         self.thread
             .join()
-            .expect("every call of the guest is granted")
+            .expect("every call of the guest is granted");
+        self.rounds.load(Ordering::Relaxed)
     }
 }
