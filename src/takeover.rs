@@ -247,8 +247,9 @@ fn set_up(
         let descriptor = inherited
             .take(poll.descriptor)
             .map_err(|_| unusable("the descriptor of its poll is not open"))?;
+        let is_known = poll.knows(&state.clients);
         // Without it every connection is watched anew, which takes longer.
-        if poll.knows(&state.clients) && reactor.inherit(descriptor).is_ok() {
+        if is_known && reactor.inherit(&descriptor).map_err(start::no_event_loop)? {
             state.poll = Some(poll);
         }
     }

@@ -124,6 +124,15 @@ struct Run<'a> {
     owners: AtomicU32,
 }
 
+/// Tells the threads to stop, also when this one fails: it would wait for them for ever.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Run<'_> {
     fn now(&self) -> Moment {
         self.begun.elapsed().as_nanos() as Moment
@@ -388,6 +397,7 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
     let mut upgrades = 0;
     let entries: Vec<Entry> = std::thread::scope(|scope| {
         let (run, tries) = (&run, &tries);
+        let stop = StopAtEnd(&run.stop);
         let mut threads = vec![
             scope.spawn(move || run.rob(tries)),
             scope.spawn(move || run.be_another_host(Random::new(!seed))),
@@ -402,7 +412,7 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             upgrades += 1;
             std::thread::sleep(BETWEEN_UPGRADES);
         }
-        run.stop.store(true, Ordering::Relaxed);
+        drop(stop);
         let joined = threads.into_iter().map(|thread| thread.join());
         joined
             .flat_map(|entries| entries.expect("a thread of the run"))

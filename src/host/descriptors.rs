@@ -100,7 +100,7 @@ fn is_open(number: RawFd) -> bool {
 
 /// Makes `number`, which stays the property of whoever has it, mean what `descriptor` means, and
 /// closes what it meant before (dup3(2)). Close-on-exec.
-pub fn put_in_place(descriptor: OwnedFd, number: RawFd) -> Result<(), Errno> {
+pub fn put_in_place(descriptor: &OwnedFd, number: RawFd) -> Result<(), Errno> {
     use std::os::fd::AsRawFd;
     // SAFETY: dup3(2) takes integers; the owner of `number` goes on owning an open descriptor.
     let result = unsafe { libc::dup3(descriptor.as_raw_fd(), number, libc::O_CLOEXEC) };

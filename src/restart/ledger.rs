@@ -27,7 +27,8 @@ use super::replay::Replay;
 use super::state::State;
 use crate::host::memory::{self, Memory};
 
-/// The version of the format that this program writes. It reads this one and all before.
+/// The version of the format that this program writes. It reads this one and all before. The second
+/// one has the poll in it.
 pub const VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";

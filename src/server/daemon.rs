@@ -453,6 +453,12 @@ impl Daemon {
             .remove(&connection.id);
         self.forget_refused(place, connection.id);
         self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
+        if left.is_none()
+            && let Some(owner) = connection.session.owner()
+            && self.keeper.table().held_by(owner.pid) == 0
+        {
+            self.unreachable.remove(&owner.pid);
+        }
         if let Some((pid, process)) = left {
             self.owner_left(pid, process);
         }

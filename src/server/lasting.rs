@@ -675,6 +675,13 @@ fn client_state(connection: &Connection) -> ClientState {
 
 /// The bytes of a connection that are on their way.
 fn traffic(connection: &Connection) -> Traffic {
+    if connection.phase == Phase::Over {
+        // Nothing is read from it or sent to it any more.
+        return Traffic {
+            closing: true,
+            ..Traffic::default()
+        };
+    }
     let (pending, descriptors_at_end, arrived) =
         match connection.conversation().and_then(Conversation::pending) {
             Some(Pending {
@@ -689,7 +696,7 @@ fn traffic(connection: &Connection) -> Traffic {
         descriptors_at_end,
         arrived,
         unsent: connection.unsent().to_vec(),
-        closing: matches!(connection.phase, Phase::Closing | Phase::Over),
+        closing: connection.phase == Phase::Closing,
     }
 }
 

@@ -55,18 +55,19 @@ enum Line {
     Dead,
 }
 
-impl Line {
-    const COUNT: usize = 4;
-
-    fn next(self) -> Line {
-        match self {
-            Line::Unfinished => Line::Newcomers,
-            Line::Newcomers => Line::Endings,
-            Line::Endings => Line::Dead,
-            Line::Dead => Line::Unfinished,
-        }
-    }
-}
+/// In which order they have a piece done, those that are empty passed over. A connection needs several
+/// pieces until it is finished and cleared away, and one to be accepted: were newcomers let in as fast,
+/// a flood of them would take up all descriptors.
+const ROTATION: [Line; 8] = [
+    Line::Unfinished,
+    Line::Endings,
+    Line::Unfinished,
+    Line::Dead,
+    Line::Unfinished,
+    Line::Endings,
+    Line::Unfinished,
+    Line::Newcomers,
+];
 
 /// The poll and what it watches.
 pub struct Reactor {
@@ -74,8 +75,8 @@ pub struct Reactor {
     signals: Signals,
     timer: Timer,
     reload: Reload,
-    /// Whose turn it is.
-    line: Line,
+    /// How far the rotation is.
+    rotation: std::iter::Cycle<std::array::IntoIter<Line, 8>>,
     /// Everything else.
     pub daemon: Daemon,
 }
@@ -96,20 +97,25 @@ impl Reactor {
             signals,
             timer,
             reload,
-            line: Line::Unfinished,
+            rotation: ROTATION.into_iter().cycle(),
             daemon,
         })
     }
 
     /// Goes on with the poll of an earlier image of this process, which watches the connections
     /// already: to take thousands out of one poll and into another would keep all of them waiting.
-    pub fn inherit(&mut self, poll: OwnedFd) -> std::io::Result<()> {
-        descriptors::put_in_place(poll, self.poll.as_raw_fd())?;
-        let registry = patiently(|| self.poll.registry().try_clone())?;
-        patiently(|| Source::Signals.watch(&registry, self.signals.as_raw_fd()))?;
-        patiently(|| Source::Timer.watch(&registry, self.timer.as_raw_fd()))?;
-        self.daemon.registry = registry;
-        Ok(())
+    /// False if that cannot be done, and everything is to be watched anew.
+    pub fn inherit(&mut self, poll: &OwnedFd) -> std::io::Result<bool> {
+        let registry = &self.daemon.registry;
+        if patiently(|| descriptors::put_in_place(poll, registry.as_raw_fd())).is_err() {
+            return Ok(false);
+        }
+        // From here on there is no way back: half of it would be asked for in one poll and waited
+        // for in the other.
+        patiently(|| descriptors::put_in_place(poll, self.poll.as_raw_fd()))?;
+        patiently(|| Source::Signals.watch(registry, self.signals.as_raw_fd()))?;
+        patiently(|| Source::Timer.watch(registry, self.timer.as_raw_fd()))?;
+        Ok(true)
     }
 
     /// Sets the limits that the configuration gives.
@@ -228,10 +234,10 @@ impl Reactor {
     /// One piece of what waits, from each line in turn: a line that is long, or made longer all the
     /// time, holds up no other. False if nothing waits.
     fn piece(&mut self, end: Moment) -> bool {
-        for _ in 0..Line::COUNT {
-            let line = self.line;
-            self.line = line.next();
-            if self.piece_of(line, end) {
+        for _ in ROTATION {
+            if let Some(line) = self.rotation.next()
+                && self.piece_of(line, end)
+            {
                 return true;
             }
         }

@@ -1,5 +1,6 @@
 //! What a readiness event is about: a token's low bits say which kind of thing, the rest which one.
-//! The tokens of connections outlive the program: the poll is handed to its successor as it is.
+//! The tokens of connections outlive the program: the poll is handed to its successor as it is, so to
+//! number them in another way takes a new version of the ledger's format.
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};

@@ -127,7 +127,9 @@ impl Daemon {
     pub fn successor_is_late(&mut self) {
         // Its end may have gone unnoticed.
         self.look_at_successor();
-        if !matches!(self.upgrade.stage, Stage::Checking(_)) {
+        // A later one has a deadline of its own.
+        let is_another = self.deadlines.get(Deadline::Successor).is_some();
+        if is_another || !matches!(self.upgrade.stage, Stage::Checking(_)) {
             return;
         }
         if let Some(check) = self.end_check() {
@@ -175,7 +177,7 @@ impl Daemon {
             self.unwatch(&check);
             check.reap();
         }
-        if self.upgrade.abandoned.is_empty() {
+        if self.upgrade.abandoned.is_empty() && !self.upgrade.has_inherited {
             self.deadlines.unset(Deadline::Abandoned);
         } else {
             let again = Moment::now().plus_ms(REAP_MS);
