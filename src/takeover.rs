@@ -20,8 +20,8 @@ use virtlockd::restart::handover::{CommandLine, HANDOVER_VARIABLE, READABLE};
 use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{LogState, Service, State};
-use virtlockd::server::lasting;
 use virtlockd::server::reactor::Reactor;
+use virtlockd::server::resume;
 
 use crate::Failed;
 use crate::start::{self, Start};
@@ -242,7 +242,7 @@ fn set_up(
         reactor.daemon.ledger = ledger;
     }
     let listeners =
-        lasting::resume_listeners(&state.listeners, inherited).map_err(|why| unusable(&why))?;
+        resume::resume_listeners(&state.listeners, inherited).map_err(|why| unusable(&why))?;
     if let Some(poll) = state.poll.take() {
         let descriptor = inherited
             .take(poll.descriptor)

@@ -1,6 +1,6 @@
 //! Everything that the reactor turns over, and the turn of one connection. What else happens to it
-//! is told in [`super::accept`], [`super::fence`], [`super::ending`], [`super::lasting`] and
-//! [`super::upgrade`]. Each step is short; what can be long is cut into pieces that wait in `ending`
+//! is told in [`super::accept`], [`super::fence`], [`super::ending`], [`super::lasting`],
+//! [`super::resume`] and [`super::upgrade`]. Each step is short; what can be long is cut into pieces that wait in `ending`
 //! and `dead` for their turn.
 
 use std::collections::{BTreeSet, VecDeque};

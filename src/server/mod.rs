@@ -19,5 +19,6 @@ pub mod fence;
 pub mod lasting;
 pub mod lock_service;
 pub mod reactor;
+pub mod resume;
 pub mod token;
 pub mod upgrade;

@@ -174,6 +174,11 @@ impl<'a> Encoder<'a> {
             Some(text) => self.u32(1).string(text),
         }
     }
+
+    /// The number of elements that follow. Lists of ours are far shorter than 2^32 elements.
+    pub fn count(&mut self, count: usize) -> &mut Self {
+        self.u32(u32::try_from(count).unwrap_or(u32::MAX))
+    }
 }
 
 #[cfg(test)]
