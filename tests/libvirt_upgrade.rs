@@ -6,7 +6,7 @@ mod support;
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use support::client::{
     ADMIN_PROGRAM, AUTOCREATE, CALL, Call, Client, Reply, SHARED, acquire, create_lockspace, frame,
     put_string, put_u32, register_as, release, restrict,
@@ -14,8 +14,8 @@ use support::client::{
 use support::daemon::{self, ADMIN_SOCKET, Daemon, LOCK_SOCKET};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    Host, Orphan, PROGRAM, Rival, Slowed, helper_client, image, long_name, refusals,
-    refused_upgrade, upgrade, wait_for_successor,
+    ACTIVATED_ADMIN, Background, Host, Orphan, PROGRAM, Rival, Slowed, helper_client, image,
+    long_name, refusals, refused_upgrade, upgrade, wait_for_successor,
 };
 use support::{DEADLINE, lock_probe, require_root, skip, wait_until};
 
@@ -492,24 +492,7 @@ fn a_lock_that_libvirts_daemon_lost_is_taken_again_or_reported() {
 fn sockets_that_libvirts_daemon_was_activated_with_are_served_on() {
     let Some(theirs) = theirs() else { return };
     let host = Host::with(&theirs);
-    let script = format!(
-        "import os, socket
-listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
-for number, path in enumerate(['/run/l', '/run/a']):
-    listeners[number].bind(path)
-    listeners[number].listen(5)
-    os.dup2(listeners[number].fileno(), 20 + number)
-for number in range(2):
-    os.dup2(20 + number, 3 + number)
-os.environ.update(LISTEN_FDS='2', LISTEN_FDNAMES='virtlockd.socket:virtlockd-admin.socket',
-                  LISTEN_PID=str(os.getpid()))
-os.closerange(5, 100)
-os.execv('{PROGRAM}', ['{PROGRAM}'])"
-    );
-    let python = Path::new("/usr/bin/python3");
-    let mut daemon = Daemon::spawn(python, &host.namespace, &["-c", &script], &[]);
-    let socket = host.path("/run/l");
-    daemon.wait_for_socket(&socket);
+    let (mut daemon, socket) = host.start_activated();
     let disk = host.disk("disk");
     let mut guest = Owner::register(&socket, "guest", OnTerm::Die);
     // libvirt's daemon would die of a connection that has not registered.
@@ -522,7 +505,7 @@ os.execv('{PROGRAM}', ['{PROGRAM}'])"
         upgrade(&daemon);
         client.ping();
         Client::connect(&socket).call(&register).expect_ok();
-        Client::connect(&host.path("/run/a")).ping();
+        Client::connect(&host.path(ACTIVATED_ADMIN)).ping();
         host.assert_held(&disk);
     }
     guest.call(&release("", &disk)).expect_ok();
@@ -535,21 +518,9 @@ os.execv('{PROGRAM}', ['{PROGRAM}'])"
 fn a_daemon_in_the_background_stays_the_same_process() {
     let Some(theirs) = theirs() else { return };
     let host = Host::with(&theirs);
-    let status = host
-        .namespace
-        .command(PROGRAM)
-        .arg("-d")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("start the daemon in the background");
-    assert!(status.success());
-    let text = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
-    let pid: i32 = text.trim().parse().expect("a pid");
-    let kill = |signal| {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("signal the daemon");
-    };
+    let daemon = Background::start(&host, host.namespace.command(PROGRAM).arg("-d"));
+    let pid_file = || std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("a pid file");
+    let text = pid_file();
     let socket = host.path(LOCK_SOCKET);
     let disk = host.disk("disk");
     let mut guest = Owner::register(&socket, "guest", OnTerm::Die);
@@ -561,17 +532,16 @@ fn a_daemon_in_the_background_stays_the_same_process() {
         daemon::program(),
     ] {
         host.install(&program);
-        let before = image(pid);
-        kill(nix::sys::signal::Signal::SIGUSR1);
-        wait_for_successor(pid, &before);
+        daemon.upgrade();
         guest.call(&register_as("guest", guest.pid())).expect_ok();
         host.assert_held(&disk);
-        let now = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
-        assert_eq!(now.trim(), text.trim());
+        assert_eq!(pid_file().trim(), text.trim());
     }
     guest.call(&release("", &disk)).expect_ok();
-    kill(nix::sys::signal::Signal::SIGTERM);
-    wait_until(DEADLINE, "the end of the daemon", || image(pid).is_empty());
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    wait_until(DEADLINE, "the end of the daemon", || {
+        image(daemon.pid).is_empty()
+    });
     assert!(!socket.exists());
 }
 
@@ -673,8 +643,13 @@ impl Outcome {
         }
     }
 
-    fn of_document(document: impl FnOnce(i32) -> Value) -> Outcome {
-        Outcome::of(|guest| document(guest).to_string().into_bytes())
+    /// Of the document that libvirt 11 writes, with a change.
+    fn of_changed(change: impl FnOnce(&mut Value)) -> Outcome {
+        Outcome::of(|guest| {
+            let mut document = document(guest);
+            change(&mut document);
+            document.to_string().into_bytes()
+        })
     }
 
     /// The locks, the connection and the sockets have been taken over.
@@ -730,7 +705,7 @@ fn a_document_as_libvirt_11_writes_it_is_taken_over() {
     if !require_root() {
         return;
     }
-    let outcome = Outcome::of_document(document);
+    let outcome = Outcome::of_changed(|_| ());
     Client::connect(&outcome.host.path(ADMIN_SOCKET)).ping();
     outcome.expect_taken_over();
 }
@@ -740,11 +715,9 @@ fn a_document_with_a_list_of_one_server_is_taken_over() {
     if !require_root() {
         return;
     }
-    Outcome::of_document(|guest| {
-        let mut document = document(guest);
-        let server = lock_server(&mut document).take();
+    Outcome::of_changed(|document| {
+        let server = lock_server(document).take();
         document["daemon"]["servers"] = json!([server]);
-        document
     })
     .expect_taken_over();
 }
@@ -754,10 +727,8 @@ fn a_document_whose_daemon_is_the_lock_server_itself_is_taken_over() {
     if !require_root() {
         return;
     }
-    Outcome::of_document(|guest| {
-        let mut document = document(guest);
-        document["daemon"] = lock_server(&mut document).take();
-        document
+    Outcome::of_changed(|document| {
+        document["daemon"] = lock_server(document).take();
     })
     .expect_taken_over();
 }
@@ -767,14 +738,12 @@ fn a_very_old_document_with_a_server_instead_of_a_daemon_is_taken_over() {
     if !require_root() {
         return;
     }
-    Outcome::of_document(|guest| {
-        let mut document = document(guest);
-        document["server"] = lock_server(&mut document).take();
+    Outcome::of_changed(|document| {
+        document["server"] = lock_server(document).take();
         document
             .as_object_mut()
             .expect("an object")
             .remove("daemon");
-        document
     })
     .expect_taken_over();
 }
@@ -784,21 +753,19 @@ fn a_document_without_its_optional_keys_is_taken_over() {
     if !require_root() {
         return;
     }
-    Outcome::of_document(|guest| {
-        let mut document = document(guest);
+    Outcome::of_changed(|document| {
         let remove = |value: &mut Value, keys: &[&str]| {
             for key in keys {
                 let object = value.as_object_mut().expect("an object");
                 assert!(object.remove(*key).is_some(), "{key}");
             }
         };
-        let server = lock_server(&mut document);
+        let server = lock_server(document);
         remove(server, &["max_anonymous_clients", "next_client_id"]);
         remove(&mut server["services"][0]["socks"][0], &["unlinkUNIX"]);
         let client = &mut server["clients"][0];
         remove(client, &["id", "auth_pending", "conn_time"]);
         remove(&mut client["sock"], &["unlinkUNIX"]);
-        document
     })
     .expect_taken_over();
 }
@@ -838,10 +805,8 @@ fn a_damaged_document_ends_the_start_and_is_kept() {
     let kept = std::fs::read(kept).expect("the damaged document");
     assert!(kept.starts_with(b"{\"daemon\""));
     let without = |key: &'static str, reason: &'static str| {
-        let outcome = Outcome::of_document(|guest| {
-            let mut document = document(guest);
+        let outcome = Outcome::of_changed(|document| {
             document.as_object_mut().expect("an object").remove(key);
-            document
         });
         let outcome = outcome.expect_refused(reason);
         assert!(outcome.host.path(format!("{DOCUMENT}.damaged")).exists());
@@ -886,10 +851,8 @@ fn a_document_that_speaks_of_what_is_not_open_ends_the_start_and_is_kept() {
         ),
     ];
     for (damage, reason) in damages {
-        let outcome = Outcome::of_document(|guest| {
-            let mut document = document(guest);
-            damage(&mut document);
-            document
+        let outcome = Outcome::of_changed(|document| {
+            damage(document);
         });
         let outcome = outcome.expect_refused(reason);
         let kept = [DOCUMENT.to_owned(), format!("{DOCUMENT}.damaged")];

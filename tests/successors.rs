@@ -65,6 +65,18 @@ impl Scene {
         reason
     }
 
+    /// The daemon looks at a successor that hangs: the pid of that one.
+    fn looks_at_a_sleeper(&mut self) -> i32 {
+        self.host.install_script("exec sleep 1000");
+        self.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+        support::wait_for(DEADLINE, "the successor to sleep", || {
+            let pid = children(&self.daemon).trim().to_owned();
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            let is_asleep = name.is_ok_and(|name| name == "sleep\n");
+            is_asleep.then(|| pid.parse().expect("a pid"))
+        })
+    }
+
     /// Everything is as it was, and the daemon does what it is asked for.
     #[track_caller]
     fn serves(&mut self) {
@@ -238,15 +250,10 @@ fn the_end_of_the_daemon_leaves_no_successor_behind() {
         return;
     }
     let mut scene = Scene::new();
-    scene.host.install_script("exec sleep 1000");
-    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
-    wait_until(DEADLINE, "the successor to run", || {
-        !children(&scene.daemon).is_empty()
-    });
-    let successor = children(&scene.daemon).trim().to_owned();
+    let successor = scene.looks_at_a_sleeper();
     scene.daemon.stop();
     wait_until(DEADLINE, "the successor to be dead", || {
-        !support::owner::runs(successor.parse().expect("a pid"))
+        !support::owner::runs(successor)
     });
 }
 
@@ -256,11 +263,7 @@ fn a_right_successor_is_found_although_one_before_it_hung() {
         return;
     }
     let mut scene = Scene::new();
-    scene.host.install_script("exec sleep 1000");
-    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
-    wait_until(DEADLINE, "the successor to run", || {
-        !children(&scene.daemon).is_empty()
-    });
+    scene.looks_at_a_sleeper();
     let before = support::upgrade::image(scene.daemon.pid());
     scene.host.install(&daemon::program());
     scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
@@ -314,14 +317,7 @@ fn a_successor_that_is_looked_at_gets_no_descriptor_that_was_taken_over() {
     }
     let mut scene = Scene::new();
     upgrade(&scene.daemon);
-    scene.host.install_script("exec sleep 1000");
-    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
-    let mut sleeper = String::new();
-    wait_until(DEADLINE, "the successor to sleep", || {
-        sleeper = children(&scene.daemon).trim().to_owned();
-        let name = std::fs::read_to_string(format!("/proc/{sleeper}/comm"));
-        name.is_ok_and(|name| name == "sleep\n")
-    });
+    let sleeper = scene.looks_at_a_sleeper();
     let open: Vec<String> = std::fs::read_dir(format!("/proc/{sleeper}/fd"))
         .expect("the sleeper's descriptors")
         .map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap())
@@ -331,11 +327,8 @@ fn a_successor_that_is_looked_at_gets_no_descriptor_that_was_taken_over() {
         .collect();
     assert_eq!(open, [""; 0], "clients and locks");
     scene.serves();
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(sleeper.parse().unwrap()),
-        nix::sys::signal::Signal::SIGKILL,
-    )
-    .unwrap();
+    let sleeper = nix::unistd::Pid::from_raw(sleeper);
+    nix::sys::signal::kill(sleeper, nix::sys::signal::Signal::SIGKILL).unwrap();
     scene.recovers();
 }
 

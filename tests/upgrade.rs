@@ -18,7 +18,8 @@ use support::client::{
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    Host, PROGRAM, Rival, Slowed, helper_client, image, upgrade, wait_for_successor,
+    ACTIVATED_ADMIN, ACTIVATED_LOCK, Host, PROGRAM, Rival, Slowed, helper_client, image, upgrade,
+    wait_for_successor,
 };
 use support::{DEADLINE, require_root, wait_until};
 
@@ -365,35 +366,18 @@ fn activation_sockets_survive_and_are_left_in_place_at_the_end() {
         return;
     }
     let host = Host::new();
-    let script = format!(
-        "import os, socket
-listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
-for listener, path in zip(listeners, ['/run/l', '/run/a']):
-    listener.bind(path)
-    listener.listen(5)
-kept = [os.dup2(listener.fileno(), 20 + n) for n, listener in enumerate(listeners)]
-for n in range(2):
-    os.dup2(20 + n, 3 + n)
-os.environ.update(LISTEN_FDS='2', LISTEN_FDNAMES='virtlockd.socket:virtlockd-admin.socket',
-                  LISTEN_PID=str(os.getpid()))
-os.closerange(5, 100)
-os.execv('{PROGRAM}', ['{PROGRAM}'])"
-    );
-    let python = Path::new("/usr/bin/python3");
-    let mut daemon = Daemon::spawn(python, &host.namespace, &["-c", &script], &[]);
-    let socket = host.path("/run/l");
-    daemon.wait_for_socket(&socket);
+    let (mut daemon, socket) = host.start_activated();
     let mut client = Client::connect(&socket);
     client.ping();
     for _ in 0..2 {
         upgrade(&daemon);
         client.ping();
         Client::connect(&socket).ping();
-        Client::connect(&host.path("/run/a")).ping();
+        Client::connect(&host.path(ACTIVATED_ADMIN)).ping();
     }
     drop(client);
     assert_eq!(daemon.stop().code(), Some(0));
-    for path in ["/run/a", "/run/l"] {
+    for path in [ACTIVATED_ADMIN, ACTIVATED_LOCK] {
         assert!(host.path(path).exists(), "{path} was removed");
     }
     assert!(!host.path(LOCK_SOCKET).exists());

@@ -7,7 +7,6 @@ use nix::sys::signal::Signal;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 use support::client::{
     CALL_WITH_FDS, Call, Client, LOCK_PROGRAM, PING, PONG, Received, Reply, acquire, frame,
@@ -15,8 +14,8 @@ use support::client::{
 };
 use support::daemon;
 use support::upgrade::{
-    Host, Orphan, Rival, helper_client, image, long_name, refusals, refused_upgrade, upgrade,
-    wait_for_successor,
+    Background, Host, Orphan, Rival, helper_client, image, long_name, refusals, refused_upgrade,
+    upgrade, wait_for_successor,
 };
 use support::{DEADLINE, require_root, wait_until};
 
@@ -205,48 +204,22 @@ fn weakness_7_a_removed_program_is_missed_and_a_new_one_is_found() {
     host.assert_free(&disk);
 }
 
-/// Kills the process with its end: a daemon in the background is nobody's child.
-struct Background {
-    pid: i32,
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.pid);
-        let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
-    }
-}
-
 #[test]
 fn weakness_7_a_relative_path_is_found_again_in_the_background() {
     if !require_root() {
         return;
     }
     let host = Host::new();
-    let status = host
-        .namespace
-        .command("sh")
-        .args(["-c", "cd /run/programs && exec ./virtlockd -d"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("start the daemon in the background");
-    assert!(status.success());
-    let text = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
-    let daemon = Background {
-        pid: text.trim().parse().expect("a pid"),
-    };
+    let mut command = host.namespace.command("sh");
+    command.args(["-c", "cd /run/programs && exec ./virtlockd -d"]);
+    let daemon = Background::start(&host, &mut command);
     let socket = host.path(daemon::LOCK_SOCKET);
     let mut client = Client::connect(&socket);
     let disk = host.disk("disk");
     let mut guest = support::owner::Owner::register(&socket, "guest", support::owner::OnTerm::Die);
     guest.call(&acquire("", &disk, 0)).expect_ok();
     for _ in 0..2 {
-        let before = image(daemon.pid);
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.pid), Signal::SIGUSR1)
-            .expect("signal the daemon");
-        wait_for_successor(daemon.pid, &before);
+        daemon.upgrade();
         client.ping();
         host.assert_held(&disk);
     }

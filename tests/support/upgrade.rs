@@ -18,6 +18,10 @@ use std::thread::JoinHandle;
 
 /// Where the exchangeable program is, inside the namespace.
 pub const PROGRAM: &str = "/run/programs/virtlockd";
+/// The lock socket of a daemon that was activated.
+pub const ACTIVATED_LOCK: &str = "/run/l";
+/// The admin socket of a daemon that was activated.
+pub const ACTIVATED_ADMIN: &str = "/run/a";
 /// What the log says when an upgrade is refused.
 pub const REFUSAL: &str = "its successor cannot take over";
 
@@ -50,6 +54,29 @@ impl Host {
         let new = self.path("/run/programs/new");
         std::os::unix::fs::symlink(program, &new).expect("link the new program");
         std::fs::rename(new, self.path(PROGRAM)).expect("put the new program in place");
+    }
+
+    /// Starts the daemon as a service manager does that listens for it; the lock socket.
+    pub fn start_activated(&self) -> (Daemon, PathBuf) {
+        let script = format!(
+            "import os, socket
+listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+for number, path in enumerate(['{ACTIVATED_LOCK}', '{ACTIVATED_ADMIN}']):
+    listeners[number].bind(path)
+    listeners[number].listen(5)
+    os.dup2(listeners[number].fileno(), 20 + number)
+for number in range(2):
+    os.dup2(20 + number, 3 + number)
+os.environ.update(LISTEN_FDS='2', LISTEN_FDNAMES='virtlockd.socket:virtlockd-admin.socket',
+                  LISTEN_PID=str(os.getpid()))
+os.closerange(5, 100)
+os.execv('{PROGRAM}', ['{PROGRAM}'])"
+        );
+        let python = Path::new("/usr/bin/python3");
+        let mut daemon = Daemon::spawn(python, &self.namespace, &["-c", &script], &[]);
+        let socket = self.path(ACTIVATED_LOCK);
+        daemon.wait_for_socket(&socket);
+        (daemon, socket)
     }
 
     /// As [`Host::install`], but with a file of its own.
@@ -141,6 +168,47 @@ fn survives_usr1(pid: i32) -> bool {
         mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
             .is_some_and(|mask| mask & (1 << (libc::SIGUSR1 - 1)) != 0)
     })
+}
+
+/// A daemon that went to the background. It is nobody's child: killed when this ends.
+pub struct Background {
+    pub pid: i32,
+}
+
+impl Background {
+    /// Runs the command, which starts the daemon with `-d`, and reads its number in the pid file.
+    pub fn start(host: &Host, command: &mut Command) -> Background {
+        let status = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .expect("start the daemon in the background");
+        assert!(status.success());
+        let text = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
+        Background {
+            pid: text.trim().parse().expect("a pid"),
+        }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.pid);
+        nix::sys::signal::kill(pid, signal).expect("signal the daemon");
+    }
+
+    /// Tells it to replace itself and waits until it has.
+    #[track_caller]
+    pub fn upgrade(&self) {
+        let before = image(self.pid);
+        self.signal(Signal::SIGUSR1);
+        wait_for_successor(self.pid, &before);
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), Signal::SIGKILL);
+    }
 }
 
 /// Waits until the process runs another image than `before`, one that is past its first steps.
