@@ -1,7 +1,7 @@
 //! What the ledger is made of: every change of lasting state has an event. The encoding is the
 //! ledger's business; the order of the variants and of their fields is part of the format.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
@@ -11,6 +11,12 @@ use crate::host::file::FileIdentity;
 use crate::host::stream::Peer;
 use crate::locks::table::{Mode, Owner, Pid};
 
+/// Writes bytes at once: serde would take a slice for a list of numbers, and write one by one what may
+/// be a client's 60,000 bytes. What is written is the same.
+fn as_bytes<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(bytes)
+}
+
 /// An owner inside an event: borrowed, so that nothing is copied on the way in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnerRecord<'a> {
@@ -19,6 +25,7 @@ pub struct OwnerRecord<'a> {
     /// The domain's id.
     pub id: u32,
     /// The domain's name.
+    #[serde(serialize_with = "as_bytes")]
     pub name: &'a [u8],
     /// The domain's uuid.
     pub uuid: [u8; 16],
@@ -94,6 +101,7 @@ pub enum Event<'a> {
     /// A lockspace was made or opened.
     Lockspace {
         /// Its directory.
+        #[serde(serialize_with = "as_bytes")]
         directory: &'a [u8],
     },
     /// A file was locked.
@@ -102,8 +110,10 @@ pub enum Event<'a> {
         #[serde(borrow)]
         owner: OwnerRecord<'a>,
         /// The lockspace's directory.
+        #[serde(serialize_with = "as_bytes")]
         lockspace: &'a [u8],
         /// The name in it.
+        #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
         /// The file's descriptor.
         descriptor: i32,
@@ -124,8 +134,10 @@ pub enum Event<'a> {
         #[serde(borrow)]
         owner: OwnerRecord<'a>,
         /// The lockspace's directory.
+        #[serde(serialize_with = "as_bytes")]
         lockspace: &'a [u8],
         /// The name in it.
+        #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
     },
     /// One holding ended.
@@ -133,8 +145,10 @@ pub enum Event<'a> {
         /// Whose.
         pid: Pid,
         /// The lockspace's directory.
+        #[serde(serialize_with = "as_bytes")]
         lockspace: &'a [u8],
         /// The name in it.
+        #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
     },
     /// All holdings of an owner ended.
@@ -145,8 +159,10 @@ pub enum Event<'a> {
     /// A descriptor of a resource's file must stay open.
     Parked {
         /// The lockspace's directory.
+        #[serde(serialize_with = "as_bytes")]
         lockspace: &'a [u8],
         /// The name in it.
+        #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
         /// The descriptor.
         descriptor: i32,

@@ -37,6 +37,9 @@ const HEADER: usize = 32;
 const STEP: usize = 64 * 1024;
 /// It is written anew when it has grown to this multiple of its size when it was last.
 const GROWTH: usize = 4;
+/// A file up to this size is kept when it is written anew, bytes: to make one, and to have its pages
+/// mapped, takes longer than to write it. A larger one is better given back.
+const KEPT_FILE: usize = 256 * 1024;
 
 /// Why a ledger cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +116,41 @@ impl Ledger {
         }
         ledger.compact = ledger.used;
         Ok(ledger)
+    }
+
+    /// Writes it anew, to say this state and nothing else, in the same file if that is small and has
+    /// room: nobody else may be reading it. If that fails it stays as it is.
+    pub fn rewrite(&mut self, state: &State) -> Result<(), Errno> {
+        let size = self.memory.bytes().len();
+        if size > KEPT_FILE {
+            *self = Ledger::of(state)?;
+            return Ok(());
+        }
+        // Not in the file itself before it is known to fit: half a state is none.
+        let mut fresh = vec![0; size.saturating_sub(HEADER)];
+        let mut length = 0usize;
+        for event in events(state) {
+            let rest = fresh.get_mut(length..).unwrap_or_default();
+            match bincode::serde::encode_into_slice(event, rest, configuration()) {
+                Ok(written) => length = length.saturating_add(written),
+                Err(_) => {
+                    *self = Ledger::of(state)?;
+                    return Ok(());
+                }
+            }
+        }
+        let file = self.memory.bytes_mut().get_mut(HEADER..);
+        let (Some(file), Some(fresh)) = (file, fresh.get(..length)) else {
+            return Err(Errno::EINVAL);
+        };
+        if let Some(place) = file.get_mut(..length) {
+            place.copy_from_slice(fresh);
+        }
+        self.used = HEADER.saturating_add(length);
+        self.compact = self.used;
+        self.is_stale = false;
+        self.write_header(0, 0);
+        Ok(())
     }
 
     /// Reads the ledger that an earlier image of the process closed, and goes on writing it.

@@ -98,11 +98,11 @@ impl Conversation {
         if self.pending.is_empty() {
             self.descriptors_at_end = descriptors_at_end;
             let (left, taken) = self.advance(bytes, longest, &mut work);
-            self.pending.extend_from_slice(left);
+            self.keep(left, longest);
             return taken;
         }
         if !bytes.is_empty() {
-            self.pending.extend_from_slice(bytes);
+            self.keep(bytes, longest);
             self.descriptors_at_end = descriptors_at_end;
         }
         let pending = std::mem::take(&mut self.pending);
@@ -111,9 +111,29 @@ impl Conversation {
             self.pending = pending;
         } else {
             // A copy of what is left: what a long frame needed is not kept for what follows it.
-            self.pending = left.to_vec();
+            self.keep(left, longest);
         }
         taken
+    }
+
+    /// Keeps bytes behind those that wait. Once an eighth of a frame is there, there is room for the
+    /// whole: it need not be moved again and again, and nobody gets much memory for a few bytes.
+    fn keep(&mut self, bytes: &[u8], longest: usize) {
+        let waiting = self.pending.len().saturating_add(bytes.len());
+        let first = if self.pending.is_empty() {
+            bytes
+        } else {
+            &self.pending
+        };
+        if let Split::Incomplete {
+            length: Some(length),
+        } = frame::split(first, longest)
+            && length / 8 <= waiting
+        {
+            let room = length.max(waiting).saturating_sub(self.pending.len());
+            self.pending.reserve_exact(room);
+        }
+        self.pending.extend_from_slice(bytes);
     }
 
     /// Works on the frames at the front of `stream`. What is left to keep of it.

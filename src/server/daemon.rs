@@ -35,16 +35,25 @@ use crate::wire::{frame, lock};
 /// turn, microseconds; or for three frames, if they take longer. It is the time of two or three locks:
 /// who makes a call while somebody else floods the daemon waits about as long as the call takes.
 pub const TURN_US: u64 = 16;
+/// The same while there is company: then more polls are worth their time.
+pub const SHORT_TURN_US: u64 = 4;
+/// For how long somebody who was served beside others' work is company, milliseconds.
+const COMPANY_MS: u64 = 50;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
 /// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
 const LONG_TURN_US: u64 = 4 * TURN_US;
-/// The most that one read takes.
-pub const READ_SIZE: usize = 64 * 1024;
+/// The most that one read takes. It is more than a turn's worth of calls: what is left of them has to
+/// be kept, and that takes time, too.
+pub const READ_SIZE: usize = 8 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
 const ADMIN_BYTES: usize = 64 * 1024 * 1024;
 
-/// After a connection has ended, how long until the memory that it took is given back, milliseconds.
+/// So many bytes of replies at the end of a turn are sent in the next one: that takes long, too.
+const LONG_REPLIES: usize = 8 * 1024;
+
+/// After a connection or a long frame, how long until the memory that it took is given back,
+/// milliseconds.
 const MEMORY_MS: u64 = 1000;
 /// What a connection or a lock usually takes of the ledger at most, bytes.
 const LEDGER_ENTRY: usize = 512;
@@ -110,6 +119,8 @@ pub struct Daemon {
     pub ending: VecDeque<usize>,
     /// Owners that died and whose locks are not free yet.
     pub dead: VecDeque<Pid>,
+    /// Until when turns are short.
+    company_until: Moment,
     lock_clients: Clients,
     admin_clients: Clients,
     /// What all admin clients together take of [`ADMIN_BYTES`].
@@ -123,6 +134,7 @@ pub struct Daemon {
 impl Daemon {
     /// A daemon with nothing to do yet.
     pub fn new(registry: mio::Registry, ledger: Ledger) -> Daemon {
+        heap::settle();
         let mut reserve = Reserve::default();
         reserve.refill();
         Daemon {
@@ -147,6 +159,7 @@ impl Daemon {
             unfinished: VecDeque::new(),
             ending: VecDeque::new(),
             dead: VecDeque::new(),
+            company_until: Moment(0),
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
             admin_bytes: 0,
@@ -185,10 +198,26 @@ impl Daemon {
         }
     }
 
+    /// Somebody was served whose call might have had to wait for the work of others: from now on, and
+    /// for a while, turns are short.
+    pub fn note_company(&mut self) {
+        self.company_until = Moment::now().plus_ms(COMPANY_MS);
+    }
+
+    /// When a turn that starts now ends.
+    pub fn turn_end(&self, now: Moment) -> Moment {
+        let length = if now < self.company_until {
+            SHORT_TURN_US
+        } else {
+            TURN_US
+        };
+        now.plus_us(length)
+    }
+
     /// One connection's turn. It is shorter if an `end` is given that comes earlier.
     pub fn serve(&mut self, place: usize, end: Option<Moment>) {
         let start = Moment::now();
-        let turn = self.serve_turn(place, start, end.unwrap_or(start.plus_us(TURN_US)));
+        let turn = self.serve_turn(place, start, end.unwrap_or_else(|| self.turn_end(start)));
         self.count_admin_bytes(place);
         let Some(connection) = self.connections.get_mut(place) else {
             return;
@@ -267,6 +296,10 @@ impl Daemon {
                 return turn;
             }
             if !connection.paused && !connection.readable {
+                // Half a frame is no call: who has sent nothing else waits behind those with a call.
+                if connection.conversation().is_some() {
+                    turn = Turn::Long;
+                }
                 self.wait_to_send(place, false);
                 return turn;
             }
@@ -296,6 +329,10 @@ impl Daemon {
             if now >= start.plus_us(LONG_TURN_US) {
                 turn = Turn::Long;
             }
+            if is_over && self.output.len() >= LONG_REPLIES && taken != Taken::Close {
+                self.hold_replies(place);
+                return Turn::Unfinished;
+            }
             if !self.answer(place, taken) {
                 return turn;
             }
@@ -318,9 +355,13 @@ impl Daemon {
             Service::Admin => frame::LONGEST,
         };
         let mut conversation = connection.take_conversation();
+        let waited = conversation.waiting();
         let input = std::mem::take(&mut self.input);
         let mut output = std::mem::take(&mut self.output);
         let mut count = 0usize;
+        // Most often there is only one frame, and nothing else to be put off; of many, every second
+        // one is worth a look at the clock, or every one.
+        let step = if end < self.company_until { 1 } else { 2 };
         let taken = conversation.take_in(
             input.get(bytes).unwrap_or_default(),
             descriptors,
@@ -328,9 +369,7 @@ impl Daemon {
             |header, payload| {
                 let flow = dispatch::dispatch(self, place, header, payload, &mut output);
                 count = count.wrapping_add(1);
-                // Most often there is only one, and nothing else to be put off; of many, every
-                // second one is worth a look at the clock.
-                let may_pause = count.is_multiple_of(2) && flow == Flow::Continue;
+                let may_pause = count.is_multiple_of(step) && flow == Flow::Continue;
                 if may_pause && Moment::now() >= end {
                     Flow::Pause
                 } else {
@@ -344,7 +383,20 @@ impl Daemon {
             connection.paused = taken == Taken::Paused && !conversation.is_empty();
             connection.keep_conversation(conversation);
         }
+        if waited > READ_SIZE {
+            // A long frame needed memory. Most connections never send one.
+            self.give_memory_back_later();
+        }
         taken
+    }
+
+    /// Keeps the replies that were made for the connection's next turn.
+    fn hold_replies(&mut self, place: usize) {
+        if let Some(connection) = self.connections.get_mut(place) {
+            connection.hold(&self.output);
+        }
+        self.output.clear();
+        self.output.shrink_to(READ_SIZE);
     }
 
     /// Sends the replies that were made, or keeps them for those that follow. Whether the turn goes
@@ -473,7 +525,7 @@ impl Daemon {
         self.enqueue_listeners();
     }
 
-    /// Once for all connections that end in the meantime: it is no work to be done often.
+    /// Once for all that ends in the meantime: it is no work to be done often.
     fn give_memory_back_later(&mut self) {
         if self.deadlines.get(Deadline::Memory).is_none() {
             let at = Moment::now().plus_ms(MEMORY_MS);

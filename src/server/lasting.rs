@@ -104,11 +104,7 @@ impl Daemon {
     /// successor takes over. Written down earlier, they would be sent or worked on once more there
     /// if they had gone out meanwhile.
     fn settled_state(&self) -> State {
-        let mut state = self.state();
-        for client in &mut state.clients {
-            client.traffic = Traffic::default();
-        }
-        state
+        self.state_of(|connection| client_state(connection, Traffic::default()))
     }
 
     /// Makes the ledger whole for a successor: what is not written down as it happens.
@@ -247,8 +243,15 @@ impl Daemon {
         if !self.ledger.wants_compaction() || self.deadlines.get(Deadline::Ledger).is_some() {
             return;
         }
-        match Ledger::of(&self.settled_state()) {
-            Ok(ledger) => self.ledger = ledger,
+        let state = self.settled_state();
+        let written = if self.upgrade.is_under_way() {
+            // A successor may be reading the file.
+            Ledger::of(&state).map(|ledger| self.ledger = ledger)
+        } else {
+            self.ledger.rewrite(&state)
+        };
+        match written {
+            Ok(()) => (),
             Err(reason) => {
                 if self.ledger.is_stale() {
                     tracing::error!(
@@ -268,6 +271,10 @@ impl Daemon {
 
     /// The whole state.
     pub fn state(&self) -> State {
+        self.state_of(|connection| client_state(connection, traffic(connection)))
+    }
+
+    fn state_of(&self, client: impl Fn(&Connection) -> ClientState) -> State {
         State {
             lock_server: self.server_state(Service::Lock),
             admin_server: self.server_state(Service::Admin),
@@ -275,7 +282,7 @@ impl Daemon {
             clients: self
                 .connections
                 .iter()
-                .map(|(_, client)| client_state(client))
+                .map(|(_, connection)| client(connection))
                 .collect(),
             lockspaces: self.keeper.lockspaces().map(<[u8]>::to_vec).collect(),
             resources: self.resource_states(),
@@ -363,7 +370,7 @@ fn listener_state(listener: &Listener) -> ListenerState {
     }
 }
 
-fn client_state(connection: &Connection) -> ClientState {
+fn client_state(connection: &Connection, traffic: Traffic) -> ClientState {
     ClientState {
         descriptor: connection.socket.as_raw_fd(),
         server: connection.service,
@@ -375,7 +382,7 @@ fn client_state(connection: &Connection) -> ClientState {
         refused: matches!(connection.phase, Phase::Refused(_)),
         owner: connection.session.owner().cloned(),
         restricted: matches!(connection.session, Session::Restricted(_)),
-        traffic: traffic(connection),
+        traffic,
     }
 }
 

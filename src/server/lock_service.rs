@@ -82,6 +82,9 @@ pub fn call(context: Context<'_>, call: &Call<'_>) -> Result<(), Error> {
                 name: name.into(),
                 uuid: *uuid,
             };
+            if session.owner() == Some(&owner) {
+                return Ok(());
+            }
             ledger.note(&Event::Registered {
                 descriptor,
                 owner: (&owner).into(),

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 
 use super::clients::ClientLimit;
 use super::connection::Service;
-use super::daemon::{Daemon, State, TURN_US};
+use super::daemon::{Daemon, State};
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::descriptors;
@@ -69,6 +69,11 @@ const ROTATION: [Line; 8] = [
     Line::Newcomers,
 ];
 
+/// How many are let in while all that is unfinished has a piece done once. A newcomer may need many
+/// pieces: those that come and send half a frame would otherwise be let in faster than they are read,
+/// and fill the daemon's memory.
+const NEWCOMERS_A_PASS: usize = 8;
+
 /// The poll and what it watches.
 pub struct Reactor {
     poll: Poll,
@@ -77,6 +82,8 @@ pub struct Reactor {
     reload: Reload,
     /// How far the rotation is.
     rotation: std::iter::Cycle<std::array::IntoIter<Line, 8>>,
+    /// Pieces of what is unfinished since somebody was let in.
+    pieces: usize,
     /// Everything else.
     pub daemon: Daemon,
 }
@@ -98,6 +105,7 @@ impl Reactor {
             timer,
             reload,
             rotation: ROTATION.into_iter().cycle(),
+            pieces: 0,
             daemon,
         })
     }
@@ -219,6 +227,7 @@ impl Reactor {
     /// A turn of everybody who is ready, then, for about as long as one such turn, pieces of what
     /// waits.
     fn work(&mut self) {
+        let is_anybody_ready = !self.daemon.ready.is_empty();
         for _ in 0..CONNECTIONS_A_TURN {
             let Some(place) = self.daemon.ready.pop_front() else {
                 break;
@@ -226,7 +235,10 @@ impl Reactor {
             self.daemon.serve(place, None);
         }
         if self.has_work() {
-            let end = Moment::now().plus_us(TURN_US);
+            if is_anybody_ready {
+                self.daemon.note_company();
+            }
+            let end = self.daemon.turn_end(Moment::now());
             while self.piece(end) && Moment::now() < end {}
         }
     }
@@ -248,10 +260,17 @@ impl Reactor {
         let daemon = &mut self.daemon;
         match line {
             Line::Unfinished => match daemon.unfinished.pop_front() {
-                Some(place) => daemon.serve(place, Some(end)),
+                Some(place) => {
+                    self.pieces = self.pieces.saturating_add(1);
+                    daemon.serve(place, Some(end));
+                }
                 None => return false,
             },
             Line::Newcomers => {
+                if self.pieces.saturating_mul(NEWCOMERS_A_PASS) < daemon.unfinished.len() {
+                    return false;
+                }
+                self.pieces = 0;
                 let mut any = false;
                 for number in 0..daemon.listeners.len() {
                     let listener = daemon.listeners.get(number);

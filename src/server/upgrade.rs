@@ -62,13 +62,20 @@ pub struct Upgrade {
     has_inherited: bool,
 }
 
+impl Upgrade {
+    /// Whether one has begun.
+    pub fn is_under_way(&self) -> bool {
+        !matches!(self.stage, Stage::None)
+    }
+}
+
 impl Daemon {
     /// SIGUSR1: begins to look at the successor.
     pub fn begin_upgrade(&mut self) {
         if self.state != State::Serving {
             return;
         }
-        if !matches!(self.upgrade.stage, Stage::None) {
+        if self.upgrade.is_under_way() {
             self.upgrade.again = true;
             return;
         }

@@ -1,6 +1,8 @@
 //! XDR (RFC 4506) as the reference daemon reads it: big-endian words, everything padded to four
 //! bytes, padding not looked at, any presence word but 0 counting as present.
 
+use std::ffi::CStr;
+
 /// Why a payload could not be decoded. The peer is told only that it could not; the variants are
 /// for tests and for a reader of the code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +77,7 @@ impl<'a> Decoder<'a> {
             .checked_next_multiple_of(4)
             .ok_or(DecodeError::Truncated)?;
         self.rest = self.rest.get(padded..).ok_or(DecodeError::Truncated)?;
-        Ok(text.split(|byte| *byte == 0).next().unwrap_or(text))
+        Ok(CStr::from_bytes_until_nul(text).map_or(text, CStr::to_bytes))
     }
 
     /// An optional string: a presence word, then perhaps the string.

@@ -58,12 +58,12 @@ impl Record<'_> {
     }
 }
 
-/// The most of one [`Printable`] that is shown, bytes: a path can be as long, and the text around it.
-/// The rest is the sort of thing that only a hostile client sends, and it would cost the daemon the
-/// time of dozens of calls to write it down.
+/// The most of one [`Printable`] that is shown whole, bytes: a path can be as long, and the text around
+/// it. What is longer is the sort of thing that only a hostile client sends, and it would cost the
+/// daemon the time of dozens of calls to write it down.
 const SHOWN_BYTES: usize = 5 * 1024;
-/// How much of that is its end, where a sentence says why.
-const SHOWN_END_BYTES: usize = 1024;
+/// How much of its beginning, and how much of its end, where a sentence says why, is shown then.
+const SHOWN_ENDS_BYTES: usize = 512;
 
 /// Bytes from outside, to be shown in a text: what is not UTF-8 appears as `\xNN`, and the middle of
 /// what is very long is left out.
@@ -72,13 +72,12 @@ pub struct Printable<'a>(pub &'a [u8]);
 
 impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let left_out = self.0.len().saturating_sub(SHOWN_BYTES);
-        if left_out == 0 {
+        if self.0.len() <= SHOWN_BYTES {
             return show(f, self.0);
         }
-        let start = SHOWN_BYTES.saturating_sub(SHOWN_END_BYTES);
-        let end = start.saturating_add(left_out);
-        show(f, self.0.get(..start).unwrap_or_default())?;
+        let left_out = self.0.len().saturating_sub(SHOWN_ENDS_BYTES.saturating_mul(2));
+        let end = SHOWN_ENDS_BYTES.saturating_add(left_out);
+        show(f, self.0.get(..SHOWN_ENDS_BYTES).unwrap_or_default())?;
         write!(f, "[{left_out} bytes left out]")?;
         show(f, self.0.get(end..).unwrap_or_default())
     }
@@ -104,6 +103,10 @@ pub fn cut(text: &str) -> &str {
 }
 
 fn push_printable(line: &mut String, text: &str) {
+    // Nearly every text is like that, and it is seen much sooner.
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return line.push_str(text);
+    }
     let mut rest = text;
     while let Some((at, character)) = rest.char_indices().find(|(_, found)| !is_plain(*found)) {
         let (plain, escaped) = rest.split_at(at);
