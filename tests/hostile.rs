@@ -85,6 +85,31 @@ fn half_frames_of_a_hundred_clients_cost_as_much_as_was_sent() {
     });
 }
 
+#[test]
+fn clients_that_come_with_half_a_frame_and_go_are_cleared_away_as_fast_as_they_are_let_in() {
+    if !support::require_root() {
+        return;
+    }
+    const AT_ONCE: usize = 50;
+    const CLIENTS: usize = 3000;
+    // Were more of them let in than can be read, the guest could have no lock for want of descriptors.
+    let mut scene = scene_of_descriptors(400);
+    let most_kib = 4 * AT_ONCE as u64 * u64::from(LARGEST_FRAME / 1024) + SOME_KIB;
+    scene.withstands(Guest::Locks, most_kib, |daemon| {
+        let half = half_of_the_largest_frame();
+        let mut crowd = std::collections::VecDeque::new();
+        for _ in 0..CLIENTS {
+            let client = daemon.client();
+            let mut stream = client.stream();
+            stream.set_nonblocking(true).expect("not to wait for room");
+            // Whatever of it there is room for.
+            let _ = stream.write(&half);
+            crowd.push_back(client);
+            crowd.drain(..crowd.len().saturating_sub(AT_ONCE));
+        }
+    });
+}
+
 fn half_of_the_largest_frame() -> Vec<u8> {
     let mut bytes = acquire("", OTHER, 0).frame(0);
     bytes.resize(100_000, b'x');
@@ -537,10 +562,14 @@ fn limited_scene(config: &str) -> Scene {
 
 /// A scene whose daemon may have 64 descriptors, some of which it needs for itself.
 fn scene_of_few_descriptors() -> Scene {
+    scene_of_descriptors(64)
+}
+
+fn scene_of_descriptors(count: u32) -> Scene {
     let namespace = Namespace::sealed();
     let program = daemon::program();
     let program = program.to_str().expect("a path in UTF-8");
-    let limited = ["--nofile=64:64", program];
+    let limited = [&*format!("--nofile={count}:{count}"), program];
     let daemon = Daemon::start_program(Path::new("prlimit"), &namespace, &limited, &[]);
     Scene::of(namespace, daemon)
 }

@@ -210,6 +210,38 @@ fn closed_ledger(state: &State) -> Vec<u8> {
 }
 
 #[test]
+fn a_small_ledger_is_written_anew_in_its_file_and_a_large_one_is_given_back() {
+    let file = |ledger: &Ledger| {
+        let seen = nix::sys::stat::fstat(ledger.descriptor()).expect("look at the ledger");
+        (seen.st_ino, seen.st_size)
+    };
+    let events = |ledger: &mut Ledger, count: usize| {
+        for _ in 0..count {
+            ledger.append(&Event::IdleTimeout(60)).expect("append");
+        }
+    };
+    let mut ledger = Ledger::new().expect("make a ledger");
+    events(&mut ledger, 50_000);
+    ledger.lose();
+    let before = file(&ledger);
+    let state = everything();
+    ledger.rewrite(&state).expect("write it anew");
+    assert_eq!(file(&ledger), before);
+    assert_eq!(ledger::replay(ledger.content()), Ok(state.clone()));
+    assert!(!ledger.is_stale() && !ledger.wants_compaction());
+    // What it said before is gone for good, also for what is appended now.
+    events(&mut ledger, 1);
+    let idle_for_a_minute = ledger::replay(ledger.content()).expect("read it");
+    assert_eq!(idle_for_a_minute.process.idle_timeout_s, 60);
+
+    events(&mut ledger, 200_000);
+    assert!(file(&ledger).1 > 300_000);
+    ledger.rewrite(&state).expect("write it anew");
+    assert!(file(&ledger).1 < 100_000);
+    assert_eq!(ledger::replay(ledger.content()), Ok(state));
+}
+
+#[test]
 #[ignore = "makes the fixtures of the present format, which is done once for each format"]
 fn make_the_saved_ledgers() {
     let whole = closed_ledger(&everything());

@@ -300,6 +300,24 @@ mod tests {
     }
 
     #[test]
+    fn there_is_room_for_a_frame_once_an_eighth_of_it_is_there() {
+        let mut frame = call(1);
+        frame[..4].copy_from_slice(&80_000u32.to_be_bytes());
+        frame.resize(80_000, 0);
+        let mut conversation = Conversation::default();
+        let mut take_in = |bytes: &[u8]| {
+            let taken = conversation.take_in(bytes, false, LONGEST_FRAME, |_, _| Flow::Continue);
+            assert_eq!(taken, Taken::All);
+            conversation.pending.capacity()
+        };
+        assert!(take_in(&frame[..100]) < 1000);
+        assert!(take_in(&frame[100..9999]) < 20_000);
+        assert_eq!(take_in(&frame[9999..10_000]), 80_000);
+        assert_eq!(take_in(&frame[10_000..79_999]), 80_000);
+        assert_eq!(take_in(&frame[79_999..]), 0);
+    }
+
+    #[test]
     fn a_descriptor_that_is_not_due_changes_nothing() {
         let stream = call(1);
         let mut conversation = Conversation::default();

@@ -31,17 +31,17 @@ use crate::restart::ledger::Ledger;
 use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
-/// For how long one connection is read from and its frames are worked on before others have their
-/// turn, microseconds; or for three frames, if they take longer. It is the time of two or three locks:
-/// who makes a call while somebody else floods the daemon waits about as long as the call takes.
-pub const TURN_US: u64 = 16;
-/// The same while there is company: then more polls are worth their time.
+/// For how long one connection is read from and its frames are worked on before the next poll,
+/// microseconds: the time of a dozen locks.
+pub const TURN_US: u64 = 32;
+/// The same while there is company: one lock takes about as long. Who makes a call while somebody else
+/// floods the daemon waits hardly longer than if nobody did, and that is worth the time of more polls.
 pub const SHORT_TURN_US: u64 = 4;
 /// For how long somebody who was served beside others' work is company, milliseconds.
 const COMPANY_MS: u64 = 50;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
 /// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
-const LONG_TURN_US: u64 = 4 * TURN_US;
+const LONG_TURN_US: u64 = 2 * TURN_US;
 /// The most that one read takes. It is more than a turn's worth of calls: what is left of them has to
 /// be kept, and that takes time, too.
 pub const READ_SIZE: usize = 8 * 1024;

@@ -448,6 +448,25 @@ mod tests {
     }
 
     #[test]
+    fn who_registers_again_as_the_same_leaves_no_event() {
+        let (mut keeper, mut ledger) = (Keeper::new(), Ledger::new().unwrap());
+        let mut session = Session::default();
+        let mut length_after = |asked: Call<'_>| {
+            let context = Context {
+                session: &mut session,
+                descriptor: 9,
+                keeper: &mut keeper,
+                ledger: &mut ledger,
+            };
+            call(context, &asked).unwrap();
+            ledger.content().len()
+        };
+        let once = length_after(register(7));
+        assert_eq!(length_after(register(7)), once);
+        assert!(length_after(register(8)) > once);
+    }
+
+    #[test]
     fn a_restricted_session_is_allowed_nothing_more_and_keeps_its_owner() {
         let mut session = Session::default();
         outcome(&mut session, &register(7)).unwrap();

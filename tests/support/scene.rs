@@ -53,11 +53,7 @@ impl Scene {
         bystander.call(&register_as("bystander", 4242)).expect_ok();
         bystander.call(&acquire("", HELD, 0)).expect_ok();
         // The connection that waited for the start may still be open.
-        wait_until(DEADLINE, "the connection of the start to be gone", || {
-            let before = open_descriptors(&daemon);
-            bystander.ping();
-            before == open_descriptors(&daemon)
-        });
+        daemon.wait_until_asleep();
         let descriptors = open_descriptors(&daemon);
         Scene {
             namespace,
@@ -158,6 +154,8 @@ struct Footprint {
 
 impl Footprint {
     fn of(scene: &Scene) -> Footprint {
+        // The last one that left may still be on its way out.
+        scene.daemon.wait_until_asleep();
         Footprint {
             resident_kib: scene.daemon.memory_kib("VmRSS"),
             descriptors: scene.daemon.descriptors(),
