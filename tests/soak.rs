@@ -433,10 +433,8 @@ impl Watch {
     }
 }
 
-/// The same with libvirtd and real guests, more slowly. Once: `cargo test --test soak -- --ignored
-/// real_guests`, with `VIRTLOCKD_SOAK_SECONDS` as above.
+/// The same with libvirtd and real guests, more slowly.
 #[test]
-#[ignore = "takes minutes: VIRTLOCKD_SOAK_SECONDS=600 cargo test --test soak -- --ignored real_guests"]
 fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
     const REAL_GUESTS: usize = 4;
     if !libvirt::can_run() {

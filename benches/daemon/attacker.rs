@@ -55,42 +55,34 @@ pub enum Hostility {
 
 use Hostility::*;
 
-pub const HOSTILITIES: [Hostility; 14] = [
-    Silence,
-    HalfFrames,
-    OneByteASecond,
-    OneByteAWrite,
-    LengthWords,
-    NeverReading,
-    Pings,
-    LongNames,
-    Registers,
-    Calls,
-    Vanishing,
-    Descriptors,
-    OverTheLimit,
-    NoDescriptors,
+/// All of them, and the case of their rows in the report.
+const CASES: [(Hostility, &str); 14] = [
+    (Silence, "1000 silent connections"),
+    (HalfFrames, "half frames"),
+    (OneByteASecond, "one byte a second, 1000 connections"),
+    (OneByteAWrite, "one byte a write"),
+    (LengthWords, "giant length words"),
+    (NeverReading, "never reading"),
+    (Pings, "PING flood"),
+    (LongNames, "60,000-byte names"),
+    (Registers, "REGISTER flood"),
+    (Calls, "acquires without end"),
+    (Vanishing, "connect and vanish"),
+    (Descriptors, "unasked descriptors"),
+    (OverTheLimit, "more clients than the limit"),
+    (NoDescriptors, "descriptors exhausted"),
 ];
+
+/// All of them, in the order of the report.
+pub fn hostilities() -> impl Iterator<Item = Hostility> {
+    CASES.into_iter().map(|(hostility, _)| hostility)
+}
 
 impl Hostility {
     /// The case of its rows in the report.
     pub fn case(self) -> &'static str {
-        match self {
-            Silence => "1000 silent connections",
-            HalfFrames => "half frames",
-            OneByteASecond => "one byte a second, 1000 connections",
-            OneByteAWrite => "one byte a write",
-            LengthWords => "giant length words",
-            NeverReading => "never reading",
-            Pings => "PING flood",
-            LongNames => "60,000-byte names",
-            Registers => "REGISTER flood",
-            Calls => "acquires without end",
-            Vanishing => "connect and vanish",
-            Descriptors => "unasked descriptors",
-            OverTheLimit => "more clients than the limit",
-            NoDescriptors => "descriptors exhausted",
-        }
+        let found = CASES.iter().find(|(hostility, _)| *hostility == self);
+        found.map_or("", |(_, case)| case)
     }
 
     /// What the server is given, where the hostility is to use it up.
@@ -114,7 +106,7 @@ impl Hostility {
     }
 
     fn named(case: &str) -> Outcome<Self> {
-        let found = HOSTILITIES.into_iter().find(|kind| kind.case() == case);
+        let found = hostilities().find(|kind| kind.case() == case);
         found.ok_or_else(|| format!("no hostility is called '{case}'"))
     }
 }

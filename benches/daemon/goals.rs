@@ -1,7 +1,7 @@
 //! The goals of the daemon, each a ratio or a number with its limit, computed from the medians of
 //! this run.
 
-use crate::attacker::HOSTILITIES;
+use crate::attacker::hostilities;
 use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
@@ -171,7 +171,7 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             &|of| results.median(idle::NAME, &silent, metric, of),
         );
     }
-    for hostility in HOSTILITIES {
+    for hostility in hostilities() {
         let case = hostility.case();
         goal(
             format!("bystander's p99, {case}"),

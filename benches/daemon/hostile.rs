@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::attacker::{Attacker, HOSTILITIES, Hostility};
+use crate::attacker::{Attacker, Hostility, hostilities};
 use crate::bystander::Bystander;
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
@@ -27,7 +27,7 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     let mut failures = Vec::new();
-    for hostility in HOSTILITIES {
+    for hostility in hostilities() {
         if !options.wants_hostility(hostility.case()) {
             continue;
         }

@@ -203,8 +203,12 @@ impl Connection {
     /// Whether its replies wait for those that follow: frames of it are waiting, and there is not
     /// much to send yet.
     pub fn holds_replies(&self) -> bool {
-        let is_served = matches!(self.phase, Phase::Served | Phase::Refused(_));
-        is_served && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+        self.is_served() && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+    }
+
+    /// Whether its calls are answered, if only with a refusal, and it goes on.
+    pub fn is_served(&self) -> bool {
+        matches!(self.phase, Phase::Served | Phase::Refused(_))
     }
 
     /// Keeps replies, or what is left of them, behind those that are kept already.

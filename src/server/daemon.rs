@@ -329,8 +329,7 @@ impl Daemon {
             if now >= start.plus_us(LONG_TURN_US) {
                 turn = Turn::Long;
             }
-            if is_over && self.output.len() >= LONG_REPLIES && taken != Taken::Close {
-                self.hold_replies(place);
+            if is_over && self.output.len() >= LONG_REPLIES && self.hold_replies(place, taken) {
                 return Turn::Unfinished;
             }
             if !self.answer(place, taken) {
@@ -390,13 +389,18 @@ impl Daemon {
         taken
     }
 
-    /// Keeps the replies that were made for the connection's next turn.
-    fn hold_replies(&mut self, place: usize) {
-        if let Some(connection) = self.connections.get_mut(place) {
-            connection.hold(&self.output);
+    /// Keeps the replies that were made for the connection's next turn, if it has one.
+    fn hold_replies(&mut self, place: usize, taken: Taken) -> bool {
+        let Some(connection) = self.connections.get_mut(place) else {
+            return false;
+        };
+        if taken == Taken::Close || !connection.is_served() {
+            return false;
         }
+        connection.hold(&self.output);
         self.output.clear();
         self.output.shrink_to(READ_SIZE);
+        true
     }
 
     /// Sends the replies that were made, or keeps them for those that follow. Whether the turn goes

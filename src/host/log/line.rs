@@ -75,7 +75,10 @@ impl fmt::Display for Printable<'_> {
         if self.0.len() <= SHOWN_BYTES {
             return show(f, self.0);
         }
-        let left_out = self.0.len().saturating_sub(SHOWN_ENDS_BYTES.saturating_mul(2));
+        let left_out = self
+            .0
+            .len()
+            .saturating_sub(SHOWN_ENDS_BYTES.saturating_mul(2));
         let end = SHOWN_ENDS_BYTES.saturating_add(left_out);
         show(f, self.0.get(..SHOWN_ENDS_BYTES).unwrap_or_default())?;
         write!(f, "[{left_out} bytes left out]")?;
