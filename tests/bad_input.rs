@@ -240,3 +240,40 @@ fn registered_pids_of_others_end_nobody() {
     assert!(Path::new(&format!("/proc/{}", scene.namespace.holder_pid())).exists());
     assert!(scene.daemon.ended().is_none());
 }
+
+/// Libvirt's daemon carries out the first of them and loses the rest.
+#[test]
+fn what_a_client_sent_before_it_closed_is_all_carried_out() {
+    if !support::require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let disks: Vec<String> = (0..300)
+        .map(|number| format!("/run/disk-{number}"))
+        .collect();
+    for disk in &disks {
+        std::fs::write(scene.namespace.path(disk), "data").expect("write a disk");
+    }
+    for _ in 0..5 {
+        for is_acquire in [true, false] {
+            let mut bytes = register(4243).frame(0);
+            for disk in &disks {
+                let call = match is_acquire {
+                    true => acquire("", disk, 0),
+                    false => support::client::release("", disk),
+                };
+                bytes.extend_from_slice(&call.frame(1));
+            }
+            let mut client = scene.daemon.client();
+            client.send(&bytes);
+            drop(client);
+            support::wait_until(DEADLINE, "every call to be carried out", || {
+                let is_done = |disk: &String| {
+                    support::lock_probe(&scene.namespace.path(disk)).is_some() == is_acquire
+                };
+                disks.iter().all(is_done)
+            });
+        }
+    }
+    scene.check_nothing_left();
+}

@@ -23,8 +23,8 @@ use support::{DEADLINE, wait_for, wait_until};
 /// The largest frame of the lock program, in bytes. So much may be kept of a message that is not
 /// whole yet.
 const LARGEST_FRAME: u32 = 132 * 1024;
-/// So much may be kept for a client that does not read: 64 KiB of what it sent, as much of replies,
-/// and one more reply.
+/// So much may be kept for a client that does not read: 8 KiB of what it sent, twice 64 KiB of
+/// replies, and one more reply.
 const UNREAD_KIB: u64 = 192;
 /// The daemon's buffers and lists, KiB: what a handful of well-behaved clients may cost as well.
 const SOME_KIB: u64 = 1024;

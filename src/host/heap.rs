@@ -8,7 +8,7 @@ const OWN_PAGES: i32 = 320 * 1024;
 /// So much free memory is kept for the next one until [`give_back`] is called, bytes.
 const KEPT: i32 = 64 * 1024 * 1024;
 
-/// Makes the allocator keep what is used again and again. To be called before much is allocated.
+/// Makes the allocator keep what is used again and again. To be called once.
 ///
 /// Does nothing with C libraries whose allocator has no such settings.
 pub fn settle() {

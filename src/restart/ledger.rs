@@ -37,6 +37,8 @@ const HEADER: usize = 32;
 const STEP: usize = 64 * 1024;
 /// It is written anew when it has grown to this multiple of its size when it was last.
 const GROWTH: usize = 4;
+/// What a few clients take of it, bytes.
+const A_FEW: usize = 4096;
 /// A file up to this size is kept when it is written anew, bytes: to make one, and to have its pages
 /// mapped, takes longer than to write it. A larger one is better given back.
 const KEPT_FILE: usize = 256 * 1024;
@@ -126,8 +128,10 @@ impl Ledger {
             *self = Ledger::of(state)?;
             return Ok(());
         }
-        // Not in the file itself before it is known to fit: half a state is none.
-        let mut fresh = vec![0; size.saturating_sub(HEADER)];
+        // Not in the file itself before it is known to fit: half a state is none. A state that has
+        // become much larger may as well have a new file.
+        let likely = self.compact.saturating_mul(2).saturating_add(A_FEW);
+        let mut fresh = vec![0; size.saturating_sub(HEADER).min(likely)];
         let mut length = 0usize;
         for event in events(state) {
             let rest = fresh.get_mut(length..).unwrap_or_default();

@@ -39,10 +39,10 @@ pub enum NoRoom {
 pub enum Appetite {
     /// What it sent last was done in one turn, and soon.
     Small,
-    /// What it sent last took long, for the first time. Perhaps something else had the processor
-    /// meanwhile.
+    /// What it sent last took long, or was half a frame, for the first time. Perhaps something else had
+    /// the processor meanwhile.
     Doubtful,
-    /// What it sent last takes more than a turn, or long.
+    /// What it sent last takes more than a turn, or long, or was half a frame once more.
     Large,
     /// It is new, or what it sent before its last turn took more than one: first it has to show that
     /// it keeps nobody waiting.
@@ -204,6 +204,13 @@ impl Connection {
     /// much to send yet.
     pub fn holds_replies(&self) -> bool {
         self.is_served() && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+    }
+
+    /// Nobody reads its replies any more. What it sent before is done all the same, if it is served:
+    /// it is read to its end.
+    pub fn reads_to_the_end(&mut self) -> bool {
+        (self.readable, self.hung_up) = (true, true);
+        self.is_served()
     }
 
     /// Whether its calls are answered, if only with a refusal, and it goes on.

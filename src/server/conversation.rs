@@ -28,6 +28,9 @@ pub enum Taken {
     Close,
 }
 
+/// For longer frames no room is made before their bytes are there. Only the admin program has them.
+const MOST_ROOM: usize = 256 * 1024;
+
 /// What a client has sent and nobody has worked on yet.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Conversation {
@@ -116,7 +119,7 @@ impl Conversation {
         taken
     }
 
-    /// Keeps bytes behind those that wait. Once an eighth of a frame is there, there is room for the
+    /// Keeps bytes behind those that wait. Once an eighth of a frame is there, room is made for the
     /// whole: it need not be moved again and again, and nobody gets much memory for a few bytes.
     fn keep(&mut self, bytes: &[u8], longest: usize) {
         let waiting = self.pending.len().saturating_add(bytes.len());
@@ -128,6 +131,7 @@ impl Conversation {
         if let Split::Incomplete {
             length: Some(length),
         } = frame::split(first, longest)
+            && length <= MOST_ROOM
             && length / 8 <= waiting
         {
             let room = length.max(waiting).saturating_sub(self.pending.len());

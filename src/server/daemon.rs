@@ -31,8 +31,8 @@ use crate::restart::ledger::Ledger;
 use crate::restart::state::ProcessState;
 use crate::wire::{frame, lock};
 
-/// For how long one connection is read from and its frames are worked on before the next poll,
-/// microseconds: the time of a dozen locks.
+/// For how long one connection is read from and its frames are worked on before others have their
+/// turn, microseconds: the time of a dozen locks.
 pub const TURN_US: u64 = 32;
 /// The same while there is company: one lock takes about as long. Who makes a call while somebody else
 /// floods the daemon waits hardly longer than if nobody did, and that is worth the time of more polls.
@@ -52,8 +52,8 @@ const ADMIN_BYTES: usize = 64 * 1024 * 1024;
 /// So many bytes of replies at the end of a turn are sent in the next one: that takes long, too.
 const LONG_REPLIES: usize = 8 * 1024;
 
-/// After a connection or a long frame, how long until the memory that it took is given back,
-/// milliseconds.
+/// After a connection, a long message or a state that was written down, how long until the memory that
+/// it took is given back, milliseconds.
 const MEMORY_MS: u64 = 1000;
 /// What a connection or a lock usually takes of the ledger at most, bytes.
 const LEDGER_ENTRY: usize = 512;
@@ -285,6 +285,7 @@ impl Daemon {
                         self.serve_later(place);
                         return turn;
                     }
+                    Sent::Failed if connection.reads_to_the_end() => (),
                     Sent::Failed => {
                         self.end_connection(place);
                         return turn;
@@ -296,7 +297,7 @@ impl Daemon {
                 return turn;
             }
             if !connection.paused && !connection.readable {
-                // Half a frame is no call: who has sent nothing else waits behind those with a call.
+                // Half a frame is no call: who sends such waits behind those with whole ones.
                 if connection.conversation().is_some() {
                     turn = Turn::Long;
                 }
@@ -400,6 +401,7 @@ impl Daemon {
         connection.hold(&self.output);
         self.output.clear();
         self.output.shrink_to(READ_SIZE);
+        self.give_memory_back_later();
         true
     }
 
@@ -422,12 +424,14 @@ impl Daemon {
             connection.phase = Phase::Closing;
         }
         match (sent, connection.phase) {
+            (Sent::Failed, _) if connection.reads_to_the_end() => true,
             (Sent::Failed, _) | (Sent::All, Phase::Closing) => {
                 self.end_connection(place);
                 false
             }
             (Sent::Blocked, _) => {
                 self.wait_to_send(place, true);
+                self.give_memory_back_later();
                 false
             }
             (Sent::NoMemory, _) => {
@@ -530,14 +534,14 @@ impl Daemon {
     }
 
     /// Once for all that ends in the meantime: it is no work to be done often.
-    fn give_memory_back_later(&mut self) {
+    pub fn give_memory_back_later(&mut self) {
         if self.deadlines.get(Deadline::Memory).is_none() {
             let at = Moment::now().plus_ms(MEMORY_MS);
             self.deadlines.set(Deadline::Memory, at);
         }
     }
 
-    /// Gives back what ended connections took: what the allocator has of it, and a ledger that is much
+    /// Gives back what is not needed any more: what the allocator has of it, and a ledger that is much
     /// too long for what it has to say by now. It is not written anew again and again where few have
     /// much to say.
     fn give_memory_back(&mut self) {
@@ -644,6 +648,8 @@ fn receive(connection: &mut Connection, buffer: &mut [u8]) -> Read {
             connection.readable = connection.hung_up || !is_short;
             Read::Some { bytes, descriptors }
         }
+        // Nobody reads the replies, and there is no end to be read.
+        Err(Errno::EAGAIN) if connection.hung_up => Read::End,
         Err(Errno::EAGAIN) => {
             connection.readable = false;
             Read::Nothing

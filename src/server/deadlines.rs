@@ -24,7 +24,7 @@ pub enum Deadline {
     Idle,
     /// The end of the daemon must not take longer.
     Stop,
-    /// Connections have ended: time to give back the memory that they took.
+    /// Time to give back the memory that connections and long messages took.
     Memory,
     /// The ledger could not be written anew: time to try again.
     Ledger,

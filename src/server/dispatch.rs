@@ -13,7 +13,7 @@ use crate::wire::keepalive;
 use crate::wire::lock::{self, Call, Procedure, Target};
 
 /// So many bytes of replies are sent before more are made: a client that reads nothing can make the
-/// daemon hold this many bytes and one reply, not more.
+/// daemon hold this many bytes, those of one turn, which are as many at most, and one reply.
 pub const ENOUGH_OUTPUT: usize = 64 * 1024;
 
 /// Works on one frame of a connection; the reply is appended to `out`.

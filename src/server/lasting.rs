@@ -251,7 +251,8 @@ impl Daemon {
             self.ledger.rewrite(&state)
         };
         match written {
-            Ok(()) => (),
+            // The state took memory, too.
+            Ok(()) => self.give_memory_back_later(),
             Err(reason) => {
                 if self.ledger.is_stale() {
                     tracing::error!(

@@ -72,7 +72,7 @@ const ROTATION: [Line; 8] = [
 /// How many are let in while all that is unfinished has a piece done once. A newcomer may need many
 /// pieces: those that come and send half a frame would otherwise be let in faster than they are read,
 /// and fill the daemon's memory.
-const NEWCOMERS_A_PASS: usize = 8;
+const NEWCOMERS_A_PASS: usize = 16;
 
 /// The poll and what it watches.
 pub struct Reactor {
