@@ -234,8 +234,8 @@ fn a_small_ledger_is_written_anew_in_its_file_and_a_large_one_is_given_back() {
     events(&mut ledger, 1);
     assert_eq!(said(&ledger).process.idle_timeout_s, 60);
 
-    events(&mut ledger, 200_000);
-    assert!(file(&ledger).1 > 300_000);
+    events(&mut ledger, 600_000);
+    assert!(file(&ledger).1 > 1_100_000);
     ledger.rewrite(&state).expect("write it anew");
     assert!(file(&ledger).1 < 100_000);
     assert_eq!(said(&ledger), sorted(state));

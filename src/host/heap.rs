@@ -1,10 +1,10 @@
 //! The allocator's memory. It keeps what was freed for the next time, wherever something small that
 //! was allocated later lies behind it: a moment with many large messages would be paid for ever.
 
-/// What is larger than this has pages of its own, bytes: more than the longest frame of the lock program
-/// takes while it grows, because to have pages mapped and cleared takes longer than all that is done
+/// What is larger than this has pages of its own, bytes: more than the longest frame of the lock program,
+/// because to have pages mapped and cleared takes longer than all that is done
 /// with them.
-const OWN_PAGES: i32 = 320 * 1024;
+const OWN_PAGES: i32 = 144 * 1024;
 /// So much free memory is kept for the next one until [`give_back`] is called, bytes.
 const KEPT: i32 = 64 * 1024 * 1024;
 

@@ -41,7 +41,7 @@ const GROWTH: usize = 4;
 const A_FEW: usize = 4096;
 /// A file up to this size is kept when it is written anew, bytes: to make one, and to have its pages
 /// mapped, takes longer than to write it. A larger one is better given back.
-const KEPT_FILE: usize = 256 * 1024;
+const KEPT_FILE: usize = 1024 * 1024;
 
 /// Why a ledger cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -276,6 +276,11 @@ impl Ledger {
     /// The memory file.
     pub fn descriptor(&self) -> &OwnedFd {
         self.memory.descriptor()
+    }
+
+    /// How much memory it takes, bytes.
+    pub fn size(&self) -> usize {
+        self.memory.bytes().len()
     }
 
     /// The header and events, as they would be read.

@@ -38,7 +38,7 @@ pub const TURN_US: u64 = 32;
 /// floods the daemon waits hardly longer than if nobody did, and that is worth the time of more polls.
 pub const SHORT_TURN_US: u64 = 4;
 /// For how long somebody who was served beside others' work is company, milliseconds.
-const COMPANY_MS: u64 = 50;
+const COMPANY_MS: u64 = 1000;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
 /// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
 const LONG_TURN_US: u64 = 2 * TURN_US;
@@ -552,9 +552,8 @@ impl Daemon {
         let enough = entries
             .saturating_mul(self.ledger_entry.saturating_mul(2).max(LEDGER_ENTRY))
             .max(SMALL_LEDGER);
-        if self.ledger.content().len() > enough && self.renew_ledger().is_ok() {
-            let length = self.ledger.content().len();
-            self.ledger_entry = length.checked_div(entries).unwrap_or(0);
+        if self.ledger.size() > enough && self.renew_ledger().is_ok() {
+            self.ledger_entry = self.ledger.size().checked_div(entries).unwrap_or(0);
         }
         heap::give_back();
     }

@@ -192,9 +192,13 @@ impl Reactor {
     }
 
     fn has_work(&self) -> bool {
+        !self.daemon.ready.is_empty() || self.has_pieces()
+    }
+
+    /// Whether anything waits that is done in pieces.
+    fn has_pieces(&self) -> bool {
         let daemon = &self.daemon;
-        !daemon.ready.is_empty()
-            || !daemon.unfinished.is_empty()
+        !daemon.unfinished.is_empty()
             || !daemon.ending.is_empty()
             || !daemon.dead.is_empty()
             || daemon.listeners.iter().any(|listener| listener.queued)
@@ -234,7 +238,7 @@ impl Reactor {
             };
             self.daemon.serve(place, None);
         }
-        if self.has_work() {
+        if self.has_pieces() {
             if is_anybody_ready {
                 self.daemon.note_company();
             }
