@@ -33,10 +33,10 @@ use crate::wire::{frame, lock};
 
 /// For how long one connection is read from and its frames are worked on before others have their
 /// turn, microseconds: the time of a dozen locks.
-pub const TURN_US: u64 = 32;
+const TURN_US: u64 = 32;
 /// The same while there is company: one lock takes about as long. Who makes a call while somebody else
 /// floods the daemon waits hardly longer than if nobody did, and that is worth the time of more polls.
-pub const SHORT_TURN_US: u64 = 4;
+const SHORT_TURN_US: u64 = 4;
 /// For how long somebody who was served beside others' work is company, milliseconds.
 const COMPANY_MS: u64 = 1000;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
