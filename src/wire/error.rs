@@ -288,6 +288,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "miri's own strerror says more")]
     fn a_system_error_carries_its_errno_and_the_kernels_text() {
         let error = Error::system(
             Domain::Lockspace,
