@@ -287,8 +287,11 @@ impl Drop for Server {
     }
 }
 
-/// The version line of a daemon, if the program can be run.
+/// The version line of a daemon, if the program can be run. The line starts with the words that the
+/// program was called by; of those only its name is kept.
 pub fn version(program: &Path) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
-    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let line = String::from_utf8_lossy(&output.stdout);
+    let name = program.file_name()?.to_string_lossy();
+    Some(line.trim().replacen(&*program.to_string_lossy(), &name, 1))
 }
