@@ -8,8 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use support::client::{
-    ADMIN_PROGRAM, AUTOCREATE, CALL, Call, Client, Reply, SHARED, acquire, create_lockspace, frame,
-    put_string, put_u32, register_as, release, restrict,
+    AUTOCREATE, Call, Client, Reply, SHARED, acquire, create_lockspace, look_up_server,
+    register_as, release, restrict,
 };
 use support::daemon::{self, ADMIN_SOCKET, Daemon, LOCK_SOCKET};
 use support::owner::{OnTerm, Owner};
@@ -31,18 +31,6 @@ fn theirs() -> Option<PathBuf> {
         skip("needs libvirt's virtlockd");
     }
     found
-}
-
-/// A look-up of the lock server over the admin protocol.
-#[track_caller]
-fn look_up_server(admin: &mut Client, serial: u32) {
-    let mut payload = Vec::new();
-    put_string(&mut payload, b"virtlockd");
-    put_u32(&mut payload, 0);
-    admin.send(&frame(ADMIN_PROGRAM, 1, 5, CALL, serial, 0, &payload));
-    let reply = admin.receive();
-    assert_eq!(reply[20..24], serial.to_be_bytes());
-    Reply::parse(&reply).expect_ok();
 }
 
 /// Everything that a daemon can have in it.

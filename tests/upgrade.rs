@@ -11,10 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use support::client::{
-    ADMIN_PROGRAM, CALL, Client, Reply, SHARED, acquire, frame, put_string, put_u32, register_as,
-    release,
-};
+use support::client::{Client, Reply, SHARED, acquire, look_up_server, register_as, release};
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
@@ -445,17 +442,6 @@ fn what_was_set_over_the_admin_socket_stays_set() {
         .expect("change the configuration");
     upgrade(&daemon);
     assert!(virt_admin(&host, &["srv-clients-info", "virtlockd"]).contains("600"));
-}
-
-/// A look-up of the lock server over the admin protocol.
-fn look_up_server(admin: &mut Client, serial: u32) {
-    let mut payload = Vec::new();
-    put_string(&mut payload, b"virtlockd");
-    put_u32(&mut payload, 0);
-    admin.send(&frame(ADMIN_PROGRAM, 1, 5, CALL, serial, 0, &payload));
-    let reply = admin.receive();
-    assert_eq!(reply[20..24], serial.to_be_bytes());
-    Reply::parse(&reply).expect_ok();
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::client::{Client, REPLY_BYTES, acquire, is_ok, paper_pid, register, re
 use crate::measure::Outcome;
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "boot";
@@ -59,15 +59,7 @@ pub fn run(
         let cpu = probe::cpu_ns(server.pid)? - cpu;
         check_all_locked(&server, machines)?;
         drop(guests);
-        let mut row = |metric, unit, value| {
-            let row = Row {
-                scenario: NAME,
-                case: case(machines),
-                metric,
-                unit,
-            };
-            results.record(row, subject, value);
-        };
+        let mut row = results.recorder(NAME, case(machines), subject);
         row(TIME, "ms", milliseconds);
         row("CPU per VM", "us", cpu as f64 / 1e3 / f64::from(machines));
     }

@@ -12,7 +12,7 @@ use crate::client::{
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "fan";
@@ -77,15 +77,7 @@ pub fn run(
         let server = Server::start(programs, subject, Placement::Split)?;
         server.make_disks(0..busy)?;
         let (rate, cpu) = measure(&server, busy)?;
-        let mut row = |metric, unit, value| {
-            let row = Row {
-                scenario: NAME,
-                case: case(busy),
-                metric,
-                unit,
-            };
-            results.record(row, subject, value);
-        };
+        let mut row = results.recorder(NAME, case(busy), subject);
         row(RATE, "requests/s", rate);
         row("CPU per request", "us", cpu);
     }

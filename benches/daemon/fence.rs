@@ -10,7 +10,7 @@ use crate::measure::{Outcome, milliseconds};
 use crate::nursery::{DISKS_PER_OWNER, Funeral, Nursery, Temper};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "fence";
@@ -45,18 +45,7 @@ pub fn run(_: &Options, programs: &Programs, of: Subject, results: &mut Results)
     std::thread::sleep(AFTERMATH);
     let waits = bystander.take()?;
     server.check_alive()?;
-    let mut row = |metric, unit, value| {
-        results.record(
-            Row {
-                scenario: NAME,
-                case: CASE.into(),
-                metric,
-                unit,
-            },
-            of,
-            value,
-        );
-    };
+    let mut row = results.recorder(NAME, CASE, of);
     row(
         "owner dead after its close",
         "ms",

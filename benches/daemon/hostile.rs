@@ -8,7 +8,7 @@ use crate::bystander::Bystander;
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "hostile";
@@ -97,15 +97,7 @@ fn measure(programs: &Programs, subject: Subject, hostility: Hostility) -> Outco
 
 impl Seen {
     fn record(&self, results: &mut Results, subject: Subject, hostility: Hostility) {
-        let mut row = |metric, unit, value| {
-            let row = Row {
-                scenario: NAME,
-                case: hostility.case().to_owned(),
-                metric,
-                unit,
-            };
-            results.record(row, subject, value);
-        };
+        let mut row = results.recorder(NAME, hostility.case(), subject);
         let time = |nanoseconds: u64| microseconds(nanoseconds as f64);
         row("pair before, p50", "us", time(self.calm_p50));
         row("pair before, p99", "us", time(self.calm_p99));

@@ -6,7 +6,7 @@ use crate::crowd::Crowd;
 use crate::measure::Outcome;
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "idle";
@@ -41,18 +41,7 @@ pub fn run(
     let wakeups = probe::wakeups(server.pid)? - wakeups;
     let cpu = probe::cpu_ns(server.pid)? - cpu;
     server.check_alive()?;
-    let mut row = |metric, unit, value| {
-        results.record(
-            Row {
-                scenario: NAME,
-                case: case(guests),
-                metric,
-                unit,
-            },
-            subject,
-            value,
-        );
-    };
+    let mut row = results.recorder(NAME, case(guests), subject);
     row(WAKEUPS, "in the time", wakeups as f64);
     row("CPU", "us in the time", cpu as f64 / 1e3);
     row(RESIDENT, "MiB", before_kib as f64 / 1024.0);

@@ -7,7 +7,7 @@ use crate::client::{Client, REPLY_BYTES, acquire, is_ok, paper_pid, register, re
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "pipeline";
@@ -92,18 +92,7 @@ pub fn run(_: &Options, programs: &Programs, of: Subject, results: &mut Results)
     }
     let seconds = start.elapsed().as_secs_f64();
     let cpu = probe::cpu_ns(server.pid)? - cpu;
-    let mut row = |metric, unit, value| {
-        results.record(
-            Row {
-                scenario: NAME,
-                case: CASE.into(),
-                metric,
-                unit,
-            },
-            of,
-            value,
-        );
-    };
+    let mut row = results.recorder(NAME, CASE, of);
     row(RATE, "requests/s", requests as f64 / seconds);
     row(
         "CPU per request",

@@ -13,7 +13,7 @@ use crate::client::{Client, acquire, make_disk, paper_pid, register, release};
 use crate::measure::{Outcome, milliseconds, now_ns};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "reexec";
@@ -59,15 +59,7 @@ pub fn run(
         }
         server.check_alive()?;
         check_all_locked(&server, machines)?;
-        let mut row = |metric, unit, value| {
-            let row = Row {
-                scenario: NAME,
-                case: case(machines),
-                metric,
-                unit,
-            };
-            results.record(row, subject, value);
-        };
+        let mut row = results.recorder(NAME, case(machines), subject);
         row(SILENCE, "ms", milliseconds(watch.silence_ns as f64));
         row(LOST, "of 5", f64::from(watch.lost));
     }

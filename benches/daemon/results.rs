@@ -62,6 +62,25 @@ impl Results {
         self.row(row).values[subject as usize].push(value);
     }
 
+    /// Records one subject's values of one case: each with its metric and its unit.
+    pub fn recorder(
+        &mut self,
+        scenario: &'static str,
+        case: impl Into<String>,
+        subject: Subject,
+    ) -> impl FnMut(&'static str, &'static str, f64) {
+        let case = case.into();
+        move |metric, unit, value| {
+            let row = Row {
+                scenario,
+                case: case.clone(),
+                metric,
+                unit,
+            };
+            self.record(row, subject, value);
+        }
+    }
+
     /// A value computed from a smaller case than the row says.
     pub fn record_extrapolated(&mut self, row: Row, subject: Subject, value: f64) {
         let measured = self.row(row);

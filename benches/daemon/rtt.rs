@@ -8,7 +8,7 @@ use crate::crowd::Crowd;
 use crate::measure::{Outcome, microseconds, now_ns, percentile};
 use crate::options::Options;
 use crate::probe;
-use crate::results::{Results, Row};
+use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
 
 pub const NAME: &str = "rtt";
@@ -45,15 +45,7 @@ pub fn run(
             continue;
         }
         crowd.grow_to(&server.socket(), idle)?;
-        let mut row = |metric, unit, value| {
-            let row = Row {
-                scenario: NAME,
-                case: case(idle),
-                metric,
-                unit,
-            };
-            results.record(row, subject, value);
-        };
+        let mut row = results.recorder(NAME, case(idle), subject);
         let mut measured = measure(&server)?;
         row(
             PAIR_P50,

@@ -38,6 +38,15 @@ pub struct Limits {
     pub admin_max_clients: ClientLimit,
 }
 
+impl Limits {
+    fn by_service(self) -> [(Service, ClientLimit); 2] {
+        [
+            (Service::Lock, self.max_clients),
+            (Service::Admin, self.admin_max_clients),
+        ]
+    }
+}
+
 /// Reads the configuration again and applies its log settings; the limits in it, or a sentence
 /// about what is wrong with it.
 pub type Reload = Box<dyn FnMut() -> Result<Limits, String>>;
@@ -128,14 +137,7 @@ impl Reactor {
 
     /// Sets the limits that the configuration gives.
     pub fn configure(&mut self, limits: Limits) {
-        let Limits {
-            max_clients,
-            admin_max_clients,
-        } = limits;
-        for (service, limit) in [
-            (Service::Lock, max_clients),
-            (Service::Admin, admin_max_clients),
-        ] {
+        for (service, limit) in limits.by_service() {
             self.daemon.clients_mut(service).configure(limit);
             self.daemon.note_server(service);
         }
@@ -143,14 +145,7 @@ impl Reactor {
 
     /// Sets the limits that the configuration gives, where it gives others than before an upgrade.
     pub fn configure_if_changed(&mut self, limits: Limits) {
-        let Limits {
-            max_clients,
-            admin_max_clients,
-        } = limits;
-        for (service, limit) in [
-            (Service::Lock, max_clients),
-            (Service::Admin, admin_max_clients),
-        ] {
+        for (service, limit) in limits.by_service() {
             self.daemon.clients_mut(service).configure_if_changed(limit);
             self.daemon.note_server(service);
         }

@@ -660,3 +660,15 @@ impl Client {
         assert_eq!(self.receive(), PONG, "the answer to a PING");
     }
 }
+
+/// A look-up of the lock server over the admin protocol.
+#[track_caller]
+pub fn look_up_server(admin: &mut Client, serial: u32) {
+    let mut payload = Vec::new();
+    put_string(&mut payload, b"virtlockd");
+    put_u32(&mut payload, 0);
+    admin.send(&frame(ADMIN_PROGRAM, 1, 5, CALL, serial, 0, &payload));
+    let reply = admin.receive();
+    assert_eq!(reply[20..24], serial.to_be_bytes());
+    Reply::parse(&reply).expect_ok();
+}
