@@ -433,19 +433,16 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
         ),
         ("tries of the rival", tries.load(Ordering::Relaxed) as usize),
         ("upgrades", upgrades),
-    ];
-    let others = [
+        ("killed", count(|what| matches!(what, What::Killed(_)))),
+        ("left", count(|what| matches!(what, What::Left(_)))),
         (
             "leases granted",
             count(|what| matches!(what, What::Granted(_, LEASE, _))),
         ),
         ("refused", count(|what| matches!(what, What::Refused(..)))),
-        (
-            "left and seen to run",
-            count(|what| matches!(what, What::Runs(_))),
-        ),
     ];
-    eprintln!("{needed:?} {others:?}");
+    let seen_to_run = count(|what| matches!(what, What::Runs(_)));
+    eprintln!("{needed:?}, seen to run after they left {seen_to_run}");
     for (what, count) in needed {
         assert!(count > 0, "a history that shows nothing: {what} 0 times");
     }

@@ -530,7 +530,8 @@ fn the_end_of_the_daemon_ends_the_owners_with_locks_and_leaves_nothing_behind() 
 /// Slow: the daemon gives a process 30 s.
 #[test]
 fn an_owner_that_cannot_be_killed_keeps_its_lock_and_is_named_every_30_s() {
-    let injection = "inject=pidfd_send_signal:error=EPERM";
+    // Sent, as far as the daemon knows.
+    let injection = "inject=pidfd_send_signal:retval=0";
     let Some(scene) = Scene::with_calls_that_fail(injection, "pidfd_send_signal") else {
         return;
     };
@@ -539,7 +540,7 @@ fn an_owner_that_cannot_be_killed_keeps_its_lock_and_is_named_every_30_s() {
     wait_until(SLOW_DEADLINE, "the daemon to name it", || {
         scene.logged(&["Domain 'undead'", "is still alive 30 s after SIGKILL"]) > 0
     });
-    for tried in ["could not be sent SIGTERM", "could not be sent SIGKILL"] {
+    for tried in ["is sent SIGTERM now", "it is sent SIGKILL"] {
         assert_eq!(scene.logged(&["Domain 'undead'", tried]), 1, "{tried}");
     }
     assert!(owner.is_alive() && lock_probe(&disk).is_some());
@@ -548,6 +549,21 @@ fn an_owner_that_cannot_be_killed_keeps_its_lock_and_is_named_every_30_s() {
     // It ends after all, of something else.
     owner.kill();
     wait_until_free(&disk);
+}
+
+#[test]
+fn sigkill_that_could_not_be_sent_is_tried_again() {
+    let injection = "inject=pidfd_send_signal:error=EPERM:when=1..2";
+    let Some(scene) = Scene::with_calls_that_fail(injection, "pidfd_send_signal") else {
+        return;
+    };
+    let (mut owner, disk) = scene.owner_with_disk("spared", OnTerm::Die);
+    owner.close_connection();
+    assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+    wait_until_free(&disk);
+    for tried in ["could not be sent SIGTERM", "could not be sent SIGKILL"] {
+        assert_eq!(scene.logged(&["Domain 'spared'", tried]), 1, "{tried}");
+    }
 }
 
 /// Slow: the daemon gives a process 30 s.

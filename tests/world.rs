@@ -355,8 +355,9 @@ impl World {
                 self.daemon.signal(Signal::SIGHUP);
             }
         }
-        self.random = Random::new(next);
+        // What this draws depends on the clock, too.
         self.end_graces();
+        self.random = Random::new(next);
         self.check();
     }
 

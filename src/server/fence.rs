@@ -31,6 +31,8 @@ use crate::locks::table::Pid;
 pub const GRACE_MS: u64 = 1600;
 /// How long after SIGKILL an owner that lives on is worth a line in the log, milliseconds.
 pub const OVERDUE_MS: u64 = 30_000;
+/// How long until SIGKILL is tried again that could not be sent, milliseconds.
+const KILL_AGAIN_MS: u64 = 10_000;
 
 /// What an owner was sent last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -248,19 +250,28 @@ impl Daemon {
             self.dead.push_back(pid);
             return;
         }
-        fence.stage = Stage::Killed;
+        let now = Moment::now();
         match fence.process.signal(Signal::SIGKILL) {
-            Ok(()) => tracing::warn!(
-                target: "locking.lock_daemon",
-                "{text} did not end on SIGTERM: it is sent SIGKILL"
-            ),
-            Err(errno) => tracing::error!(
-                target: "locking.lock_daemon",
-                "{text} could not be sent SIGKILL: {}", crate::host::errno::text(errno)
-            ),
+            Ok(()) => {
+                fence.stage = Stage::Killed;
+                self.deadlines
+                    .set(Deadline::StillAlive(pid), now.plus_ms(OVERDUE_MS));
+                tracing::warn!(
+                    target: "locking.lock_daemon",
+                    "{text} did not end on SIGTERM: it is sent SIGKILL"
+                );
+            }
+            Err(errno) => {
+                self.deadlines
+                    .set(Deadline::Kill(pid), now.plus_ms(KILL_AGAIN_MS));
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{text} could not be sent SIGKILL: {}. Its locks are kept until it is dead. It is \
+                     tried again in {} s: find out why, or stop the process by hand",
+                    crate::host::errno::text(errno), KILL_AGAIN_MS / 1000
+                );
+            }
         }
-        self.deadlines
-            .set(Deadline::StillAlive(pid), Moment::now().plus_ms(OVERDUE_MS));
         self.note_fence(pid);
     }
 

@@ -36,7 +36,6 @@ pub const READ_SIZE: usize = 8 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
 const ADMIN_BYTES: usize = 64 * 1024 * 1024;
-
 /// So many bytes of replies at the end of a turn are sent in the next one: that takes long, too.
 const LONG_REPLIES: usize = 8 * 1024;
 

@@ -35,6 +35,7 @@ pub const FAILING: &[(&str, &str)] = &[
     ("getsockopt", "EMFILE ENFILE ENOMEM"),
     ("ioctl", "ENOTTY EIO"),
     ("listen", "EADDRINUSE EOPNOTSUPP"),
+    ("madvise", "EAGAIN ENOMEM"),
     ("memfd_create", "EMFILE ENFILE ENOMEM"),
     ("mkdir", "EACCES ENOSPC EROFS ENOMEM EDQUOT"),
     ("mmap", "ENOMEM EAGAIN ENFILE EPERM"),
@@ -43,11 +44,11 @@ pub const FAILING: &[(&str, &str)] = &[
     ("newfstatat", "ENOMEM EACCES EIO EOVERFLOW ESTALE"),
     (
         "openat",
-        "EMFILE ENFILE ENOMEM EACCES EPERM EROFS ENOSPC EINTR EIO ELOOP",
+        "EMFILE ENFILE ENOMEM EACCES EPERM EROFS ENOSPC EDQUOT EINTR EIO ELOOP",
     ),
     (
         "openat2",
-        "EMFILE ENFILE ENOMEM EACCES EAGAIN EINTR ENOSPC EXDEV ENOSYS",
+        "EMFILE ENFILE ENOMEM EACCES EPERM EROFS ENOSPC EDQUOT EAGAIN EINTR EIO EXDEV ENOSYS",
     ),
     ("pidfd_open", "EMFILE ENFILE ENOMEM"),
     ("pidfd_send_signal", "EPERM"),
@@ -69,6 +70,32 @@ pub const FAILING: &[(&str, &str)] = &[
     ("wait4", "EINTR ECHILD"),
     ("waitid", "EINTR ECHILD"),
     ("write", "ENOSPC EIO EINTR EDQUOT EFBIG EPIPE EAGAIN"),
+];
+
+/// The least that a daemon has to call in the story, so that it can fail: if one of these is not seen,
+/// it is strace or the story that does not do what it should.
+pub const ESSENTIAL: &[&str] = &[
+    "accept4",
+    "epoll_ctl",
+    "epoll_wait",
+    "execve",
+    "fallocate",
+    "fcntl",
+    "getsockopt",
+    "memfd_create",
+    "mmap",
+    "mremap",
+    "newfstatat",
+    "openat",
+    "openat2",
+    "pidfd_open",
+    "pidfd_send_signal",
+    "read",
+    "recvmsg",
+    "sendto",
+    "statx",
+    "unlink",
+    "write",
 ];
 
 /// The system calls that are not made to fail, and why.
@@ -212,7 +239,7 @@ pub fn is_untrue(fault: &Fault, line: &str) -> bool {
         ("fcntl", "EMFILE") => !is_about(&["F_DUPFD"]),
         ("fcntl", _) => is_about(&["F_DUPFD"]) || cannot_fail(line),
         // Root is not denied this, and there is no disk behind it.
-        ("openat", "EACCES" | "EPERM" | "EROFS" | "ENOSPC" | "EIO" | "ELOOP") => {
+        ("openat", "EACCES" | "EPERM" | "EROFS" | "ENOSPC" | "EDQUOT" | "EIO" | "ELOOP") => {
             is_about(&["\"/proc/"])
         }
         ("read", "EIO") if is_about(&["</proc/"]) => true,
