@@ -11,8 +11,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 use support::client::{
-    CALL_WITH_FDS, Call, Client, LOCK_PROGRAM, PING, PONG, Received, Reply, acquire, frame,
-    register,
+    CALL_WITH_FDS, Call, Client, LOCK_PROGRAM, PING, PONG, Received, Reply, acquire,
+    create_lockspace, frame, register,
 };
 use support::daemon::{self, Daemon};
 use support::namespace::Namespace;
@@ -657,4 +657,20 @@ fn served_client(daemon: &Daemon) -> Client {
         let mut client = daemon.client();
         client.call(&register(4243)).is_ok().then_some(client)
     })
+}
+
+/// A lockspace is kept for ever, and its directory can be written in many ways.
+#[test]
+fn lockspaces_are_no_way_to_the_daemons_memory() {
+    let Some(mut scene) = scene() else { return };
+    let lockspace = |number: usize| create_lockspace(&format!("/run/{}space", "./".repeat(number)));
+    let mut client = scene.daemon.client();
+    let made = (0..1500).filter(|number| {
+        let reply = client.call(&lockspace(*number));
+        matches!(reply, Reply::Ok { .. })
+    });
+    assert_eq!(made.count(), 1024);
+    client.call(&lockspace(1)).expect_ok();
+    drop(client);
+    scene.check_nothing_left();
 }

@@ -463,6 +463,83 @@ fn a_process_that_got_the_number_of_a_dead_owner_is_let_alone_on_older_kernels_t
     }
 }
 
+/// A fenced owner is dead and its number belongs to another owner, before the daemon has come to free
+/// what the first one had: it is busy with one that died before, and had much.
+#[test]
+fn the_locks_of_an_owner_whose_number_a_fenced_one_had_stay() {
+    let Some(scene) = Scene::new() else {
+        return;
+    };
+    let lockspace = scene.disks.path().join("lockspace");
+    let mut rich = scene.owner("rich", OnTerm::Ignore);
+    rich.call(&new_lockspace(text(&lockspace))).expect_ok();
+    for number in 0..4000 {
+        let lease = acquire(text(&lockspace), &number.to_string(), AUTOCREATE);
+        rich.call(&lease).expect_ok();
+    }
+    let (mut first, disk) = scene.owner_with_disk("first", OnTerm::Ignore);
+    let (pid, own) = (first.pid(), scene.disk("second"));
+    rich.close_connection();
+    first.close_connection();
+    for name in ["'rich'", "'first'"] {
+        wait_until(DEADLINE, "the fence to begin", || {
+            scene.logged(&[name, "it is sent SIGTERM now"]) > 0
+        });
+    }
+    scene.daemon.signal(Signal::SIGSTOP);
+    for owner in [&mut rich, &mut first] {
+        owner.kill();
+        owner.wait_end();
+    }
+    let Some(mut second) = owner_with_pid(&scene, pid) else {
+        return scene.daemon.signal(Signal::SIGCONT);
+    };
+    let calls = [register_as("second", pid).frame(1), take(&own).frame(2)];
+    std::thread::scope(|scope| {
+        let sent = scope.spawn(|| second.exchange(&calls.concat()).expect_ok());
+        // They shall be there when the daemon goes on.
+        std::thread::sleep(Duration::from_millis(200));
+        scene.daemon.signal(Signal::SIGCONT);
+        sent.join().expect("the second owner's calls");
+    });
+    // What comes now is the reply to the one before.
+    second
+        .exchange(&register_as("second", pid).frame(3))
+        .expect_ok();
+    wait_until(DEADLINE, "what the others had to be handled", || {
+        scene.logged(&["a later one of the same number"]) > 0
+    });
+    assert!(lock_probe(&own).is_some(), "of one that lives");
+    let busy = scene.stranger().call(&take(&own));
+    busy.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
+    // Whose the first lock is cannot be said any more: it goes with the second owner.
+    second.close_connection();
+    assert_eq!(second.wait_signal(), Some(Signal::SIGTERM as i32));
+    wait_until_free(&own);
+    wait_until_free(&disk);
+}
+
+#[test]
+fn when_many_locks_of_a_dead_owner_are_said_to_be_free_they_are() {
+    let Some(scene) = Scene::configured("log_level = 2\n") else {
+        return;
+    };
+    let lockspace = scene.disks.path().join("lockspace");
+    let (mut owner, disk) = scene.owner_with_disk("many", OnTerm::Die);
+    owner.call(&new_lockspace(text(&lockspace))).expect_ok();
+    for number in 0..500 {
+        let lease = acquire(text(&lockspace), &number.to_string(), AUTOCREATE);
+        owner.call(&lease).expect_ok();
+    }
+    owner.kill();
+    wait_until(DEADLINE, "the locks to be freed", || {
+        scene.logged(&["'many'", "is dead: 501 of its locks are free"]) > 0
+    });
+    assert!(lock_probe(&disk).is_none());
+    let left = std::fs::read_dir(&lockspace).expect("the lockspace's directory stays");
+    assert_eq!(left.count(), 0, "leases that were left behind");
+}
+
 #[test]
 fn the_end_of_the_daemon_ends_the_owners_with_locks_and_leaves_nothing_behind() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {

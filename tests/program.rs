@@ -12,10 +12,13 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::client::Client;
+use support::client::{
+    AUTOCREATE, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, SHARED, acquire, create_lockspace,
+    delete_resource, register,
+};
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, c_daemon, program};
 use support::namespace::Namespace;
-use support::{DEADLINE, require_root, skip, wait_for, wait_until};
+use support::{DEADLINE, lock_probe, require_root, skip, wait_for, wait_until};
 
 const PID_FILE: &str = "/run/virtlockd.pid";
 /// A pid file that cannot be made: it ends a start that has got past its configuration.
@@ -838,4 +841,35 @@ fn a_configuration_file_that_cannot_be_read_ends_the_start() {
         "Can't load config file: Failed to open file '/run/secret.conf': Permission denied: \
          /run/secret.conf\n"
     );
+}
+
+#[test]
+fn nobody_can_have_the_pid_file_locked_or_deleted() {
+    if !require_root() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let daemon = Daemon::start(&namespace, &[], &[]);
+    let pid_file = namespace.path(PID_FILE);
+    std::fs::hard_link(&pid_file, namespace.path("/run/alias")).expect("link the pid file");
+    let mut client = daemon.client();
+    client.call(&register(4711)).expect_ok();
+    client.call(&create_lockspace("/run")).expect_ok();
+    for flags in [0, SHARED, AUTOCREATE] {
+        for (space, name) in [
+            ("", PID_FILE),
+            ("", "/run/alias"),
+            ("/run", "virtlockd.pid"),
+        ] {
+            let reply = client.call(&acquire(space, name, flags));
+            reply.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
+            assert!(
+                lock_probe(&pid_file).is_some_and(|lock| lock.exclusive),
+                "{space} {name} {flags}: the pid file's lock was lost"
+            );
+        }
+    }
+    let reply = client.call(&delete_resource("/run", "virtlockd.pid"));
+    reply.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
+    assert!(pid_file.exists());
 }

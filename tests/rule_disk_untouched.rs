@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use support::client::{AUTOCREATE, Call, Client, SHARED, UUID, acquire, register};
+use support::client::{
+    AUTOCREATE, Call, Client, Reply, SHARED, UUID, acquire, create_lockspace, delete_resource,
+    register,
+};
 use support::daemon::Daemon;
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner};
@@ -313,4 +316,42 @@ fn a_fifo_in_place_of_a_disk_stays_and_nobody_waits_for_it() {
         }
     }
     scene.compare("calls on a fifo");
+}
+
+/// DELETE_RESOURCE has to find out first whether the file is held under another name.
+#[test]
+fn a_held_file_is_not_deleted_because_nobody_could_see_that_it_is_held() {
+    if !support::require_root() {
+        return;
+    }
+    if !Path::new("/usr/bin/strace").exists() {
+        return support::skip("needs strace (tests/run installs it)");
+    }
+    let namespace = Namespace::new();
+    std::fs::create_dir(namespace.path("/run/space")).expect("make a directory");
+    let file = namespace.path("/run/space/file");
+    std::fs::write(&file, "data").expect("make a file");
+    let program = support::daemon::program();
+    let program = program.to_str().expect("a path in UTF-8");
+    // It is opened without ado, but below a directory nothing can be looked at.
+    let words = [
+        "-D",
+        "-o",
+        "/run/trace",
+        "-e",
+        "trace=openat2",
+        "-e",
+        "inject=openat2:error=EMFILE",
+        program,
+    ];
+    let daemon = Daemon::start_program(Path::new("strace"), &namespace, &words, &[]);
+    let mut guest = daemon.client();
+    guest.call(&register(4711)).expect_ok();
+    guest.call(&acquire("", "/run/space/file", 0)).expect_ok();
+    let mut other = daemon.client();
+    other.call(&register(4712)).expect_ok();
+    other.call(&create_lockspace("/run/space")).expect_ok();
+    let refused = other.call(&delete_resource("/run/space", "file"));
+    assert!(matches!(refused, Reply::Error(_)), "{refused:?}");
+    assert!(file.exists(), "a file that is held was deleted");
 }

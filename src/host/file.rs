@@ -8,22 +8,33 @@ use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::{self, FileStat, Mode, SFlag};
 use nix::unistd::{self, UnlinkatFlags};
 
-/// Which file it is, whatever its name (stat(2)).
+/// Which file it is, whatever its name (stat(2)). A block device may have several nodes, which all
+/// lead to the same disk: it is told by its own number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct FileIdentity {
-    /// Its device number.
+    /// The number of the device that it is on, or of the block device that it is.
     pub device: u64,
-    /// Its inode number.
+    /// Its inode number; 0, which no file has, for a block device.
     pub inode: u64,
 }
 
 impl From<FileStat> for FileIdentity {
     fn from(stat: FileStat) -> FileIdentity {
+        if kind(&stat) == SFlag::S_IFBLK {
+            return FileIdentity {
+                device: stat.st_rdev,
+                inode: 0,
+            };
+        }
         FileIdentity {
             device: stat.st_dev,
             inode: stat.st_ino,
         }
     }
+}
+
+fn kind(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
 /// Identity and type of a file.
@@ -36,10 +47,9 @@ pub struct FileInformation {
 }
 
 fn information(stat: FileStat) -> FileInformation {
-    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     FileInformation {
+        is_directory: kind(&stat) == SFlag::S_IFDIR,
         identity: stat.into(),
-        is_directory: kind == SFlag::S_IFDIR,
     }
 }
 
@@ -325,6 +335,23 @@ mod tests {
         assert_eq!(unistd::ftruncate(&shown, 0), Err(Errno::EINVAL));
         let mut content = [0; 8];
         assert_eq!(unistd::read(&shown, &mut content), Ok(5));
+    }
+
+    #[test]
+    fn all_nodes_of_a_block_device_are_the_same_disk() {
+        let stat = |kind: SFlag, number, inode| {
+            // SAFETY: zeros are a valid stat structure, which has nothing but numbers.
+            let mut stat: FileStat = unsafe { std::mem::zeroed() };
+            (stat.st_mode, stat.st_dev) = (kind.bits(), 5);
+            (stat.st_rdev, stat.st_ino) = (number, inode);
+            FileIdentity::from(stat)
+        };
+        let first = stat(SFlag::S_IFBLK, 7, 100);
+        assert_eq!(stat(SFlag::S_IFBLK, 7, 101), first);
+        assert_ne!(stat(SFlag::S_IFBLK, 8, 100), first);
+        // Files of a file system on that device have its number, too.
+        assert_ne!(stat(SFlag::S_IFREG, 0, 100), stat(SFlag::S_IFREG, 0, 101));
+        assert_ne!(stat(SFlag::S_IFCHR, 7, 100), stat(SFlag::S_IFCHR, 7, 101));
     }
 
     #[test]

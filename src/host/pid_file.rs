@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::errno;
+use super::file::FileIdentity;
 
 /// A pid file that this process holds.
 #[derive(Debug)]
@@ -119,6 +120,19 @@ impl AsFd for PidFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Which file the pid file is.
+pub fn identity(file: &PidFile) -> Option<FileIdentity> {
+    nix::sys::stat::fstat(file).ok().map(FileIdentity::from)
+}
+
+/// Takes the lock of a pid file again, by its descriptor: another descriptor of the file was closed,
+/// and with that the lock was gone.
+pub fn lock_again(descriptor: i32) -> Result<(), Errno> {
+    // SAFETY: nothing is done with the descriptor but this call, which fails if it is closed or another
+    // file's that cannot be locked.
+    lock(unsafe { BorrowedFd::borrow_raw(descriptor) })
 }
 
 fn is_at(path: &Path, held: &std::fs::Metadata) -> bool {

@@ -14,6 +14,10 @@ use super::table::{
 };
 use crate::host::file::{self, FileIdentity};
 
+/// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
+/// memory of its path.
+const MOST_LOCKSPACES: usize = 1024;
+
 /// All lockspaces and all held resources.
 #[derive(Debug, Default)]
 pub struct Keeper {
@@ -22,8 +26,30 @@ pub struct Keeper {
     /// How many leases are POSIX locks: while there are any, files are looked at before they are
     /// opened.
     process_locks: usize,
+    /// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
+    pub own_file: Option<FileIdentity>,
+    /// Somebody wanted it: from then on, files are looked at before they are opened.
+    own_file_is_wanted: bool,
+    /// It was opened and closed for that, and its lock was lost.
+    own_lock_is_lost: bool,
     /// Descriptors were parked, of which the ledger does not know yet.
     has_parked: bool,
+}
+
+/// The leases that a dead owner left: the table does not have them any more, the kernel does.
+#[derive(Debug)]
+pub struct Estate(Vec<Ended<Lease>>);
+
+impl Estate {
+    /// How many are left.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether all have been ended.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// What an acquire did.
@@ -86,6 +112,9 @@ impl Keeper {
 
     /// Makes a lockspace and, if it is missing, its directory.
     pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+        if self.lockspaces.len() >= MOST_LOCKSPACES {
+            return Err(NotMade::TooMany);
+        }
         lockspace::make_directory(directory)?;
         self.add_lockspace(directory);
         Ok(())
@@ -99,7 +128,7 @@ impl Keeper {
     /// Whether an acquire in an unknown lockspace may open it: libvirt makes its lockspaces only
     /// once, when libvirtd starts, and a daemon that started later must serve it all the same.
     pub fn can_open_lockspace(&self, directory: &[u8]) -> bool {
-        lockspace::is_directory(directory)
+        self.lockspaces.len() < MOST_LOCKSPACES && lockspace::is_directory(directory)
     }
 
     /// Takes a resource for `owner`.
@@ -127,10 +156,18 @@ impl Keeper {
             autocreate,
             care: self.care(),
         };
-        let table = &self.table;
-        let (lease, identity) = acquisition
-            .run(|identity| table.find_file(identity).is_some())
-            .map_err(|refused| self.refusal(refused))?;
+        let (lease, identity) = match acquisition.run(|identity| self.is_held(identity)) {
+            Ok(locked) => locked,
+            Err(refused) => {
+                if let Refused::Held(identity) = refused
+                    && self.own_file == Some(identity)
+                {
+                    self.own_file_is_wanted = true;
+                    self.own_lock_is_lost |= acquisition.care == Care::None;
+                }
+                return Err(self.refusal(refused));
+            }
+        };
         let Place { lockspace, name } = place;
         let granted = Granted {
             lockspace,
@@ -143,8 +180,18 @@ impl Keeper {
         Ok(Acquired::Granted(self.table.grant(owner, granted)))
     }
 
+    /// Whether a file is held under some name, or is the daemon's own.
+    fn is_held(&self, identity: FileIdentity) -> bool {
+        self.own_file == Some(identity) || self.table.find_file(identity).is_some()
+    }
+
+    /// Whether the lock of [`Keeper::own_file`] was lost since this was asked last.
+    pub fn take_own_lock_is_lost(&mut self) -> bool {
+        std::mem::take(&mut self.own_lock_is_lost)
+    }
+
     fn care(&self) -> Care {
-        if self.process_locks == 0 {
+        if self.process_locks == 0 && !self.own_file_is_wanted {
             Care::None
         } else {
             Care::LookFirst
@@ -176,12 +223,25 @@ impl Keeper {
 
     /// Gives back everything that `pid` holds. How many resources became free.
     pub fn end_owner(&mut self, pid: Pid) -> usize {
-        let ended = self.table.end_owner(pid);
-        let count = ended.len();
-        for resource in ended {
+        let mut estate = self.take_owner(pid);
+        let count = estate.len();
+        self.end_some(&mut estate, usize::MAX);
+        count
+    }
+
+    /// Takes everything that `pid` holds out of the table. The kernel has the locks that nobody
+    /// shares until [`Keeper::end_some`] has ended what this returns.
+    #[must_use]
+    pub fn take_owner(&mut self, pid: Pid) -> Estate {
+        Estate(self.table.end_owner(pid))
+    }
+
+    /// Ends so many leases of a dead owner, at most.
+    pub fn end_some(&mut self, estate: &mut Estate, most: usize) {
+        let rest = estate.0.len().saturating_sub(most);
+        for resource in estate.0.split_off(rest) {
             self.end(resource);
         }
-        count
     }
 
     /// Makes room for so many resources, to adopt them quickly.
@@ -277,10 +337,15 @@ impl Keeper {
         if place.is_default() {
             return Err(Refusal::DefaultLockspace);
         }
-        if let Ok(found) = place.reach(file::look_up)
-            && let Some(holder) = self.table.find_file(found.identity)
-        {
-            return Err(Refusal::HeldAs(holder));
+        match place.reach(file::look_up) {
+            Ok(found) => {
+                if self.is_held(found.identity) {
+                    return Err(self.refusal(Refused::Held(found.identity)));
+                }
+            }
+            // A name of no file, or a link that leads out or nowhere: the name alone goes.
+            Err(Unreachable::Leaves | Unreachable::System(Errno::ENOENT | Errno::ELOOP)) => (),
+            Err(reason) => return Err(reason.into()),
         }
         match place.reach(file::unlink) {
             Ok(()) | Err(Unreachable::System(Errno::ENOENT)) => Ok(()),

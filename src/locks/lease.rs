@@ -13,6 +13,7 @@ use nix::errno::Errno;
 
 use super::place::{Place, Unreachable};
 use super::table::Mode;
+use crate::host::errno;
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
 
 /// What kind of lock a lease is.
@@ -98,7 +99,7 @@ impl Acquisition<'_> {
             Mode::Shared => LockType::Read,
         };
         let mut made = None;
-        for _ in 0..ROUNDS {
+        for round in 1..=ROUNDS {
             let (descriptor, created) = self.open(&held)?;
             let identity = match file::identity(&descriptor) {
                 Ok(identity) => identity,
@@ -132,8 +133,18 @@ impl Acquisition<'_> {
             };
             // The last owner of a made file removes it: between our open and our lock it may have
             // gone, and then we hold a lock on a file that nobody else will ever find.
-            if !self.autocreate || leads_to(self.place, identity) {
+            if !self.autocreate {
                 return Ok((lease, identity));
+            }
+            match leads_to(self.place, identity) {
+                Ok(true) => return Ok((lease, identity)),
+                Err(errno) if round == ROUNDS => {
+                    if created {
+                        self.unmake(&lease.descriptor);
+                    }
+                    return Err(Refused::Open(errno));
+                }
+                Ok(false) | Err(_) => (),
             }
         }
         Err(Refused::Busy)
@@ -156,20 +167,21 @@ impl Acquisition<'_> {
         if !self.autocreate {
             return Ok((self.place.reach(file::open_existing)?, false));
         }
-        if !self.place.is_default() {
-            return Ok((self.place.reach(file::open_or_create)?, false));
+        // A disk is there, most often; a lock file is not. It matters who made a file: in the default
+        // lockspace only that is ever removed, and one that was made for nothing goes at once.
+        if self.place.is_default() {
+            match self.place.reach(file::open_existing) {
+                Err(Unreachable::System(Errno::ENOENT)) => (),
+                result => return Ok((result?, false)),
+            }
         }
-        // In the default lockspace it matters who made the file: only that is ever removed.
-        match self.place.reach(file::open_existing) {
-            Err(Unreachable::System(Errno::ENOENT)) => match self.place.reach(file::create) {
-                Ok(descriptor) => Ok((descriptor, true)),
-                // Made by somebody else just now, or a symbolic link that leads to nothing.
-                Err(Unreachable::System(Errno::EEXIST)) => {
-                    Ok((self.place.reach(file::open_or_create)?, false))
-                }
-                Err(reason) => Err(reason.into()),
-            },
-            result => Ok((result?, false)),
+        match self.place.reach(file::create) {
+            Ok(descriptor) => Ok((descriptor, true)),
+            // Made by somebody else, or a symbolic link that leads to nothing.
+            Err(Unreachable::System(Errno::EEXIST)) => {
+                Ok((self.place.reach(file::open_or_create)?, false))
+            }
+            Err(reason) => Err(reason.into()),
         }
     }
 
@@ -204,11 +216,13 @@ impl Acquisition<'_> {
     }
 }
 
-/// Whether a name leads to this very file.
-fn leads_to(place: Place<'_>, identity: FileIdentity) -> bool {
-    place
-        .reach(file::look_up)
-        .is_ok_and(|found| found.identity == identity)
+/// Whether a name leads to this very file. An error if that cannot be found out at the moment.
+fn leads_to(place: Place<'_>, identity: FileIdentity) -> Result<bool, Errno> {
+    match place.reach(file::look_up) {
+        Ok(found) => Ok(found.identity == identity),
+        Err(Unreachable::System(errno)) if errno::may_pass(errno) => Err(errno),
+        Err(_) => Ok(false),
+    }
 }
 
 /// What kind of lock an earlier image of this process, perhaps another program, left on a file.

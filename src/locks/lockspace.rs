@@ -14,6 +14,8 @@ use crate::host::errno;
 pub enum NotMade {
     /// Something else has the directory's name.
     NotADirectory,
+    /// There are as many as there may be.
+    TooMany,
     /// It could not be made.
     System(Errno),
 }

@@ -13,7 +13,7 @@ use super::accept::{Listener, RefusedQueue, Reserve};
 use super::clients::Clients;
 use super::connection::{Appetite, Connection, Phase, Service};
 use super::deadlines::{Deadline, Deadlines};
-use super::fence::Fences;
+use super::fence::{Fences, Freeing};
 use super::turn::READ_SIZE;
 use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
@@ -91,8 +91,10 @@ pub struct Daemon {
     pub unfinished: VecDeque<usize>,
     /// Connections that are over and not cleared away yet.
     pub ending: VecDeque<usize>,
-    /// Owners that died and whose locks are not free yet.
+    /// Owners that died and whose locks the table still has.
     pub dead: VecDeque<Pid>,
+    /// Dead owners whose locks are being freed.
+    pub estates: VecDeque<Freeing>,
     /// Until when turns are short.
     pub(super) company_until: Moment,
     lock_clients: Clients,
@@ -133,6 +135,7 @@ impl Daemon {
             unfinished: VecDeque::new(),
             ending: VecDeque::new(),
             dead: VecDeque::new(),
+            estates: VecDeque::new(),
             company_until: Moment(0),
             lock_clients: Clients::new(1),
             admin_clients: Clients::new(1),
@@ -291,7 +294,7 @@ impl Daemon {
 
     /// Whether nobody needs the daemon: no client of either server, no lock.
     pub fn is_idle(&self) -> bool {
-        self.connections.is_empty() && self.keeper.table().is_empty()
+        self.connections.is_empty() && self.keeper.table().is_empty() && self.estates.is_empty()
     }
 
     /// Starts or stops the clock of the idle timeout.

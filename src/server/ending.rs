@@ -50,6 +50,7 @@ impl Daemon {
             && self.connections.is_empty()
             && self.fences.is_empty()
             && self.dead.is_empty()
+            && self.estates.is_empty()
         {
             self.end_all_owners();
             self.state = State::Ended;
@@ -76,6 +77,7 @@ impl Daemon {
                 self.keeper.end_owner(pid);
             }
         }
+        while self.free_some() {}
     }
 
     /// The end must not take longer: who is still being fenced is named.

@@ -25,6 +25,7 @@ use crate::restart::event::Event;
 use crate::restart::state::uuid_text;
 
 use crate::host::process::Process;
+use crate::locks::keeper::Estate;
 use crate::locks::table::Pid;
 
 /// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
@@ -33,6 +34,19 @@ pub const GRACE_MS: u64 = 1600;
 pub const OVERDUE_MS: u64 = 30_000;
 /// How long until SIGKILL is tried again that could not be sent, milliseconds.
 const KILL_AGAIN_MS: u64 = 10_000;
+
+/// How many locks of a dead owner are freed before somebody else has a turn.
+const LEASES_A_PIECE: usize = 8;
+
+/// A dead owner, as an operator reads it, whose locks are being freed.
+#[derive(Debug)]
+pub struct Freeing {
+    owner: String,
+    /// How many there were.
+    count: usize,
+    /// Those that the kernel still has.
+    leases: Estate,
+}
 
 /// What an owner was sent last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -115,9 +129,15 @@ impl Daemon {
     pub fn owner_left_with(&mut self, place: usize) -> Option<(Pid, Result<Process, Errno>)> {
         let connection = self.connections.get(place)?;
         let pid = self.ends_with(connection)?;
-        if self.fences.of(pid).is_some() {
-            return None;
+        if let Some(fence) = self.fences.of(pid) {
+            if !fence.process.is_dead() {
+                return None;
+            }
+            // This connection may be a later process's of the same number.
+            self.fenced(pid);
         }
+        let connection = self.connections.get(place)?;
+        let pid = self.ends_with(connection)?;
         let process = process_of(connection, self.names_processes, &mut self.reserve);
         Some((pid, process))
     }
@@ -132,18 +152,7 @@ impl Daemon {
         }
         match process {
             Ok(process) if !process.is_dead() => self.fence(pid, process),
-            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => {
-                if self.has_successor(pid) {
-                    tracing::warn!(
-                        target: "locking.lock_daemon",
-                        "A process with pid {pid} is dead and a later one of the same number holds \
-                         locks, too: whatever either holds is kept until {} ends",
-                        self.owner_text(pid)
-                    );
-                } else {
-                    self.free(pid);
-                }
-            }
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free_unless_succeeded(pid),
             Err(errno) => self.note_unreachable(pid, errno),
         }
     }
@@ -158,6 +167,21 @@ impl Daemon {
                  by hand",
                 self.owner_text(pid), crate::host::errno::text(reason)
             );
+        }
+    }
+
+    /// Frees the locks of an owner that is dead, unless another one has its number by now: the table
+    /// could not tell the locks of the two apart.
+    fn free_unless_succeeded(&mut self, pid: Pid) {
+        if self.has_successor(pid) {
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "A process with pid {pid} is dead and a later one of the same number holds \
+                 locks, too: whatever either holds is kept until {} ends",
+                self.owner_text(pid)
+            );
+        } else {
+            self.free(pid);
         }
     }
 
@@ -314,19 +338,41 @@ impl Daemon {
             .registry
             .deregister(&mut SourceFd(&fence.process.pidfd().as_raw_fd()));
         self.ledger.note(&Event::Fenced { pid });
-        self.free(pid);
+        self.free_unless_succeeded(pid);
     }
 
-    /// Frees the locks of an owner that is dead.
+    /// Frees the locks of an owner that is dead: a few at once, many in pieces.
     fn free(&mut self, pid: Pid) {
-        let text = self.owner_text(pid);
+        let owner = self.owner_text(pid);
         self.unreachable.remove(&pid);
-        let count = self.keeper.end_owner(pid);
+        let leases = self.keeper.take_owner(pid);
         self.ledger.note(&Event::OwnerEnded { pid });
-        tracing::info!(
-            target: "locking.lock_daemon",
-            "{text} is dead: {count} of its locks are free"
-        );
+        let count = leases.len();
+        self.estates.push_back(Freeing {
+            owner,
+            count,
+            leases,
+        });
+        if self.estates.len() == 1 {
+            self.free_some();
+        }
+    }
+
+    /// Frees some of the locks of an owner that is dead. False if there are none to be freed.
+    pub fn free_some(&mut self) -> bool {
+        let Some(freeing) = self.estates.front_mut() else {
+            return false;
+        };
+        self.keeper.end_some(&mut freeing.leases, LEASES_A_PIECE);
+        if freeing.leases.is_empty() {
+            let Freeing { owner, count, .. } = freeing;
+            tracing::info!(
+                target: "locking.lock_daemon",
+                "{owner} is dead: {count} of its locks are free"
+            );
+            self.estates.pop_front();
+        }
+        true
     }
 
     /// An owner as an operator reads it.

@@ -194,6 +194,10 @@ fn make_lockspace(keeper: &mut Keeper, ledger: &mut Ledger, path: &[u8]) -> Resu
             .concat();
             Error::new(Code::InternalError, Domain::Lockspace, detail)
         }
+        NotMade::TooMany => {
+            let detail = [b"There are too many lockspaces for another one, ", path].concat();
+            Error::new(Code::InternalError, Domain::Lockspace, detail)
+        }
         NotMade::System(errno) => {
             let what = [b"Unable to create lockspace ", path].concat();
             Error::system(Domain::Lockspace, &what, errno)

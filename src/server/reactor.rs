@@ -196,6 +196,7 @@ impl Reactor {
         !daemon.unfinished.is_empty()
             || !daemon.ending.is_empty()
             || !daemon.dead.is_empty()
+            || !daemon.estates.is_empty()
             || daemon.listeners.iter().any(|listener| listener.queued)
     }
 
@@ -287,10 +288,15 @@ impl Reactor {
                 Some(place) => daemon.clear_away(place),
                 None => return false,
             },
-            Line::Dead => match daemon.dead.pop_front() {
-                Some(pid) => daemon.fenced(pid),
-                None => return false,
-            },
+            Line::Dead => {
+                if daemon.free_some() {
+                    return true;
+                }
+                match daemon.dead.pop_front() {
+                    Some(pid) => daemon.fenced(pid),
+                    None => return false,
+                }
+            }
         }
         true
     }

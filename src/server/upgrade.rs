@@ -270,6 +270,7 @@ impl Daemon {
         while let Some(pid) = self.dead.pop_front() {
             self.fenced(pid);
         }
+        while self.free_some() {}
     }
 
     fn hand_over(&mut self) {
