@@ -392,6 +392,35 @@ fn owners_are_ended_on_kernels_that_do_not_name_the_process_of_a_peer() {
     assert!(trace.contains(&opened), "not the way meant:\n{trace}");
 }
 
+#[test]
+fn a_want_of_descriptors_at_the_start_is_no_older_kernel() {
+    let inject = |count: usize| format!("inject=socketpair:error=EMFILE:when=1..{count}");
+    let traced = "socketpair,pidfd_open";
+    let Some(scene) = Scene::with_calls_that_fail(&inject(3), traced) else {
+        return;
+    };
+    let is_fenced_by_pidfd = |scene: &Scene| {
+        let (mut owner, disk) = scene.owner_with_disk("leaver", OnTerm::Die);
+        owner.close_connection();
+        assert_eq!(owner.wait_signal(), Some(Signal::SIGTERM as i32));
+        wait_until_free(&disk);
+        let trace = scene.trace();
+        assert!(!trace.contains("pidfd_open"), "{trace}");
+    };
+    is_fenced_by_pidfd(&scene);
+    scene.daemon.wait_until_asleep();
+    // Room for one client and for its fence, but not for what the question takes.
+    let limit = scene.daemon.descriptors() + 2;
+    drop(scene);
+    let limit = format!("--nofile={limit}:{limit}");
+    let traced = format!("trace={traced}");
+    let words = ["strace", "-D", "-o", TRACE, "-e", &traced];
+    let words = [&["prlimit", &limit][..], &words].concat();
+    if let Some(scene) = Scene::under(&words, &[], &[WATCHED]) {
+        is_fenced_by_pidfd(&scene);
+    }
+}
+
 /// Starts an owner that gets the pid of one that is gone. Other processes of the machine are in
 /// the way at times; `None`, with a skip, where numbers cannot be chosen.
 fn owner_with_pid(scene: &Scene, pid: i32) -> Option<Owner> {

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags, SockFlag, sockopt};
 
+use super::errno;
+use super::patience::patiently;
 use super::process::Process;
 
 /// The process that called connect(), as the kernel noted it then (SO_PEERCRED, unix(7)).
@@ -72,16 +74,26 @@ pub fn peer_process(socket: &OwnedFd) -> Result<Process, Errno> {
     socket::getsockopt(socket, sockopt::PeerPidfd).map(Process::from_pidfd)
 }
 
-/// Whether this kernel knows SO_PEERPIDFD.
+/// Whether this kernel knows SO_PEERPIDFD (ENOPROTOOPT: it does not). Takes three descriptors for a
+/// moment. May wait, as [`patiently`] does: what passes, such as a lack of them, is no answer.
 pub fn peer_process_is_known() -> bool {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let pair = socket::socketpair(
+    let asked = patiently(|| match own_peer_process() {
+        Err(reason) if errno::may_pass(reason) => Err(reason),
+        answer => Ok(answer.is_ok()),
+    });
+    // A wrong yes keeps locks that could be freed, a wrong no may kill another process.
+    asked.unwrap_or(true)
+}
+
+/// This process, as the other end of a pair of its sockets.
+fn own_peer_process() -> Result<Process, Errno> {
+    let (ours, _theirs) = socket::socketpair(
         socket::AddressFamily::Unix,
         socket::SockType::Stream,
         None,
-        flags,
-    );
-    pair.is_ok_and(|(ours, _theirs)| peer_process(&ours).is_ok())
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    peer_process(&ours)
 }
 
 /// What one read brought.

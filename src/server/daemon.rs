@@ -111,6 +111,8 @@ impl Daemon {
     /// A daemon with nothing to do yet.
     pub fn new(registry: mio::Registry, ledger: Ledger) -> Daemon {
         heap::settle();
+        // Before the reserve takes what descriptors there are.
+        let names_processes = stream::peer_process_is_known();
         let mut reserve = Reserve::default();
         reserve.refill();
         Daemon {
@@ -125,7 +127,7 @@ impl Daemon {
             refused: RefusedQueue::new(),
             reserve,
             user: nix::unistd::geteuid().as_raw(),
-            names_processes: stream::peer_process_is_known(),
+            names_processes,
             idle_timeout_s: 0,
             names: Names::default(),
             process: ProcessState::default(),

@@ -153,6 +153,8 @@ pub enum Kernel {
 
 /// The call that fails on a kernel that names no peers.
 const PROBE: &str = "socketpair";
+/// With an error that does not pass: the daemon would try again.
+const PROBE_ERROR: &str = "EOPNOTSUPP";
 
 impl std::fmt::Display for Fault {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -173,7 +175,7 @@ pub fn strace_words(fault: Option<&Fault>, kernel: Kernel, output: &str) -> Vec<
         .map(str::to_owned)
         .into();
     if kernel == Kernel::NamesNoPeers {
-        words.push(format!("--inject={PROBE}:error=EMFILE"));
+        words.push(format!("--inject={PROBE}:error={PROBE_ERROR}"));
     }
     if let Some(Fault {
         call, error, nth, ..
