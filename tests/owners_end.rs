@@ -421,6 +421,50 @@ fn a_want_of_descriptors_at_the_start_is_no_older_kernel() {
     }
 }
 
+/// A daemon on a kernel that does not name the process of a peer.
+fn on_an_older_kernel(traced: &str) -> Option<Scene> {
+    Scene::with_calls_that_fail("inject=socketpair:error=EOPNOTSUPP", traced)
+}
+
+#[test]
+fn a_client_whose_process_cannot_be_looked_at_is_turned_away_on_older_kernels() {
+    let Some(scene) = on_an_older_kernel("socketpair") else {
+        return;
+    };
+    let mut earlier = scene.owner("earlier", OnTerm::Die);
+    let mut unmount = scene.namespace.command("umount");
+    let status = unmount.args(["-l", "/proc"]).status();
+    assert!(status.expect("run umount").success());
+    let mut late = Owner::connect(scene.daemon.lock_socket(), OnTerm::Die);
+    let refused = late.try_call(&register_as("late", late.pid()));
+    assert!(refused.is_err(), "{refused:?}");
+    assert_eq!(scene.logged(&["turned away", "cannot be looked at"]), 1);
+    earlier.call(&take(&scene.disk("disk"))).expect_ok();
+}
+
+#[test]
+fn what_a_dead_client_sent_counts_on_older_kernels_too() {
+    let Some(scene) = on_an_older_kernel("socketpair") else {
+        return;
+    };
+    let disk = scene.disk("disk");
+    let words = [register_as("dead", 1).frame(0), take(&disk).frame(1)].concat();
+    let script = "import socket, sys
+peer = socket.socket(socket.AF_UNIX)
+peer.connect(sys.argv[1])
+peer.sendall(bytes.fromhex(sys.argv[2]))";
+    scene.daemon.signal(Signal::SIGSTOP);
+    let mut client = Command::new("python3");
+    client.arg("-c").arg(script).arg(scene.daemon.lock_socket());
+    let status = client.arg(support::owner::to_hex(&words)).status();
+    assert!(status.expect("run python3").success());
+    scene.daemon.signal(Signal::SIGCONT);
+    wait_until(DEADLINE, "the lock of the client that is gone", || {
+        lock_probe(&disk).is_some()
+    });
+    assert_eq!(scene.logged(&["turned away"]), 0);
+}
+
 /// Starts an owner that gets the pid of one that is gone. Other processes of the machine are in
 /// the way at times; `None`, with a skip, where numbers cannot be chosen.
 fn owner_with_pid(scene: &Scene, pid: i32) -> Option<Owner> {

@@ -15,6 +15,7 @@ use super::dispatch;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
+use crate::host::process::Process;
 use crate::host::stream::Peer;
 use crate::host::{errno, process, stream};
 use crate::wire::error::Error;
@@ -176,11 +177,13 @@ impl Daemon {
         // Who connects has something to say, and has mostly said it by now: its first turn, behind
         // those that are known to be quick, costs no poll.
         connection.readable = true;
-        if !self.names_processes {
+        // Process 0 cannot be seen from here and stands for nobody.
+        if !self.names_processes && peer.pid > 0 {
             match self.start_time(peer.pid) {
-                // It could not be fenced, ever.
+                // Alive, it could not be fenced, ever. What a dead one sent still counts.
                 Err(reason)
-                    if errno::may_pass(reason) && phase != Phase::Refused(NoRoom::Descriptors) =>
+                    if phase != Phase::Refused(NoRoom::Descriptors)
+                        && !(reason == Errno::ESRCH && self.is_gone(peer.pid)) =>
                 {
                     tracing::error!(
                         target: "rpc.netsocket",
@@ -213,10 +216,20 @@ impl Daemon {
         }
     }
 
-    /// When the process of a client started, should it take one of the last descriptors to find out.
+    /// When the process of a client started. ESRCH also where `/proc` does not show it.
     fn start_time(&mut self, pid: i32) -> Result<u64, Errno> {
+        self.with_reserve(|| process::start_time(pid))
+    }
+
+    /// Whether there is certainly no process of this number.
+    fn is_gone(&mut self, pid: i32) -> bool {
+        self.with_reserve(|| Process::open_any(pid)).err() == Some(Errno::ESRCH)
+    }
+
+    /// Looks at a process, should it take one of the last descriptors.
+    fn with_reserve<T>(&mut self, look: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
         loop {
-            match process::start_time(pid) {
+            match look() {
                 Err(Errno::EMFILE | Errno::ENFILE) if self.reserve.give_up_one() => (),
                 found => {
                     self.reserve.refill();
