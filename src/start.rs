@@ -10,7 +10,7 @@ use virtlockd::cli::{Options, Outcome};
 use virtlockd::config::{self, Config};
 use virtlockd::exit::{ExitCode, StartError, status_text};
 use virtlockd::host::daemonize::{self, Background, Started, StatusPipe};
-use virtlockd::host::listen::{Activation, Listener, Listeners};
+use virtlockd::host::listen::{self, Activation, Listener, Listeners};
 use virtlockd::host::log::{self, SettingError};
 use virtlockd::host::paths::{self, Paths};
 use virtlockd::host::pid_file::{self, PidFile};
@@ -162,6 +162,18 @@ impl Start {
         let descriptors = raise_limit();
         let listeners = Listeners::open(activation, &self.paths)
             .map_err(|error| StartError::new(ExitCode::Network, error))?;
+        let paths = listeners.paths();
+        // They are closed by then, so there are descriptors to ask whether anybody else listens.
+        self.serving_reactor(listeners, descriptors, pid_file)
+            .inspect_err(|_| paths.iter().for_each(|path| listen::remove_socket(path)))
+    }
+
+    fn serving_reactor(
+        self,
+        listeners: Listeners,
+        descriptors: u64,
+        pid_file: Option<&PidFile>,
+    ) -> Result<Reactor, StartError> {
         let limits = client_limits(&self.config, descriptors);
         let mut reactor = self.reactor(descriptors, pid_file)?;
         reactor.configure(limits);

@@ -411,6 +411,29 @@ fn a_socket_that_cannot_be_made_ends_the_start() {
 }
 
 #[test]
+fn a_start_that_fails_for_want_of_descriptors_leaves_nothing_behind() {
+    if !require_root() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let mut failed_behind_its_sockets = 0;
+    // Fewer than a daemon without clients needs.
+    for count in 6..=10 {
+        let limit = format!("--nofile={count}:{count}");
+        let program = program();
+        let words = [&limit, program.to_str().expect("a path in UTF-8")];
+        let mut daemon = Daemon::spawn(Path::new("prlimit"), &namespace, &words, &[]);
+        let code = daemon.wait_end().code();
+        failed_behind_its_sockets += usize::from(code == Some(3));
+        let left = std::fs::read_dir(namespace.path("/run/libvirt")).expect("the run directory");
+        let left: Vec<_> = left.flatten().map(|entry| entry.file_name()).collect();
+        assert!(left.is_empty(), "limit {count}, exit {code:?}: {left:?}");
+        assert!(!namespace.path(PID_FILE).exists(), "limit {count}");
+    }
+    assert!(failed_behind_its_sockets > 0, "no start failed there");
+}
+
+#[test]
 fn the_run_directory_is_made_or_the_start_ends() {
     if !require_root() {
         return;

@@ -142,12 +142,10 @@ impl Listeners {
         }
     }
 
-    /// Closes all sockets and removes those that are ours: the end of a daemon that ends in order.
-    pub fn remove(self) {
-        self.lock
-            .into_iter()
-            .chain(self.admin)
-            .for_each(Listener::remove);
+    /// Where those sockets are that are ours to remove.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let all = self.lock.iter().chain(&self.admin);
+        all.filter_map(|listener| listener.path.clone()).collect()
     }
 }
 
@@ -176,11 +174,18 @@ impl Listener {
         let bound = bind(socket.as_raw_fd(), &address);
         umask(before);
         bound.map_err(|error| ListenError::Bind(path.to_path_buf(), error))?;
-        widen_backlog(&socket).map_err(|error| ListenError::Listen(path.to_path_buf(), error))?;
-        Ok(Self {
+        let listening = widen_backlog(&socket);
+        let listener = Self {
             socket,
             path: Some(path.to_path_buf()),
-        })
+        };
+        match listening {
+            Ok(()) => Ok(listener),
+            Err(error) => {
+                listener.remove();
+                Err(ListenError::Listen(path.to_path_buf(), error))
+            }
+        }
     }
 
     /// An activation socket.
@@ -196,13 +201,19 @@ impl Listener {
     /// Removes the socket of a daemon that ends, unless somebody else answers there by now.
     pub fn remove(self) {
         drop(self.socket);
-        let Some(path) = self.path else { return };
-        // The C daemon may have taken the path over: then somebody still answers there.
-        if UnixAddr::new(&path).is_ok_and(|address| presence(&address) == Presence::Nobody)
-            && let Err(error) = std::fs::remove_file(&path)
-        {
-            tracing::debug!("socket '{}' is not removed: {error}", path.display());
+        if let Some(path) = self.path {
+            remove_socket(&path);
         }
+    }
+}
+
+/// Removes a socket that this process has closed.
+pub fn remove_socket(path: &Path) {
+    // The C daemon may have taken the path over: then somebody still answers there.
+    if UnixAddr::new(path).is_ok_and(|address| presence(&address) == Presence::Nobody)
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        tracing::debug!("socket '{}' is not removed: {error}", path.display());
     }
 }
 
