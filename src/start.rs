@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use virtlockd::cli::{Options, Outcome};
 use virtlockd::config::{self, Config};
@@ -82,21 +82,17 @@ pub struct Start {
     pub paths: Paths,
     /// How the program was called.
     pub command_line: CommandLine,
-    /// Where the daemon was started: relative paths of log files begin here.
-    directory: PathBuf,
 }
 
 impl Start {
     /// For a daemon that goes on: what fails here is told and does not stop it.
     pub fn of_successor(options: Options, command_line: CommandLine, config: Config) -> Self {
-        let directory = PathBuf::from("/");
         let paths = Paths::of_this_process();
         Self {
             options,
             config,
             paths,
             command_line,
-            directory,
         }
     }
 
@@ -105,14 +101,12 @@ impl Start {
     fn prepare(options: Options, command_line: CommandLine) -> Result<Self, Failed> {
         let paths = Paths::of_this_process();
         let config = load_configuration(&options, &paths)?;
-        let directory = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
-        let options = with_absolute_paths(options, &directory);
+        let options = with_absolute_paths(options, &command_line.directory);
         let start = Self {
             options,
             config,
             paths,
             command_line,
-            directory,
         };
         start.apply_log_settings(&start.config)?;
         make_run_directory(&start.paths.run_directory)?;
@@ -238,7 +232,7 @@ impl Start {
             stdin_is_tty: std::io::stdin().is_terminal(),
             journal_writable: log::journal_is_writable(),
             log_file: &self.paths.log_file,
-            directory: &self.directory,
+            directory: &self.command_line.directory,
         };
         let settings = log::resolve(configured, &environment, mode)?;
         let to_default_file = settings

@@ -15,8 +15,8 @@ use support::client::{Client, Reply, SHARED, acquire, look_up_server, register_a
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    ACTIVATED_ADMIN, ACTIVATED_LOCK, Host, PROGRAM, Rival, Slowed, helper_client, image, upgrade,
-    wait_for_successor,
+    ACTIVATED_ADMIN, ACTIVATED_LOCK, Background, CONFIG, Host, PROGRAM, Rival, Slowed,
+    helper_client, image, upgrade, wait_for_successor,
 };
 use support::{DEADLINE, require_root, wait_until};
 
@@ -442,6 +442,49 @@ fn what_was_set_over_the_admin_socket_stays_set() {
         .expect("change the configuration");
     upgrade(&daemon);
     assert!(virt_admin(&host, &["srv-clients-info", "virtlockd"]).contains("600"));
+}
+
+#[test]
+fn relative_log_files_stay_in_the_directory_of_the_start() {
+    if !require_root() {
+        return;
+    }
+    // From the root of the file system this path leads into the namespace's own /run, too.
+    let config = "log_level = 2\nlog_outputs = \"2:file:run/relative.log\"\n";
+    for background in [false, true] {
+        let host = Host::new();
+        std::fs::create_dir_all(host.path("/run/start/run")).expect("make the directories");
+        std::fs::write(host.path(CONFIG), config).expect("write the configuration");
+        let words = ["-C", "/run/start", PROGRAM, "-f", CONFIG, "-d"];
+        let reloaded = |reload: &dyn Fn()| {
+            let log = host.path("/run/start/run/relative.log");
+            let count = || {
+                let log = std::fs::read_to_string(&log).unwrap_or_default();
+                log.matches("was read again").count()
+            };
+            let before = count();
+            reload();
+            wait_until(DEADLINE, "the configuration to be read", || {
+                count() > before
+            });
+        };
+        if background {
+            let mut command = host.namespace.command("env");
+            let daemon = Background::start(&host, command.args(words));
+            for _ in 0..2 {
+                daemon.upgrade();
+                reloaded(&|| daemon.signal(Signal::SIGHUP));
+            }
+        } else {
+            let words = &words[..5];
+            let daemon = Daemon::start_program("env".as_ref(), &host.namespace, words, &[]);
+            for _ in 0..2 {
+                upgrade(&daemon);
+                reloaded(&|| daemon.signal(Signal::SIGHUP));
+            }
+        }
+        assert!(!host.path("/run/relative.log").exists());
+    }
 }
 
 #[test]

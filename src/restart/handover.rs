@@ -12,13 +12,15 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::host::process::Process;
-use crate::host::{descriptors, errno, file, signals};
+use crate::host::{descriptors, environment, errno, file, signals};
 
 /// Set in a program that is only to say whether it could take over: the ledger is its standard
 /// input.
 pub const CHECK_VARIABLE: &str = "VIRTLOCKD_CHECK_LEDGER";
 /// Set in a program that takes over: descriptor of the ledger, colon, process id.
 pub const HANDOVER_VARIABLE: &str = "VIRTLOCKD_HANDOVER";
+/// Set in a program that takes over: where the daemon was started.
+const DIRECTORY_VARIABLE: &str = "VIRTLOCKD_DIRECTORY";
 /// What a successor's second line of output begins with when it can read the ledger.
 pub const READABLE: &str = "ledger readable";
 
@@ -31,18 +33,21 @@ pub enum Successor {
     Libvirt,
 }
 
-/// The words that the daemon was started with, and where its program is.
+/// The words that the daemon was started with, where that was, and where its program is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommandLine {
     /// The program: an absolute path, or a bare name that is looked up in PATH.
     pub program: OsString,
     /// The words, the program's name first.
     pub words: Vec<OsString>,
+    /// The working directory of the start, which relative paths begin at. A daemon in the background
+    /// has another one.
+    pub directory: PathBuf,
 }
 
 impl CommandLine {
     /// The command line of this process. A relative path is made absolute: the daemon may change
-    /// its working directory.
+    /// its working directory. To be called once: it takes the variable of an earlier image.
     pub fn of_this_process() -> CommandLine {
         let mut words: Vec<OsString> = std::env::args_os().collect();
         let first = words
@@ -50,14 +55,23 @@ impl CommandLine {
             .cloned()
             .unwrap_or_else(|| OsString::from("virtlockd"));
         let is_bare = !first.as_bytes().contains(&b'/');
-        let program = match std::env::current_dir() {
+        let now = std::env::current_dir();
+        let program = match &now {
             Ok(directory) if !is_bare => directory.join(&first).into_os_string(),
             _ => first,
         };
+        let directory = environment::take(DIRECTORY_VARIABLE)
+            .map(PathBuf::from)
+            .or(now.ok())
+            .unwrap_or_else(|| PathBuf::from("/"));
         if !is_bare && let Some(word) = words.first_mut() {
             word.clone_from(&program);
         }
-        CommandLine { program, words }
+        CommandLine {
+            program,
+            words,
+            directory,
+        }
     }
 
     /// Where the program is now.
@@ -254,8 +268,13 @@ pub fn replace(
         .iter()
         .map(|word| text(word.as_bytes()))
         .collect();
+    let directory = (successor == Successor::Ours).then(|| {
+        let directory = command_line.directory.as_os_str();
+        (DIRECTORY_VARIABLE.into(), directory.as_bytes().to_vec())
+    });
     let environment: Result<Vec<_>, _> = std::env::vars_os()
         .map(|(name, value)| (name.into_vec(), value.into_vec()))
+        .chain(directory)
         .chain(
             variables
                 .iter()
