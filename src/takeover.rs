@@ -12,7 +12,7 @@ use virtlockd::cli::{self, Options, Outcome};
 use virtlockd::config::Config;
 use virtlockd::exit::{ExitCode, StartError};
 use virtlockd::host::descriptors::{self, Inherited};
-use virtlockd::host::log::{self, Level, Settings};
+use virtlockd::host::log::{self, Level, Printable, SettingError, Settings};
 use virtlockd::host::paths::Paths;
 use virtlockd::host::pid_file::PidFile;
 use virtlockd::host::{environment, listen};
@@ -154,7 +154,7 @@ pub fn resume(
     let Predecessor::Ours(state, ledger) = predecessor else {
         return Err(unusable("it is not this program's").into());
     };
-    restore_log(&state.process.logging);
+    let log_restored = restore_log(&state.process.logging);
     // As it was found at the first start: the working directory may have changed since.
     if let Some(path) = &state.process.config_file {
         options.config_file = Some(PathBuf::from(OsString::from_vec(path.clone())));
@@ -182,6 +182,9 @@ pub fn resume(
     };
     let limits_are_known = config.is_some();
     let start = Start::of_successor(options, command_line, config.unwrap_or_default());
+    if let Err(reason) = log_restored {
+        replace_log_settings(&start, &state.process.logging, &reason);
+    }
     let mut reactor = set_up(
         (state, &mut inherited),
         Some(ledger),
@@ -277,26 +280,30 @@ fn set_up(
     Ok(reactor)
 }
 
-/// The log as it was. What cannot be opened any more leaves the settings of a start.
-fn restore_log(saved: &LogState) {
-    let root = Path::new("/");
-    let settings = || {
-        let mut default = log::parse_outputs(&saved.default_output, root).ok()?;
-        Some(Settings {
-            level: Level::from_number(saved.level)?,
-            filters: log::parse_filters(&saved.filters).ok()?,
-            outputs: log::parse_outputs(&saved.outputs, root).ok()?,
-            default_output: default.pop()?,
-        })
+/// The log as it was. If it cannot be restored, it stays that of a start; the reason why.
+fn restore_log(saved: &LogState) -> Result<(), String> {
+    let text = |error: SettingError| error.to_string();
+    let default = log::restore_outputs(&saved.default_output).map_err(text)?;
+    let settings = Settings {
+        level: Level::from_number(saved.level).ok_or("there is no such level")?,
+        filters: log::parse_filters(&saved.filters).map_err(text)?,
+        outputs: log::restore_outputs(&saved.outputs).map_err(text)?,
+        default_output: default.into_iter().next().ok_or("there is no default")?,
     };
-    let restored = settings().is_some_and(|settings| log::install(settings).is_ok());
-    if !restored {
-        tracing::warn!(
-            "The log settings '{}' '{}' could not be restored: the log goes to stderr",
-            saved.outputs,
-            saved.filters
-        );
-    }
+    log::install(settings).map_err(text)
+}
+
+/// The log settings from before the upgrade could not be restored: those of the configuration count.
+fn replace_log_settings(start: &Start, saved: &LogState, reason: &str) {
+    let now = match start.apply_log_settings(&start.config) {
+        Ok(()) => "those of the configuration count".to_owned(),
+        Err(error) => format!("and those of the configuration cannot be used either: {error}"),
+    };
+    tracing::error!(
+        "The log settings '{}' '{}' could not be restored ({reason}): {now}",
+        Printable(saved.outputs.as_bytes()),
+        saved.filters
+    );
 }
 
 /// Asked by the running daemon, with its ledger as standard input: could this program go on with

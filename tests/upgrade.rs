@@ -488,6 +488,52 @@ fn relative_log_files_stay_in_the_directory_of_the_start() {
 }
 
 #[test]
+fn log_settings_survive_a_directory_with_blanks_in_its_name() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let config = "log_level = 2\nlog_outputs = \"2:file:log\"\nlog_filters = \"4:hidden\"\n";
+    std::fs::write(host.path(CONFIG), config).expect("write the configuration");
+    let directory = host.path("/run/a dir: 1");
+    std::fs::create_dir(&directory).expect("make the directory");
+    let words = ["-C", "/run/a dir: 1", PROGRAM, "-f", CONFIG];
+    let daemon = Daemon::start_program("env".as_ref(), &host.namespace, &words, &[]);
+    // The settings in force count, not those of the file.
+    std::fs::write(host.path(CONFIG), "").expect("empty the configuration");
+    for count in 1..3 {
+        upgrade(&daemon);
+        daemon.client().ping();
+        let log = std::fs::read_to_string(directory.join("log")).expect("read the log");
+        assert_eq!(log.matches("Took over").count(), count, "{log}");
+    }
+    assert!(!daemon.stderr().contains("restored"), "{}", daemon.stderr());
+}
+
+#[test]
+fn log_settings_that_cannot_be_restored_give_way_to_those_of_the_configuration() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let config = |path: &str| format!("log_level = 2\nlog_outputs = \"2:file:{path}\"\n");
+    std::fs::create_dir(host.path("/run/logs")).expect("make the directory");
+    std::fs::write(host.path(CONFIG), config("/run/logs/old")).expect("write the configuration");
+    let words = ["-f", CONFIG];
+    let daemon = Daemon::start_program(PROGRAM.as_ref(), &host.namespace, &words, &[]);
+    std::fs::remove_dir_all(host.path("/run/logs")).expect("remove the directory");
+    std::fs::write(host.path(CONFIG), config("/run/new")).expect("change the configuration");
+    upgrade(&daemon);
+    daemon.client().ping();
+    let log = std::fs::read_to_string(host.path("/run/new")).expect("read the new log");
+    let line = log.lines().find(|line| line.contains("restored"));
+    let line = line.expect("a line that says so");
+    for part in ["/run/logs/old", "No such file", "the configuration count"] {
+        assert!(line.contains(part), "{line}");
+    }
+}
+
+#[test]
 fn client_numbers_go_on_and_admin_connections_stay() {
     if !require_root() {
         return;

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use virtlockd::host::log::{
-    filters_setting, format_outputs, parse_filters, parse_outputs, setting_text,
+    filters_setting, format_outputs, outputs_setting, parse_filters, parse_outputs,
+    restore_outputs, setting_text,
 };
 
 pub fn run(data: &[u8]) {
@@ -17,6 +18,12 @@ pub fn run(data: &[u8]) {
             let written = format_outputs(&outputs);
             assert_eq!(
                 parse_outputs(&written, directory).as_ref(),
+                Ok(&outputs),
+                "{written:?}"
+            );
+            let written = outputs_setting(&outputs);
+            assert_eq!(
+                restore_outputs(&written).as_ref(),
                 Ok(&outputs),
                 "{written:?}"
             );

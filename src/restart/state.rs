@@ -239,9 +239,10 @@ pub struct LogState {
     pub level: u32,
     /// As libvirt writes them.
     pub filters: String,
-    /// As libvirt writes them.
+    /// As libvirt writes them, with the paths as
+    /// [`outputs_setting`](crate::host::log::outputs_setting) does.
     pub outputs: String,
-    /// What is used when there are no outputs.
+    /// What is used when there are no outputs, written in the same way.
     pub default_output: String,
 }
 

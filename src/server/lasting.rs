@@ -419,7 +419,7 @@ fn log_state() -> LogState {
     LogState {
         level: settings.level.number(),
         filters: log::filters_setting(&settings.filters),
-        outputs: log::format_outputs(&settings.outputs),
-        default_output: settings.default_output.to_string(),
+        outputs: log::outputs_setting(&settings.outputs),
+        default_output: log::outputs_setting(&[settings.default_output]),
     }
 }

@@ -32,7 +32,7 @@ pub use line::Printable;
 pub use resolve::{Configured, Environment, RunMode, Settings, resolve};
 pub use settings::{
     FilterSetting, OutputSetting, SettingError, Target, filters_setting, format_filters,
-    format_outputs, parse_filters, parse_outputs, setting_text,
+    format_outputs, outputs_setting, parse_filters, parse_outputs, restore_outputs, setting_text,
 };
 
 use logger::Logger;

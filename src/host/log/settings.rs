@@ -4,7 +4,9 @@
 //! The texts of the errors are those of libvirt 11.3, because they also travel over the admin
 //! socket.
 
+use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 use super::level::Level;
@@ -154,6 +156,62 @@ pub fn filters_setting(filters: &[FilterSetting]) -> String {
         })
         .collect();
     entries.join(" ")
+}
+
+/// The outputs as [`restore_outputs`] reads them, for the settings that a restart carries over: a path
+/// may hold what separates entries and their parts, or bytes that are no text.
+pub fn outputs_setting(outputs: &[OutputSetting]) -> String {
+    let entry = |output: &OutputSetting| match &output.target {
+        Target::File(path) => format!("{}:file:{}", output.level.number(), protected(path)),
+        _ => output.to_string(),
+    };
+    let entries: Vec<String> = outputs.iter().map(entry).collect();
+    entries.join(" ")
+}
+
+/// Reads what [`outputs_setting`] wrote.
+///
+/// # Errors
+/// [`SettingError::Output`] for the first entry that is malformed.
+pub fn restore_outputs(text: &str) -> Result<Vec<OutputSetting>, SettingError> {
+    let mut outputs = parse_outputs(text, Path::new("/"))?;
+    for output in &mut outputs {
+        if let Target::File(path) = &mut output.target {
+            let plain = unprotected(path).ok_or_else(|| {
+                let path = path.display();
+                SettingError::Output(format!("Malformed path '{path}' of a log output"))
+            })?;
+            *path = plain;
+        }
+    }
+    Ok(outputs)
+}
+
+/// A path without blanks and colons, in UTF-8. What is left out stands there as a zero byte, which no
+/// path holds, and two hexadecimal digits.
+fn protected(path: &Path) -> String {
+    let is_text = path.to_str().is_some();
+    let mut text = Vec::new();
+    for byte in path.as_os_str().as_bytes() {
+        if matches!(byte, b' ' | b':' | 0) || !is_text && !byte.is_ascii() {
+            text.extend_from_slice(format!("\0{byte:02x}").as_bytes());
+        } else {
+            text.push(*byte);
+        }
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn unprotected(path: &Path) -> Option<PathBuf> {
+    let mut pieces = path.as_os_str().as_bytes().split(|byte| *byte == 0);
+    let mut plain = pieces.next()?.to_vec();
+    for piece in pieces {
+        let (digits, rest) = piece.split_at_checked(2)?;
+        let digits = std::str::from_utf8(digits).ok()?;
+        plain.push(u8::from_str_radix(digits, 16).ok()?);
+        plain.extend_from_slice(rest);
+    }
+    Some(PathBuf::from(OsString::from_vec(plain)))
 }
 
 impl fmt::Display for OutputSetting {
@@ -400,11 +458,29 @@ mod tests {
         assert_eq!(parse_filters(&filters_setting(&list)), Ok(list));
     }
 
+    #[test]
+    fn outputs_survive_a_restart_whatever_their_directory_is_called() {
+        use std::ffi::OsStr;
+        for directory in [
+            &b"/plain"[..],
+            b"/a dir:1",
+            b"/a \xff b",
+            "/gr\u{fc}n".as_bytes(),
+        ] {
+            let directory = Path::new(OsStr::from_bytes(directory));
+            let list = parse_outputs("1:file:x 3:stderr 2:syslog:me", directory).expect("outputs");
+            assert_eq!(restore_outputs(&outputs_setting(&list)), Ok(list));
+        }
+        assert!(restore_outputs("1:file:/a\0zz").is_err());
+        assert!(restore_outputs("1:file:/a\0").is_err());
+    }
+
     proptest! {
         #[test]
         fn no_text_panics_and_what_is_shown_reads_back(text in "([ :+*/.\t0-6a-d\\[]|stderr|file:|syslog:|journald|\\PC){0,24}") {
             let directory = Path::new("/base");
             if let Ok(list) = parse_outputs(&text, directory) {
+                prop_assert_eq!(restore_outputs(&outputs_setting(&list)), Ok(list.clone()));
                 prop_assert_eq!(parse_outputs(&format_outputs(&list), directory), Ok(list));
             }
             if let Ok(list) = parse_filters(&text) {
