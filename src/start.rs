@@ -58,7 +58,7 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         }
         Err(failed) => return Err(failed),
     };
-    if let Some(predecessor) = takeover::find_document(&start.paths)? {
+    if let Some(predecessor) = takeover::find_document(&start)? {
         // What was activated for a process before an exec is part of its state.
         drop(activation);
         return takeover::resume_started(predecessor, start);
@@ -133,15 +133,22 @@ impl Start {
     }
 
     /// An empty path on the command line means that no pid file is wanted.
+    fn pid_file_path(&self) -> Option<&Path> {
+        let path = self.options.pid_file.as_ref();
+        let path = path.unwrap_or(&self.paths.pid_file);
+        (!path.as_os_str().is_empty()).then_some(path)
+    }
+
+    /// Whether another process holds the pid file: a daemon that serves.
+    pub fn is_another_running(&self) -> bool {
+        self.pid_file_path().is_some_and(PidFile::is_held)
+    }
+
+    /// Takes the pid file, if one is wanted.
     pub fn take_pid_file(&self) -> Result<Option<PidFile>, StartError> {
-        let path = self
-            .options
-            .pid_file
-            .as_ref()
-            .unwrap_or(&self.paths.pid_file);
-        if path.as_os_str().is_empty() {
+        let Some(path) = self.pid_file_path() else {
             return Ok(None);
-        }
+        };
         PidFile::acquire(path)
             .map(Some)
             .map_err(|error| StartError::new(ExitCode::Failure, error))

@@ -15,7 +15,8 @@ use virtlockd::host::descriptors::{self, Inherited};
 use virtlockd::host::log::{self, Level, Printable, SettingError, Settings};
 use virtlockd::host::paths::Paths;
 use virtlockd::host::pid_file::PidFile;
-use virtlockd::host::{environment, listen};
+use virtlockd::host::process::Process;
+use virtlockd::host::{environment, errno, listen};
 use virtlockd::restart::handover::{CommandLine, HANDOVER_VARIABLE, READABLE};
 use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::libvirt_json::{self, Unusable};
@@ -64,9 +65,13 @@ fn unusable(reason: &str) -> StartError {
     StartError::new(ExitCode::Initialisation, message)
 }
 
-/// The state that the C daemon left for this process, if it did.
-pub fn find_document(paths: &Paths) -> Result<Option<Predecessor>, StartError> {
+/// The state that the C daemon left for this process, if it did. A running daemon's that is about to
+/// execute its successor is not touched.
+pub fn find_document(start: &Start) -> Result<Option<Predecessor>, StartError> {
+    let paths = &start.paths;
     let path = &paths.restart_state;
+    // Whoever writes the document holds the pid file until it is whole: asked before it is read.
+    let may_be_half = path.exists() && start.is_another_running();
     let document = match read_document(path) {
         Ok(Some(document)) => document,
         Ok(None) => return Ok(None),
@@ -84,6 +89,22 @@ pub fn find_document(paths: &Paths) -> Result<Option<Predecessor>, StartError> {
     };
     match libvirt_json::read(&document, std::process::id(), socket) {
         Ok(state) => Ok(Some(Predecessor::Libvirt(state, path.clone()))),
+        Err(Unusable::Foreign(magic)) if is_alive(&magic) => {
+            tracing::warn!(
+                "Found restart exec file with old magic {magic} vs wanted {}: it is left alone, \
+                 because process {magic} runs",
+                std::process::id()
+            );
+            Ok(None)
+        }
+        Err(Unusable::Damaged(reason)) if may_be_half => {
+            let message = format!(
+                "The state file '{}' is damaged or not yet whole: {reason}. It is left alone, because \
+                 another process has the pid file",
+                path.display()
+            );
+            Err(StartError::new(ExitCode::Initialisation, message))
+        }
         Err(Unusable::Foreign(magic)) => {
             tracing::warn!(
                 "Found restart exec file with old magic {magic} vs wanted {}: it is removed",
@@ -107,6 +128,17 @@ pub fn find_document(paths: &Paths) -> Result<Option<Predecessor>, StartError> {
             );
             Err(StartError::new(ExitCode::Initialisation, message))
         }
+    }
+}
+
+/// Whether the process that a document's magic names may be running.
+fn is_alive(magic: &str) -> bool {
+    let Ok(pid) = magic.parse() else {
+        return false;
+    };
+    match Process::open_any(pid) {
+        Ok(process) => !process.is_dead(),
+        Err(reason) => errno::may_pass(reason),
     }
 }
 

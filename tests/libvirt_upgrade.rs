@@ -593,6 +593,9 @@ fn document(guest: i32) -> Value {
     })
 }
 
+/// Greater than any process id can be (PID_MAX_LIMIT).
+const NO_PROCESS: &str = "4194305";
+
 /// What a daemon made of a document.
 struct Outcome {
     host: Host,
@@ -765,16 +768,43 @@ fn a_document_of_another_process_is_removed_and_the_daemon_starts_afresh() {
     }
     let host = Host::new();
     let mut stale = document(1);
-    stale["magic"] = json!("1");
+    stale["magic"] = json!(NO_PROCESS);
     std::fs::write(host.path(DOCUMENT), stale.to_string()).expect("write the document");
     let daemon = host.start(&[], &[]);
-    let warning = "Found restart exec file with old magic 1 vs wanted";
-    assert!(daemon.stderr().contains(warning), "{}", daemon.stderr());
+    let warning = format!("Found restart exec file with old magic {NO_PROCESS} vs wanted");
+    assert!(daemon.stderr().contains(&warning), "{}", daemon.stderr());
     assert!(!host.path(DOCUMENT).exists(), "the document is removed");
     let disk = host.disk("disk");
     let _guest = host.guest(&daemon, "guest", &disk);
     upgrade(&daemon);
     host.assert_held(&disk);
+}
+
+#[test]
+fn a_stray_start_leaves_the_document_of_a_running_daemon_alone() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let daemon = host.start(&[], &[]);
+    let mut whole = document(1);
+    whole["magic"] = json!(daemon.pid().to_string());
+    let whole = whole.to_string();
+    // As the daemon writes it, and as its successor would find it.
+    for (text, words, code) in [
+        (&whole[..whole.len() / 2], &[][..], 3),
+        (&whole, &[], 1),
+        (&whole, &["-p", "/run/other.pid"], 6),
+    ] {
+        std::fs::write(host.path(DOCUMENT), text).expect("write the document");
+        let program = Path::new(PROGRAM);
+        let mut stray = Daemon::spawn(program, &host.namespace, words, &[]);
+        let ended = stray.wait_end().code();
+        assert_eq!(ended, Some(code), "{}", stray.stderr());
+        let left = std::fs::read_to_string(host.path(DOCUMENT)).expect("the document");
+        assert_eq!(left, text);
+    }
+    daemon.client().ping();
 }
 
 #[test]

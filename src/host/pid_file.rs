@@ -88,6 +88,16 @@ impl PidFile {
         })
     }
 
+    /// Whether another process holds the file at this path. To be asked before [`PidFile::acquire`]:
+    /// it gives up a lock that this process has.
+    pub fn is_held(path: &Path) -> bool {
+        let mut found = first_byte();
+        File::open(path).is_ok_and(|file| {
+            fcntl(&file, FcntlArg::F_GETLK(&mut found)).is_ok()
+                && i32::from(found.l_type) != libc::F_UNLCK
+        })
+    }
+
     /// The pid file that the program before the exec held: the same process has its lock still.
     pub fn inherited(descriptor: OwnedFd, path: PathBuf) -> Self {
         Self {
@@ -141,14 +151,17 @@ fn is_at(path: &Path, held: &std::fs::Metadata) -> bool {
 }
 
 fn lock(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    let first_byte = libc::flock {
+    fcntl(file, FcntlArg::F_SETLK(&first_byte())).map(drop)
+}
+
+fn first_byte() -> libc::flock {
+    libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 1,
         l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_SETLK(&first_byte)).map(drop)
+    }
 }
 
 #[cfg(test)]
