@@ -2,6 +2,17 @@
 //! that of going on where an earlier image of the process stopped; `main` alone prints why a start
 //! failed.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 mod start;
 mod takeover;

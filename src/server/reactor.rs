@@ -1,11 +1,11 @@
 //! The loop.
 //!
-//! Five things can wake it: a signal, a deadline, a listening socket, a connection, and the death
-//! of an owner that is being fenced. The kernel reports each change once (edge-triggered), so what
-//! it said is kept in lists of things to do. Connections on which something happened have a turn
-//! first; what needs longer waits in line behind them and is worked off in short pieces, with a poll
-//! after each few: whoever comes with one call never waits for somebody's thousand. Nothing here ever
-//! waits, except in the poll when there is nothing to do.
+//! Six things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
+//! owner that is being fenced, and the end of a successor that is being looked at. The kernel reports
+//! each change once (edge-triggered), so what it said is kept in lists of things to do. Connections
+//! on which something happened have a turn first; what needs longer waits in line behind them and is
+//! worked off in short pieces, with a poll after each few: whoever comes with one call never waits
+//! for somebody's thousand. Nothing here ever waits, except in the poll when there is nothing to do.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
