@@ -4,6 +4,7 @@
 mod support;
 
 use nix::sys::signal::Signal;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +16,8 @@ use support::client::{
 };
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED, c_daemon, program};
 use support::namespace::Namespace;
-use support::owner::{OnTerm, Owner, process_state, rival, runs};
+use support::owner::{NOBODY, OnTerm, Owner, process_state, rival, runs};
+use support::upgrade::image;
 use support::{DEADLINE, TempDir, lock_probe, wait_for, wait_until};
 
 /// What an owner has between SIGTERM and SIGKILL.
@@ -948,4 +950,48 @@ fn served_client(daemon: &Daemon) -> Client {
         let mut client = daemon.client();
         client.call(&register(1)).is_ok().then_some(client)
     })
+}
+
+/// What README says under "Privileges".
+#[test]
+fn two_capabilities_are_all_that_the_daemon_needs() {
+    if !Path::new("/usr/bin/setpriv").exists() {
+        return support::skip("needs setpriv (tests/run installs it with util-linux)");
+    }
+    let words = [
+        "setpriv",
+        "--bounding-set",
+        "-all,+dac_override,+kill",
+        "--inh-caps",
+        "-all",
+    ];
+    let Some(scene) = Scene::under(&words, &["--verbose"], &[]) else {
+        return;
+    };
+    // The disk of a machine whose QEMU is somebody else.
+    let disk = scene.disk("disk");
+    let lockspace = scene.disks.path().join("lockspace");
+    std::fs::set_permissions(&disk, PermissionsExt::from_mode(0o600)).expect("close the disk");
+    chown(&disk, Some(NOBODY), Some(NOBODY)).expect("give the disk away");
+    let mut owner = scene.owner("guest", OnTerm::Ignore);
+    owner.call(&take(&disk)).expect_ok();
+    owner.call(&new_lockspace(text(&lockspace))).expect_ok();
+    let lease = acquire(text(&lockspace), "lease", AUTOCREATE);
+    owner.call(&lease).expect_ok();
+
+    let before = image(scene.daemon.pid());
+    scene.daemon.signal(Signal::SIGUSR1);
+    wait_until(DEADLINE, "the upgrade", || {
+        image(scene.daemon.pid()) != before
+    });
+    let busy = scene.stranger().call(&take(&disk));
+    busy.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
+
+    owner.become_nobody();
+    owner.close_connection();
+    assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+    wait_until_free(&disk);
+    wait_until(DEADLINE, "the lease to go", || {
+        !lockspace.join("lease").exists()
+    });
 }

@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 const SOCKET_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_SOCKET";
 const MARK: &str = "answer> ";
 
+/// A user who may do nothing.
+pub const NOBODY: u32 = 65534;
+
 /// How the owner answers SIGTERM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnTerm {
@@ -126,6 +129,12 @@ impl Owner {
         let answer = self.answer();
         let pid = answer.strip_prefix("lent to ").expect("a pid");
         pid.parse().expect("a pid is a number")
+    }
+
+    /// The process goes on as the user [`NOBODY`], as QEMU does.
+    pub fn become_nobody(&mut self) {
+        self.order("nobody");
+        assert_eq!(self.answer(), "nobody");
     }
 
     /// Closes the connection. The process lives on, unless the daemon kills it for that.
@@ -277,6 +286,11 @@ fn the_owner_process() {
             "close" => {
                 *stream = None;
                 answer("closed");
+            }
+            "nobody" => {
+                let nobody = nix::unistd::Uid::from_raw(NOBODY);
+                nix::unistd::setuid(nobody).expect("become another user");
+                answer("nobody");
             }
             "lend" => {
                 let stream = stream.as_ref().expect("the connection is open");
