@@ -97,7 +97,7 @@ pub struct Connection {
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
-    pub counted: usize,
+    pub counted: u32,
     on_the_way: Option<Box<OnTheWay>>,
 }
 

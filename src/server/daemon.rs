@@ -100,7 +100,7 @@ pub struct Daemon {
     lock_clients: Clients,
     admin_clients: Clients,
     /// What all admin clients together take of [`ADMIN_BYTES`](super::turn).
-    pub(super) admin_bytes: usize,
+    pub(super) admin_bytes: u32,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
     pub(super) input: Vec<u8>,

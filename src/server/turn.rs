@@ -35,7 +35,7 @@ const LONG_TURN_US: u64 = 2 * TURN_US;
 pub const READ_SIZE: usize = 8 * 1024;
 /// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
 /// all admin clients, bytes. The protocol allows each message 32 MiB.
-const ADMIN_BYTES: usize = 64 * 1024 * 1024;
+const ADMIN_BYTES: u32 = 64 * 1024 * 1024;
 /// So many bytes of replies at the end of a turn are sent in the next one: that takes long, too.
 const LONG_REPLIES: usize = 8 * 1024;
 
@@ -105,6 +105,7 @@ impl Daemon {
             .conversation()
             .map_or(0, Conversation::waiting)
             .saturating_add(connection.unsent().len());
+        let held = u32::try_from(held).unwrap_or(u32::MAX);
         let others = self.admin_bytes.saturating_sub(connection.counted);
         connection.counted = held;
         self.admin_bytes = others.saturating_add(held);
