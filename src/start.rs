@@ -13,7 +13,7 @@ use virtlockd::host::daemonize::{self, Background, Started, StatusPipe};
 use virtlockd::host::listen::{self, Activation, Listener, Listeners};
 use virtlockd::host::log::{self, SettingError};
 use virtlockd::host::paths::{self, Paths};
-use virtlockd::host::pid_file::{self, PidFile};
+use virtlockd::host::pid_file::PidFile;
 use virtlockd::host::{errno, limits, notify};
 use virtlockd::restart::handover::CommandLine;
 use virtlockd::server::accept;
@@ -206,7 +206,7 @@ impl Start {
         daemon.idle_timeout_s = idle_timeout_s;
         daemon.process.program = command_line.program.as_bytes().to_vec();
         daemon.process.config_file = config_file;
-        daemon.keeper.own_file = pid_file.and_then(pid_file::identity);
+        daemon.keeper.own_file = pid_file.and_then(PidFile::identity);
         daemon.process.pid_file = pid_file.map(|file| {
             let path = file.path().as_os_str().as_bytes().to_vec();
             (file.as_fd().as_raw_fd(), path)

@@ -32,7 +32,7 @@ use support::client::{
 use support::daemon::{self, Daemon};
 use support::owner::{OnTerm, Owner, runs};
 use support::random::Random;
-use support::upgrade::{Host, Slowed, upgrade};
+use support::upgrade::{Disturbed, Host, upgrade};
 use support::{DEADLINE, lock_probe, require_root, skip, wait_until};
 
 /// How long the owners are at work without being asked for more, seconds.
@@ -511,6 +511,6 @@ fn nor_when_every_fcntl_and_close_is_slow() {
     }
     let host = host();
     let daemon = host.start(&[], &[daemon::WATCHED]);
-    let _slowed = Slowed::attach(&daemon);
+    let _slowed = Disturbed::slow(&daemon);
     run_and_judge(&host, daemon, seconds(SECONDS_SLOWED));
 }

@@ -14,7 +14,7 @@ use support::client::{
 use support::daemon::{self, ADMIN_SOCKET, Daemon, LOCK_SOCKET};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    ACTIVATED_ADMIN, Background, Host, Orphan, PROGRAM, Rival, Slowed, helper_client, image,
+    ACTIVATED_ADMIN, Background, Disturbed, Host, Orphan, PROGRAM, Rival, helper_client, image,
     long_name, refusals, refused_upgrade, upgrade, wait_for_successor,
 };
 use support::{DEADLINE, lock_probe, require_root, skip, wait_until};
@@ -193,7 +193,7 @@ fn no_rival_gets_a_lock_between_the_programs_although_every_fcntl_and_close_is_s
     }
     let ours = daemon::program();
     let mut scene = Scene::of(&theirs);
-    let slowed = Slowed::attach(&scene.daemon);
+    let slowed = Disturbed::slow(&scene.daemon);
     let rival = scene.rival();
     scene.hand_to(&ours);
     scene.hand_to(&theirs);

@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use support::client::{
     AUTOCREATE, Call, Client, Reply, SHARED, UUID, acquire, create_lockspace, delete_resource,
-    register,
+    register, release,
 };
-use support::daemon::Daemon;
+use support::daemon::{Daemon, WATCHED};
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner};
 use support::random::Random;
+use support::upgrade::Disturbed;
 
 const DISKS: &str = "/run/disks";
 const ROUNDS: u64 = 12;
@@ -354,4 +355,47 @@ fn a_held_file_is_not_deleted_because_nobody_could_see_that_it_is_held() {
     let refused = other.call(&delete_resource("/run/space", "file"));
     assert!(matches!(refused, Reply::Error(_)), "{refused:?}");
     assert!(file.exists(), "a file that is held was deleted");
+}
+
+#[test]
+fn a_lock_file_that_was_made_for_a_lock_which_could_not_be_had_is_removed() {
+    if !support::require_root() {
+        return;
+    }
+    if !Path::new("/usr/bin/strace").exists() {
+        return support::skip("needs strace (tests/run installs it)");
+    }
+    let namespace = Namespace::new();
+    std::fs::create_dir(namespace.path("/run/space")).expect("make a directory");
+    let daemon = Daemon::start(&namespace, &[], &[WATCHED]);
+    let mut client = daemon.client();
+    client.call(&register(4711)).expect_ok();
+    client.call(&create_lockspace("/run/space")).expect_ok();
+    // Some of these calls are no locks: the standard library looks at descriptors, too.
+    for space in ["/run/space", ""] {
+        let mut refusals = 0;
+        for nth in 1..=6 {
+            let file = format!("/run/space/file{nth}");
+            let name = if space.is_empty() {
+                file.clone()
+            } else {
+                format!("file{nth}")
+            };
+            let failing = Disturbed::with(&daemon, "fcntl", &format!("error=ENOLCK:when={nth}"));
+            match client.call(&acquire(space, &name, AUTOCREATE)) {
+                Reply::Ok { .. } => client.call(&release(space, &name)).expect_ok(),
+                Reply::Error(error) => {
+                    assert!(error.message.contains("No locks available"), "{error:?}");
+                    refusals += 1;
+                }
+            }
+            drop(failing);
+            let left = namespace.path(&file).exists();
+            assert!(
+                !left,
+                "{file} is left, with call {nth} of '{space}' failing"
+            );
+        }
+        assert!(refusals > 0, "no lock of '{space}' failed");
+    }
 }

@@ -15,7 +15,7 @@ use support::client::{Client, Reply, SHARED, acquire, look_up_server, register_a
 use support::daemon::{ADMIN_SOCKET, Daemon, LOCK_SOCKET, WATCHED};
 use support::owner::{OnTerm, Owner};
 use support::upgrade::{
-    ACTIVATED_ADMIN, ACTIVATED_LOCK, Background, CONFIG, Host, PROGRAM, Rival, Slowed,
+    ACTIVATED_ADMIN, ACTIVATED_LOCK, Background, CONFIG, Disturbed, Host, PROGRAM, Rival,
     helper_client, image, upgrade, wait_for_successor,
 };
 use support::{DEADLINE, require_root, wait_until};
@@ -201,7 +201,7 @@ fn no_rival_gets_a_lock_although_every_fcntl_and_close_is_slow() {
     for disk in &disks[10..] {
         guest.call(&acquire("", disk, 0)).expect_ok();
     }
-    let slowed = Slowed::attach(&daemon);
+    let slowed = Disturbed::slow(&daemon);
     let rival = Rival::of(disks.iter().map(|disk| host.path(disk)).collect());
     for _ in 0..4 {
         upgrade(&daemon);

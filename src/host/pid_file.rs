@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -106,6 +106,12 @@ impl PidFile {
         }
     }
 
+    /// Which file it is, and its descriptor.
+    pub fn identity(&self) -> Option<(FileIdentity, i32)> {
+        let stat = nix::sys::stat::fstat(&self.file).ok()?;
+        Some((stat.into(), self.file.as_raw_fd()))
+    }
+
     /// Where the file is, as it was named when it was taken.
     pub fn path(&self) -> &Path {
         &self.path
@@ -130,11 +136,6 @@ impl AsFd for PidFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
-}
-
-/// Which file the pid file is.
-pub fn identity(file: &PidFile) -> Option<FileIdentity> {
-    nix::sys::stat::fstat(file).ok().map(FileIdentity::from)
 }
 
 /// Takes the lock of a pid file again, by its descriptor: another descriptor of the file was closed,

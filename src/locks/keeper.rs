@@ -13,6 +13,7 @@ use super::table::{
     Decision, Ended, Granted, Mode, NotReleased, Owner, Pid, Released, Resource, ResourceId, Table,
 };
 use crate::host::file::{self, FileIdentity};
+use crate::host::{errno, pid_file};
 
 /// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
 /// memory of its path.
@@ -26,12 +27,10 @@ pub struct Keeper {
     /// How many leases are POSIX locks: while there are any, files are looked at before they are
     /// opened.
     process_locks: usize,
-    /// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
-    pub own_file: Option<FileIdentity>,
+    /// The daemon's pid file, which is nobody's resource, and its descriptor. It has a POSIX lock.
+    pub own_file: Option<(FileIdentity, i32)>,
     /// Somebody wanted it: from then on, files are looked at before they are opened.
     own_file_is_wanted: bool,
-    /// It was opened and closed for that, and its lock was lost.
-    own_lock_is_lost: bool,
     /// Descriptors were parked, of which the ledger does not know yet.
     has_parked: bool,
 }
@@ -159,12 +158,7 @@ impl Keeper {
         let (lease, identity) = match acquisition.run(|identity| self.is_held(identity)) {
             Ok(locked) => locked,
             Err(refused) => {
-                if let Refused::Held(identity) = refused
-                    && self.own_file == Some(identity)
-                {
-                    self.own_file_is_wanted = true;
-                    self.own_lock_is_lost |= acquisition.care == Care::None;
-                }
+                self.keep_own_file(refused);
                 return Err(self.refusal(refused));
             }
         };
@@ -182,12 +176,27 @@ impl Keeper {
 
     /// Whether a file is held under some name, or is the daemon's own.
     fn is_held(&self, identity: FileIdentity) -> bool {
-        self.own_file == Some(identity) || self.table.find_file(identity).is_some()
+        let is_own = self.own_file.is_some_and(|(own, _)| own == identity);
+        is_own || self.table.find_file(identity).is_some()
     }
 
-    /// Whether the lock of [`Keeper::own_file`] was lost since this was asked last.
-    pub fn take_own_lock_is_lost(&mut self) -> bool {
-        std::mem::take(&mut self.own_lock_is_lost)
+    /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
+    fn keep_own_file(&mut self, refused: Refused) {
+        let Some((own, descriptor)) = self.own_file else {
+            return;
+        };
+        if refused != Refused::Held(own) || self.care() == Care::LookFirst {
+            return;
+        }
+        self.own_file_is_wanted = true;
+        if let Err(errno) = pid_file::lock_again(descriptor) {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The lock of the pid file was lost to another process: {}. Stop that one: a second \
+                 daemon must not run",
+                errno::text(errno)
+            );
+        }
     }
 
     fn care(&self) -> Care {

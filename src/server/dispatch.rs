@@ -7,7 +7,6 @@ use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::lock_service::{self, Context, Session};
 use crate::host::log::Printable;
-use crate::host::pid_file;
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;
@@ -136,15 +135,6 @@ fn lock_call(
         ledger: &mut daemon.ledger,
     };
     let result = lock_service::call(context, &call);
-    if daemon.keeper.take_own_lock_is_lost()
-        && let Some((descriptor, _)) = daemon.process.pid_file
-        && let Err(errno) = pid_file::lock_again(descriptor)
-    {
-        tracing::error!(
-            target: "locking.lock_daemon",
-            "The lock of the pid file was lost: {}", crate::host::errno::text(errno)
-        );
-    }
     match &result {
         Ok(()) => tracing::debug!(
             target: "locking.lock_daemon",

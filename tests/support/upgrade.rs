@@ -343,18 +343,24 @@ fn rob(paths: &[PathBuf], stop: &AtomicBool, tries: &AtomicU64) -> Vec<PathBuf> 
     robbed
 }
 
-/// strace, attached to a daemon, that makes each of its fcntl and close calls half a millisecond
-/// long: a lock that is dropped and taken again at once shows only so.
-pub struct Slowed {
+/// strace, attached to a daemon, that makes some of its system calls slow or fail.
+pub struct Disturbed {
     strace: Child,
 }
 
-impl Slowed {
-    /// It is at work when this returns.
-    pub fn attach(daemon: &Daemon) -> Slowed {
+impl Disturbed {
+    /// Each fcntl and close takes half a millisecond: a lock that is dropped and taken again at once
+    /// shows only so.
+    pub fn slow(daemon: &Daemon) -> Disturbed {
+        Disturbed::with(daemon, "fcntl,close", "delay_enter=500")
+    }
+
+    /// With an injection into these system calls, which are counted from now on. It is at work when
+    /// this returns.
+    pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
         let strace = Command::new("strace")
-            .args(["-f", "-o", "/dev/null", "-e", "trace=fcntl,close"])
-            .args(["-e", "inject=fcntl,close:delay_enter=500"])
+            .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
+            .args(["-e", &format!("inject={calls}:{injection}")])
             .args(["-p", &daemon.pid().to_string()])
             .stderr(Stdio::null())
             .spawn()
@@ -364,11 +370,11 @@ impl Slowed {
             let status = std::fs::read_to_string(&status).expect("the daemon's status");
             !status.contains("TracerPid:\t0\n")
         });
-        Slowed { strace }
+        Disturbed { strace }
     }
 }
 
-impl Drop for Slowed {
+impl Drop for Disturbed {
     fn drop(&mut self) {
         let _ = self.strace.kill();
         let _ = self.strace.wait();
