@@ -99,12 +99,17 @@ pub struct TempDir {
 impl TempDir {
     pub fn new() -> TempDir {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("virtlockd-test-{}-{count}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path)
-            .unwrap_or_else(|error| panic!("make the directory {}: {error}", path.display()));
-        TempDir { path }
+        loop {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("virtlockd-test-{}-{count}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            match std::fs::create_dir(&path) {
+                Ok(()) => return TempDir { path },
+                // Left by a test that was killed, whose pid this one has now.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => (),
+                Err(error) => panic!("make the directory {}: {error}", path.display()),
+            }
+        }
     }
 
     pub fn path(&self) -> &Path {
