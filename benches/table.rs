@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use support::{Cost, Table as Report, cost, spent};
 use virtlockd::host::file::FileIdentity;
-use virtlockd::locks::table::{Decision, Granted, Mode, Owner, Released, Table};
+use virtlockd::locks::table::{Decision, Granted, Mode, Owner, Table};
 
 const SIZES: [u32; 3] = [10, 10_000, 1_000_000];
 /// Disks of a guest.
@@ -64,7 +64,7 @@ impl Guest {
     fn release(&self, table: &mut Table<()>) {
         for (name, _) in &self.disks {
             let released = table.release(b"", name, self.owner.pid);
-            assert!(matches!(released, Ok(Released::Ended(_))));
+            assert!(matches!(released, Ok(Some(_))));
             black_box(&released);
         }
     }

@@ -7,7 +7,7 @@
 use proptest::prelude::*;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::locks::table::{
-    Decision, Ended, Granted, Mode, NotReleased, Owner, Pid, Released, ResourceId, Table,
+    Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table,
 };
 
 /// Names that a table which glued lockspace and name together carelessly would mix up.
@@ -213,8 +213,8 @@ impl Both {
         let row = rows.remove(holding);
         let goes_on = rows.iter().any(|row| row.key == key);
         match released.expect("a holding is released") {
-            Released::StillHeld => assert!(goes_on),
-            Released::Ended(ended) => {
+            None => assert!(goes_on),
+            Some(ended) => {
                 assert!(!goes_on);
                 assert_eq!(self.ended_ticket(&ended), row.ticket);
             }
@@ -229,7 +229,7 @@ impl Both {
             .filter(|ticket| self.reference.rows.iter().all(|row| row.ticket != *ticket))
             .collect();
         let ended = self.table.end_owner(pid);
-        let mut tickets: Vec<u32> = ended.iter().map(|ended| ended.resource.lease).collect();
+        let mut tickets: Vec<u32> = ended.iter().map(|ended| ended.lease).collect();
         tickets.sort_unstable();
         assert_eq!(tickets, expected);
         // The last one of a file says that the file is not held any more.
@@ -238,15 +238,15 @@ impl Both {
         }
     }
 
-    /// The ticket that an ended resource hands back; what it says of its file is checked.
-    fn ended_ticket(&self, ended: &Ended<u32>) -> u32 {
-        let identity = ended.resource.identity;
+    /// The ticket that an ended resource hands back; what the table says of its file is checked.
+    fn ended_ticket(&self, ended: &Resource<u32>) -> u32 {
+        let identity = ended.identity;
         let others = self.reference.tickets(|row| row.file == identity);
-        match ended.same_file {
+        match self.table.find_file(identity) {
             None => assert!(others.is_empty()),
             Some(id) => assert!(others.contains(&self.ticket(id))),
         }
-        ended.resource.lease
+        ended.lease
     }
 
     fn check(&mut self) {

@@ -9,9 +9,7 @@ use nix::errno::Errno;
 use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
-use super::table::{
-    Decision, Ended, Granted, Mode, NotReleased, Owner, Pid, Released, Resource, ResourceId, Table,
-};
+use super::table::{Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table};
 use crate::host::file::{self, FileIdentity};
 use crate::host::{errno, pid_file};
 
@@ -37,7 +35,7 @@ pub struct Keeper {
 
 /// The leases that a dead owner left: the table does not have them any more, the kernel does.
 #[derive(Debug)]
-pub struct Estate(Vec<Ended<Lease>>);
+pub struct Estate(Vec<Resource<Lease>>);
 
 impl Estate {
     /// How many are left.
@@ -223,9 +221,8 @@ impl Keeper {
     /// Gives back one holding of `pid`. When this returns, the kernel has let go of what nobody
     /// holds any more.
     pub fn release(&mut self, place: Place<'_>, pid: Pid) -> Result<(), NotReleased> {
-        match self.table.release(place.lockspace, place.name, pid)? {
-            Released::StillHeld => (),
-            Released::Ended(ended) => self.end(*ended),
+        if let Some(resource) = self.table.release(place.lockspace, place.name, pid)? {
+            self.end(resource);
         }
         Ok(())
     }
@@ -276,8 +273,7 @@ impl Keeper {
         }
     }
 
-    fn end(&mut self, ended: Ended<Lease>) {
-        let Ended { resource, .. } = ended;
+    fn end(&mut self, resource: Resource<Lease>) {
         if matches!(resource.lease.kind, LockKind::Process { .. }) {
             self.process_locks = self.process_locks.saturating_sub(1);
         }

@@ -6,6 +6,7 @@
 //! kernel's lock is a value `L` that it keeps and hands back.
 
 use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
 use std::rc::Rc;
 
 use foldhash::{HashMap, HashMapExt};
@@ -243,24 +244,6 @@ pub enum NotReleased {
     NotYours,
 }
 
-/// A resource that nobody holds any more, taken out of the table.
-#[derive(Debug)]
-pub struct Ended<L> {
-    /// As it was; its lease is still to be ended.
-    pub resource: Resource<L>,
-    /// A resource that is the same file and goes on being held.
-    pub same_file: Option<ResourceId>,
-}
-
-/// What a release did.
-#[derive(Debug)]
-pub enum Released<L> {
-    /// Somebody holds it still, perhaps the same owner once more.
-    StillHeld,
-    /// That was the last holding.
-    Ended(Box<Ended<L>>),
-}
-
 /// The table.
 #[derive(Debug)]
 pub struct Table<L> {
@@ -309,16 +292,21 @@ impl<L> Table<L> {
 
     /// The resource `name` of `lockspace`, if somebody holds it.
     pub fn find(&mut self, lockspace: &[u8], name: &[u8]) -> Option<ResourceId> {
-        self.scratch.clear();
-        self.scratch.extend_from_slice(lockspace);
-        self.scratch.push(0);
-        self.scratch.extend_from_slice(name);
+        self.spell(lockspace, name);
         let found = self.by_name.get(self.scratch.as_slice()).copied();
         // One huge name must not keep its memory for ever.
         if self.scratch.capacity() > 64 * 1024 {
             self.scratch = Vec::new();
         }
         found
+    }
+
+    /// Puts a key together.
+    fn spell(&mut self, lockspace: &[u8], name: &[u8]) {
+        self.scratch.clear();
+        self.scratch.extend_from_slice(lockspace);
+        self.scratch.push(0);
+        self.scratch.extend_from_slice(name);
     }
 
     /// The first resource that is this file, if somebody holds one.
@@ -398,7 +386,8 @@ impl<L> Table<L> {
 
     /// Enters a resource that was locked, after [`Decision::Open`].
     pub fn grant(&mut self, owner: &Owner, granted: Granted<'_, L>) -> ResourceId {
-        let key: Key = Key([granted.lockspace, b"\0", granted.name].concat().into());
+        self.spell(granted.lockspace, granted.name);
+        let key = Key(self.scratch.as_slice().into());
         let entry = self.resources.vacant_entry();
         let id = ResourceId(entry.key());
         let next_of_identity = self.by_identity.insert(granted.identity, id);
@@ -438,13 +427,14 @@ impl<L> Table<L> {
         }
     }
 
-    /// Ends one holding of a process.
+    /// Ends one holding of a process. A resource that nobody holds any more is taken out of the table
+    /// and returned; its lease is still to be ended.
     pub fn release(
         &mut self,
         lockspace: &[u8],
         name: &[u8],
         pid: Pid,
-    ) -> Result<Released<L>, NotReleased> {
+    ) -> Result<Option<Resource<L>>, NotReleased> {
         let id = self.find(lockspace, name).ok_or(NotReleased::NotHeld)?;
         let resource = self.resources.get_mut(id.0).ok_or(NotReleased::NotHeld)?;
         if resource.holders.times(pid) == 0 {
@@ -452,28 +442,26 @@ impl<L> Table<L> {
         }
         let left = resource.holders.remove(pid, 1);
         if left == Left::ByTheSame {
-            return Ok(Released::StillHeld);
+            return Ok(None);
         }
-        if let Some(holding) = self.by_owner.get_mut(&pid) {
-            if let Some(position) = holding.resources.iter().position(|held| *held == id) {
-                holding.resources.swap_remove(position);
+        if let Entry::Occupied(mut holding) = self.by_owner.entry(pid) {
+            let resources = &mut holding.get_mut().resources;
+            if let Some(position) = resources.iter().position(|held| *held == id) {
+                resources.swap_remove(position);
             }
-            if holding.resources.is_empty() {
-                self.by_owner.remove(&pid);
+            if resources.is_empty() {
+                holding.remove();
             }
         }
         Ok(match left {
-            Left::Nothing => match self.take_out(id) {
-                Some(ended) => Released::Ended(Box::new(ended)),
-                None => Released::StillHeld,
-            },
-            Left::ByTheSame | Left::ByOthers => Released::StillHeld,
+            Left::Nothing => self.take_out(id),
+            Left::ByTheSame | Left::ByOthers => None,
         })
     }
 
     /// Ends everything that a process holds, however often it took it. What nobody else holds is
     /// taken out of the table and returned.
-    pub fn end_owner(&mut self, pid: Pid) -> Vec<Ended<L>> {
+    pub fn end_owner(&mut self, pid: Pid) -> Vec<Resource<L>> {
         let Some(holding) = self.by_owner.remove(&pid) else {
             return Vec::new();
         };
@@ -490,17 +478,19 @@ impl<L> Table<L> {
         ended
     }
 
-    fn take_out(&mut self, id: ResourceId) -> Option<Ended<L>> {
+    fn take_out(&mut self, id: ResourceId) -> Option<Resource<L>> {
         let resource = self.resources.try_remove(id.0)?;
         self.by_name.remove(&resource.key);
-        let identity = resource.identity;
-        let first = self.by_identity.get(&identity).copied();
-        if first == Some(id) {
+        let Entry::Occupied(mut first) = self.by_identity.entry(resource.identity) else {
+            return Some(resource);
+        };
+        if *first.get() == id {
             match resource.next_of_identity {
-                Some(next) => self.by_identity.insert(identity, next),
-                None => self.by_identity.remove(&identity),
-            };
+                Some(next) => _ = first.insert(next),
+                None => _ = first.remove(),
+            }
         } else {
+            let first = Some(*first.get());
             let before =
                 std::iter::successors(first, |id| self.get(*id)?.next_of_identity).find(|before| {
                     self.get(*before)
@@ -510,10 +500,7 @@ impl<L> Table<L> {
                 held.next_of_identity = resource.next_of_identity;
             }
         }
-        Some(Ended {
-            same_file: self.find_file(identity),
-            resource,
-        })
+        Some(resource)
     }
 }
 
@@ -579,18 +566,12 @@ mod tests {
         assert_eq!(table.decide(b"", b"a", Mode::Shared), Decision::Join(id));
         assert_eq!(table.decide(b"", b"a", Mode::Exclusive), Decision::Busy(id));
         table.join(id, &owner(8));
-        assert!(matches!(
-            table.release(b"", b"a", 7),
-            Ok(Released::StillHeld)
-        ));
+        assert!(matches!(table.release(b"", b"a", 7), Ok(None)));
         assert!(matches!(
             table.release(b"", b"a", 7),
             Err(NotReleased::NotYours)
         ));
-        assert!(matches!(
-            table.release(b"", b"a", 8),
-            Ok(Released::Ended(_))
-        ));
+        assert!(matches!(table.release(b"", b"a", 8), Ok(Some(_))));
         assert!(matches!(
             table.release(b"", b"a", 8),
             Err(NotReleased::NotHeld)
@@ -616,10 +597,7 @@ mod tests {
             .map(|name| grant(&mut table, *name, 1, Mode::Exclusive, 7))
             .collect();
         assert_eq!(table.same_file(file(1)).count(), 3);
-        let Ok(Released::Ended(ended)) = table.release(b"", b"b", 7) else {
-            panic!()
-        };
-        assert_eq!(ended.same_file, Some(ids[2]));
+        assert!(matches!(table.release(b"", b"b", 7), Ok(Some(_))));
         assert_eq!(
             table.same_file(file(1)).collect::<Vec<_>>(),
             [ids[2], ids[0]]

@@ -20,6 +20,7 @@
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 
+use bincode::error::EncodeError;
 use nix::errno::Errno;
 
 use super::event::{Event, events};
@@ -85,6 +86,12 @@ fn configuration() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<LONGEST_EVENT>()
 }
 
+/// Writes an event to the front of `place`, and says how many bytes that took. In one piece: every
+/// granted lock pays for it.
+fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
+    bincode::serde::encode_into_slice(event, place, configuration())
+}
+
 /// The ledger of a running daemon.
 #[derive(Debug)]
 pub struct Ledger {
@@ -135,7 +142,7 @@ impl Ledger {
         let mut length = 0usize;
         for event in events(state) {
             let rest = fresh.get_mut(length..).unwrap_or_default();
-            match bincode::serde::encode_into_slice(event, rest, configuration()) {
+            match encode(&event, rest) {
                 Ok(written) => length = length.saturating_add(written),
                 Err(_) => {
                     *self = Ledger::of(state)?;
@@ -189,13 +196,13 @@ impl Ledger {
                 .bytes_mut()
                 .get_mut(self.used..)
                 .unwrap_or_default();
-            match bincode::serde::encode_into_slice(event, rest, configuration()) {
+            match encode(event, rest) {
                 Ok(written) => {
                     self.used = self.used.saturating_add(written);
                     self.write_length();
                     return Ok(());
                 }
-                Err(bincode::error::EncodeError::UnexpectedEnd) => self.grow()?,
+                Err(EncodeError::UnexpectedEnd) => self.grow()?,
                 Err(_) => return Err(Errno::EINVAL),
             }
         }

@@ -227,15 +227,17 @@ impl Reactor {
     /// A turn of everybody who is ready, then, for about as long as one such turn, pieces of what
     /// waits.
     fn work(&mut self) {
-        let is_anybody_ready = !self.daemon.ready.is_empty();
-        for _ in 0..CONNECTIONS_A_TURN {
-            let Some(place) = self.daemon.ready.pop_front() else {
-                break;
-            };
+        let did_anything_wait = self.has_pieces();
+        let mut served = 0usize;
+        while served < CONNECTIONS_A_TURN
+            && let Some(place) = self.daemon.ready.pop_front()
+        {
             self.daemon.serve(place, None);
+            served = served.saturating_add(1);
         }
         if self.has_pieces() {
-            if is_anybody_ready {
+            // Who left something to do and is alone with it is not its own company.
+            if served > 1 || (served > 0 && did_anything_wait) {
                 self.daemon.note_company();
             }
             let end = self.daemon.turn_end(Moment::now());
