@@ -151,21 +151,26 @@ impl World {
     // ---- what is looked at after each step ----
 
     fn check(&mut self) {
-        let wrong = self.wrongly_locked();
-        // An owner that was made to die may have done so a moment ago.
-        if wrong.is_some() && self.bury_those_that_left() {
-            return self.check();
-        }
-        assert_eq!(wrong, None, "the kernel's view of a file");
-        let expected = self.model.kernel_locks();
-        // The list in /proc is read in pieces, and others lock and unlock files of theirs meanwhile.
         let begun = Instant::now();
-        loop {
-            let seen = self.outside.kernel_locks();
-            if seen == expected {
-                break;
+        while let Some((wrong, may_be_torn)) = self.what_is_wrong() {
+            // An owner that was made to die may have done so a moment ago, also between two of the
+            // things that are looked at.
+            if !self.bury_those_that_left() {
+                assert!(may_be_torn && begun.elapsed() < TORN, "{wrong}");
             }
-            assert!(begun.elapsed() < TORN, "locks: {seen:?}, not {expected:?}");
+        }
+        self.outside.check_contents();
+    }
+
+    /// What is not as the model says, and whether it may look so because it was read in pieces.
+    fn what_is_wrong(&self) -> Option<(String, bool)> {
+        if let Some(wrong) = self.wrongly_locked() {
+            return Some((format!("the kernel's view of a file: {wrong:?}"), false));
+        }
+        // Others lock and unlock files of theirs while the list in /proc is read.
+        let (seen, expected) = (self.outside.kernel_locks(), self.model.kernel_locks());
+        if seen != expected {
+            return Some((format!("locks: {seen:?}, not {expected:?}"), true));
         }
         let (seen, expected) = (self.outside.list(), &self.model.files.nodes);
         let only_in = |these: &BTreeMap<String, Node>, those: &BTreeMap<String, Node>| {
@@ -174,8 +179,13 @@ impl World {
             names
         };
         let (more, less) = (only_in(&seen, expected), only_in(expected, &seen));
-        assert_eq!((more, less), (vec![], vec![]), "names there, names missing");
-        self.outside.check_contents();
+        let is_right = more.is_empty() && less.is_empty();
+        (!is_right).then(|| {
+            (
+                format!("names there: {more:?}, names missing: {less:?}"),
+                false,
+            )
+        })
     }
 
     /// A file that is not locked as it should be, how it is, and how it should be.
