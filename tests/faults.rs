@@ -56,8 +56,8 @@ fn whatever_system_call_fails_no_lock_is_lost_and_none_is_left() {
     if daemon::c_daemon().is_some_and(|path| path == daemon::program()) {
         return support::skip("libvirt's own daemon has other rules");
     }
-    if !Path::new("/usr/bin/strace").exists() {
-        return support::skip("needs strace (tests/run installs it)");
+    if !support::require_strace() {
+        return;
     }
     let censuses = [Kernel::This, Kernel::NamesNoPeers].map(census);
     let jobs = Mutex::new(jobs(&censuses));

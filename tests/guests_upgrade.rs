@@ -131,8 +131,7 @@ struct Delays {
 
 impl Delays {
     fn of(daemon: &Daemon) -> Option<Delays> {
-        if !Path::new("/usr/bin/strace").exists() {
-            skip("needs strace (tests/run installs it)");
+        if !support::require_strace() {
             return None;
         }
         let files = TempDir::new();

@@ -506,8 +506,8 @@ fn nor_when_every_fcntl_and_close_is_slow() {
     if !can_run() {
         return;
     }
-    if !Path::new("/usr/bin/strace").exists() {
-        return skip("needs strace (tests/run installs it)");
+    if !support::require_strace() {
+        return;
     }
     let host = host();
     let daemon = host.start(&[], &[daemon::WATCHED]);

@@ -188,8 +188,8 @@ fn from_ours_to_libvirts_daemon_and_what_ends_there() {
 #[test]
 fn no_rival_gets_a_lock_between_the_programs_although_every_fcntl_and_close_is_slow() {
     let Some(theirs) = theirs() else { return };
-    if !Path::new("/usr/bin/strace").exists() {
-        return skip("needs strace");
+    if !support::require_strace() {
+        return;
     }
     let ours = daemon::program();
     let mut scene = Scene::of(&theirs);

@@ -73,8 +73,7 @@ impl Scene {
     /// The daemon under strace, which makes some of its system calls fail and writes down the
     /// `traced` ones, see [`Scene::trace`].
     fn with_calls_that_fail(injection: &str, traced: &str) -> Option<Scene> {
-        if !Path::new("/usr/bin/strace").exists() {
-            support::skip("needs strace (tests/run installs it)");
+        if !support::require_strace() {
             return None;
         }
         let traced = format!("trace={traced}");

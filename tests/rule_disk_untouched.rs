@@ -322,11 +322,8 @@ fn a_fifo_in_place_of_a_disk_stays_and_nobody_waits_for_it() {
 /// DELETE_RESOURCE has to find out first whether the file is held under another name.
 #[test]
 fn a_held_file_is_not_deleted_because_nobody_could_see_that_it_is_held() {
-    if !support::require_root() {
+    if !support::require_root() || !support::require_strace() {
         return;
-    }
-    if !Path::new("/usr/bin/strace").exists() {
-        return support::skip("needs strace (tests/run installs it)");
     }
     let namespace = Namespace::new();
     std::fs::create_dir(namespace.path("/run/space")).expect("make a directory");
@@ -359,11 +356,8 @@ fn a_held_file_is_not_deleted_because_nobody_could_see_that_it_is_held() {
 
 #[test]
 fn a_lock_file_that_was_made_for_a_lock_which_could_not_be_had_is_removed() {
-    if !support::require_root() {
+    if !support::require_root() || !support::require_strace() {
         return;
-    }
-    if !Path::new("/usr/bin/strace").exists() {
-        return support::skip("needs strace (tests/run installs it)");
     }
     let namespace = Namespace::new();
     std::fs::create_dir(namespace.path("/run/space")).expect("make a directory");

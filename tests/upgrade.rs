@@ -186,8 +186,8 @@ fn no_rival_gets_a_lock_although_every_fcntl_and_close_is_slow() {
     if !require_root() {
         return;
     }
-    if !Path::new("/usr/bin/strace").exists() {
-        return support::skip("needs strace");
+    if !support::require_strace() {
+        return;
     }
     let host = Host::new();
     let daemon = host.start(&[], &[WATCHED]);

@@ -71,6 +71,15 @@ pub fn require_root() -> bool {
     root
 }
 
+/// True where there is strace, which makes system calls slow or fail. A skip and false elsewhere.
+pub fn require_strace() -> bool {
+    let there = Path::new("/usr/bin/strace").exists();
+    if !there {
+        skip("needs strace (tests/run installs it)");
+    }
+    there
+}
+
 /// Asks `answer` every millisecond until it gives a value; panics with `what` after `limit`.
 pub fn wait_for<T>(limit: Duration, what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + limit;
