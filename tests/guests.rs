@@ -292,11 +292,11 @@ fn forty_guests_start_and_end_at_once() {
         let names: Vec<String> = (0..40).map(|number| format!("guest{number}")).collect();
         let all: Vec<PathBuf> = disks.iter().flatten().cloned().collect();
 
-        // Four at a time: of forty that libvirtd starts in the same moment, one now and then hangs
+        // Two at a time: of forty that libvirtd starts in the same moment, one now and then hangs
         // in its fork, with any lock daemon (tests/README.md).
         let guests: Vec<(&String, &[PathBuf; 2])> = names.iter().zip(&disks).collect();
         std::thread::scope(|scope| {
-            for share in guests.chunks(10) {
+            for share in guests.chunks(20) {
                 let libvirt = &libvirt;
                 scope.spawn(move || {
                     for (name, disks) in share {
