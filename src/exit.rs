@@ -2,6 +2,8 @@
 //! carries one of them to `main`, the only place that prints it.
 #![forbid(unsafe_code)]
 
+use crate::host::log::SettingError;
+
 /// The exit codes of the daemon. The numbers are libvirt's; the ones that this program has no use
 /// for are left out. A start in the background passes the number to the waiting parent as one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,3 +78,32 @@ impl std::fmt::Display for StartError {
 }
 
 impl std::error::Error for StartError {}
+
+/// The state that a predecessor left for this process is of no use.
+pub fn unusable(reason: &str) -> StartError {
+    let message = format!(
+        "The state of the daemon that this one was to go on for cannot be used: {reason}. Its \
+         locks and connections are lost: stop the guests, or make sure that none is started twice"
+    );
+    StartError::new(ExitCode::Initialisation, message)
+}
+
+/// Why the program ends before its time.
+pub enum Failed {
+    /// To be logged.
+    Error(StartError),
+    /// The log itself cannot be set up.
+    Log(SettingError),
+}
+
+impl From<StartError> for Failed {
+    fn from(error: StartError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<SettingError> for Failed {
+    fn from(error: SettingError) -> Self {
+        Self::Log(error)
+    }
+}

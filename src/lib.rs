@@ -3,8 +3,8 @@
 //!
 //! The map, from the top down; a module uses only what stands below it.
 //!
-//! * `main.rs`, [`cli`], [`config`], [`exit`]: options, `virtlockd.conf`, the order of a start and
-//!   how it may end.
+//! * `main.rs`, [`cli`], [`config`], [`exit`]: options, `virtlockd.conf`, and how the program may end.
+//! * [`life`]: the process: the order of a start, who was here before, and how it goes on from there.
 //! * [`server`]: the reactor, one state machine a connection, the two programs it serves, and the
 //!   killing of owners that leave while they hold locks.
 //! * [`restart`]: the state that outlives a process image, and how it is passed on.
@@ -28,6 +28,7 @@ pub mod cli;
 pub mod config;
 pub mod exit;
 pub mod host;
+pub mod life;
 pub mod locks;
 pub mod restart;
 pub mod server;

@@ -1,6 +1,5 @@
-//! The program: from its words to its exit code. `start` holds the order of a start, `takeover`
-//! that of going on where an earlier image of the process stopped; `main` alone prints why a start
-//! failed.
+//! The program: from its words to its exit code. What lies between is told in [`virtlockd::life`];
+//! `main` alone prints why a start failed.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -14,38 +13,16 @@
     )
 )]
 
-mod start;
-mod takeover;
-
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::process;
 
 use virtlockd::cli::{self, Outcome};
-use virtlockd::exit::{ExitCode, StartError};
-use virtlockd::host::log::{self, SettingError};
+use virtlockd::exit::{ExitCode, Failed, StartError};
+use virtlockd::host::log;
 use virtlockd::host::{errno, signals};
+use virtlockd::life::{rehearsal, start};
 use virtlockd::restart::handover::CHECK_VARIABLE;
-
-/// Why the program ends before its time.
-pub enum Failed {
-    /// To be logged.
-    Error(StartError),
-    /// The log itself cannot be set up.
-    Log(SettingError),
-}
-
-impl From<StartError> for Failed {
-    fn from(error: StartError) -> Self {
-        Self::Error(error)
-    }
-}
-
-impl From<SettingError> for Failed {
-    fn from(error: SettingError) -> Self {
-        Self::Log(error)
-    }
-}
 
 fn main() -> process::ExitCode {
     // Before anything else: a signal must find either nobody or the reactor.
@@ -62,7 +39,7 @@ fn main() -> process::ExitCode {
         let _ = std::io::stdout().write_all(stdout);
         let _ = std::io::stderr().write_all(stderr);
         if std::env::var_os(CHECK_VARIABLE).is_some() && *exit == ExitCode::Success {
-            return takeover::rehearse(&arguments).number().into();
+            return rehearsal::rehearse(&arguments).number().into();
         }
         return exit.number().into();
     }

@@ -1,0 +1,10 @@
+//! The life of the process: how it starts, who was here before it, and how it goes on. It serves nobody
+//! itself. [`start`] has the order and knows all the others; none knows it.
+#![forbid(unsafe_code)]
+
+pub mod go_on;
+pub mod plan;
+pub mod rehearsal;
+pub mod serve;
+pub mod start;
+pub mod takeover;

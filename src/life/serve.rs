@@ -1,0 +1,146 @@
+//! From a plan to a daemon that serves: its pid file, its sockets, its reactor, and the run to its end.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+
+use super::plan::{self, Plan};
+use crate::exit::{ExitCode, Failed, StartError};
+use crate::host::daemonize::StatusPipe;
+use crate::host::listen::{self, Activation, Listener, Listeners};
+use crate::host::notify;
+use crate::host::pid_file::PidFile;
+use crate::server::accept;
+use crate::server::connection::Service;
+use crate::server::reactor::Reactor;
+
+/// The daemon itself: takes its pid file and sockets, says that it is there, and runs.
+///
+/// # Errors
+/// Why there is no daemon; a waiting parent knows it.
+pub fn serve(
+    plan: Plan,
+    activation: Activation,
+    status: Option<StatusPipe>,
+) -> Result<ExitCode, Failed> {
+    let pid_file = match plan.take_pid_file() {
+        Ok(pid_file) => pid_file,
+        Err(error) => return Err(tell_parent(status, error)),
+    };
+    let mut reactor = match open_for_clients(plan, activation, pid_file.as_ref()) {
+        Ok(reactor) => reactor,
+        Err(error) => {
+            remove(pid_file);
+            return Err(tell_parent(status, error));
+        }
+    };
+    if let Some(status) = status {
+        status.report(ExitCode::Success.number());
+    }
+    run(&mut reactor, pid_file)
+}
+
+/// The reactor with its sockets, ready to run.
+fn open_for_clients(
+    plan: Plan,
+    activation: Activation,
+    pid_file: Option<&PidFile>,
+) -> Result<Reactor, StartError> {
+    let descriptors = plan::raise_limit();
+    let listeners = Listeners::open(activation, &plan.paths)
+        .map_err(|error| StartError::new(ExitCode::Network, error))?;
+    let paths = listeners.paths();
+    // They are closed by then, so there are descriptors to ask whether anybody else listens.
+    serving_reactor(plan, listeners, descriptors, pid_file)
+        .inspect_err(|_| paths.iter().for_each(|path| listen::remove_socket(path)))
+}
+
+fn serving_reactor(
+    plan: Plan,
+    listeners: Listeners,
+    descriptors: u64,
+    pid_file: Option<&PidFile>,
+) -> Result<Reactor, StartError> {
+    let limits = plan::client_limits(&plan.config, descriptors);
+    let mut reactor = reactor(plan, descriptors, pid_file)?;
+    reactor.configure(limits);
+    let lock = listeners.lock.into_iter().map(|one| (one, Service::Lock));
+    let admin = listeners.admin.into_iter().map(|one| (one, Service::Admin));
+    for (listener, service) in lock.chain(admin) {
+        reactor
+            .listen(serving(listener, service))
+            .map_err(no_event_loop)?;
+    }
+    reactor.daemon.replace_ledger();
+    Ok(reactor)
+}
+
+/// A reactor without sockets that knows all about its process.
+pub fn reactor(
+    plan: Plan,
+    descriptors: u64,
+    pid_file: Option<&PidFile>,
+) -> Result<Reactor, StartError> {
+    let idle_timeout_s = plan.options.timeout_seconds;
+    let command_line = plan.command_line.clone();
+    let document = plan.paths.restart_state.clone();
+    let config_file = plan.options.config_file.as_ref();
+    let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
+    let reload = Box::new(move || plan.reload(descriptors));
+    let mut reactor = Reactor::new(reload).map_err(no_event_loop)?;
+    let daemon = &mut reactor.daemon;
+    daemon.idle_timeout_s = idle_timeout_s;
+    daemon.process.program = command_line.program.as_bytes().to_vec();
+    daemon.process.config_file = config_file;
+    daemon.keeper.own_file = pid_file.and_then(PidFile::identity);
+    daemon.process.pid_file = pid_file.map(|file| {
+        let path = file.path().as_os_str().as_bytes().to_vec();
+        (file.as_fd().as_raw_fd(), path)
+    });
+    daemon.upgrade.command_line = Some(command_line);
+    daemon.upgrade.document = document;
+    Ok(reactor)
+}
+
+/// Says that the daemon is there, and runs it to its end.
+pub fn run(reactor: &mut Reactor, pid_file: Option<PidFile>) -> Result<ExitCode, Failed> {
+    notify::ready();
+    let ran = reactor.run();
+    remove(pid_file);
+    match ran {
+        Ok(()) => Ok(ExitCode::Success),
+        Err(error) => {
+            let message = format!("The reactor cannot go on: {error}");
+            Err(StartError::new(ExitCode::Failure, message).into())
+        }
+    }
+}
+
+/// The error of a reactor that cannot be set up.
+pub fn no_event_loop(error: std::io::Error) -> StartError {
+    let message = format!("Failed to set up the event loop: {error}");
+    StartError::new(ExitCode::Initialisation, message)
+}
+
+/// Tells a waiting parent why there is no daemon, and hands the error on for the log.
+fn tell_parent(status: Option<StatusPipe>, error: StartError) -> Failed {
+    if let Some(status) = status {
+        status.report(error.exit.number());
+    }
+    Failed::Error(error)
+}
+
+fn remove(pid_file: Option<PidFile>) {
+    if let Some(pid_file) = pid_file {
+        pid_file.remove();
+    }
+}
+
+fn serving(listener: Listener, service: Service) -> accept::Listener {
+    accept::Listener {
+        socket: listener.socket,
+        path: listener.path,
+        service,
+        readable: true,
+        queued: true,
+    }
+}
