@@ -107,6 +107,39 @@ pub fn put_in_place(descriptor: &OwnedFd, number: RawFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Gives an open descriptor below 3 another number, close-on-exec, and leaves one of nothing in its place.
+pub fn move_away(number: RawFd) -> Result<RawFd, Errno> {
+    use std::os::fd::AsRawFd;
+    let nothing = super::file::open_nothing()?;
+    // SAFETY: F_DUPFD_CLOEXEC takes two integers and touches no memory of ours.
+    let now = Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: dup3(2) takes integers; what the number meant before is open under the new one.
+    let put = Errno::result(unsafe { libc::dup3(nothing.as_raw_fd(), number, 0) });
+    if let Err(reason) = put {
+        // SAFETY: the descriptor was made here and is known to nobody.
+        drop(unsafe { OwnedFd::from_raw_fd(now) });
+        return Err(reason);
+    }
+    Ok(now)
+}
+
+/// Undoes [`move_away`], for a program that is to be executed.
+pub fn put_back(now: RawFd, number: RawFd) -> Result<(), Errno> {
+    // SAFETY: dup2(2) takes integers; what the number means meanwhile is needed by nobody.
+    Errno::result(unsafe { libc::dup2(now, number) }).map(drop)
+}
+
+/// Puts something into the places of standard input, output and error that are empty: what is opened
+/// there next would be taken for one of them by a program that is started.
+pub fn fill_standard_places() {
+    use std::os::fd::{AsRawFd, IntoRawFd};
+    while let Ok(nothing) = super::file::open_nothing()
+        && nothing.as_raw_fd() <= libc::STDERR_FILENO
+    {
+        let _ = nothing.into_raw_fd();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, told apart by device and inode.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -90,11 +90,56 @@ fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
             loop {
                 match fcntl::openat2(directory, path, how) {
                     Err(Errno::EAGAIN) if tries < 16 => tries = tries.saturating_add(1),
+                    // Linux before 5.6 has no such call, and a security policy may not know it.
+                    Err(Errno::ENOSYS | Errno::EPERM | Errno::EACCES) => {
+                        return open_step_by_step(directory, path, flags, mode);
+                    }
                     result => return result,
                 }
             }
         }
     }
+}
+
+/// Opens a path beneath a directory without the kernel's word that it stays there: one directory
+/// after the other, through no symbolic link and never upwards.
+fn open_step_by_step(
+    start: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlag,
+    mode: Mode,
+) -> Result<OwnedFd, Errno> {
+    if path.starts_with(b"/") {
+        return Err(Errno::EXDEV);
+    }
+    let mut steps = path
+        .split(|byte| *byte == b'/')
+        .filter(|step| *step != b".");
+    let last = steps.next_back().ok_or(Errno::ENOENT)?;
+    let step_of_a_path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut reached: Option<OwnedFd> = None;
+    for step in steps.filter(|step| !step.is_empty()) {
+        if step == b".." {
+            return Err(Errno::EXDEV);
+        }
+        let from = reached.as_ref().map_or(start, AsFd::as_fd);
+        reached = Some(fcntl::openat(from, step, step_of_a_path, Mode::empty())?);
+    }
+    if last == b".." {
+        return Err(Errno::EXDEV);
+    }
+    // A path that ends with a slash is one of a directory.
+    let (last, flags) = match last {
+        b"" => (&b"."[..], flags | OFlag::O_DIRECTORY),
+        last => (last, flags),
+    };
+    let from = reached.as_ref().map_or(start, AsFd::as_fd);
+    let file = fcntl::openat(from, last, flags | OFlag::O_NOFOLLOW, mode)?;
+    // A handle would be one on the link itself.
+    if flags.contains(OFlag::O_PATH) && kind(&stat::fstat(&file)?) == SFlag::S_IFLNK {
+        return Err(Errno::ELOOP);
+    }
+    Ok(file)
 }
 
 /// Opens a file for reading and writing, as a write lock needs.
@@ -128,6 +173,11 @@ pub fn open_handle(handle: &OwnedFd) -> Result<OwnedFd, Errno> {
 pub fn read_only(file: &OwnedFd) -> Result<OwnedFd, Errno> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     open(Start::Anywhere, path.as_bytes(), OFlag::O_RDONLY)
+}
+
+/// A file that holds nothing.
+pub fn open_nothing() -> Result<OwnedFd, Errno> {
+    open(Start::Anywhere, b"/dev/null", OFlag::O_RDONLY)
 }
 
 /// A handle on a directory, to start paths from.

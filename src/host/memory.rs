@@ -1,5 +1,8 @@
 //! A memory file (memfd_create(2)) that is written through a mapping: appending to it costs no
 //! system call, and what was written outlives the process image that wrote it.
+//!
+//! Where the host refuses such a file, the same bytes lie in the process's own memory: everything works
+//! but passing them on.
 
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
@@ -11,79 +14,180 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap, munmap};
 use nix::sys::stat::fstat;
 
-use super::patience::patiently;
+use super::errno;
+use super::patience::{patiently, while_it_may_pass};
+use super::refusal::Refusal;
 
-/// The file and its mapping.
+/// The bytes, wherever they are.
 #[derive(Debug)]
-pub struct Memory {
+pub struct Memory(Place);
+
+#[derive(Debug)]
+enum Place {
+    /// In a memory file.
+    File(File),
+    /// In this process alone, because the host refused a memory file.
+    Private(Vec<u8>, Refusal),
+}
+
+/// A memory file and its mapping.
+#[derive(Debug)]
+struct File {
     descriptor: OwnedFd,
     start: NonNull<libc::c_void>,
     size: NonZeroUsize,
 }
 
+/// Whether there is not enough of something, which is no refusal: it may be had later.
+fn is_lack(reason: Errno) -> bool {
+    let is_full = matches!(
+        reason,
+        Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN
+    );
+    is_full || errno::may_pass(reason)
+}
+
 impl Memory {
-    /// A new memory file of `size` bytes, close-on-exec. Its pages are there already: writing them
-    /// cannot fail later. ENOSPC, ENOMEM or EFBIG if they are not to be had.
+    /// New memory of `size` bytes: a memory file, close-on-exec, or this process's own where such a
+    /// file is refused. Its pages are there already: writing them cannot fail later. ENOSPC, ENOMEM or
+    /// EFBIG if they are not to be had.
     pub fn new(size: NonZeroUsize) -> Result<Memory, Errno> {
-        let descriptor = memfd_create(c"virtlockd-ledger", MFdFlags::MFD_CLOEXEC)?;
-        allocate(&descriptor, size)?;
-        let start = map(&descriptor, size, MapFlags::empty())?;
-        Ok(Memory {
-            descriptor,
-            start,
-            size,
-        })
+        match File::new(size) {
+            Ok(file) => Ok(Memory(Place::File(file))),
+            Err(refusal) if is_lack(refusal.reason) => Err(refusal.reason),
+            Err(refusal) => Memory::private(size, refusal),
+        }
+    }
+
+    /// New memory of this process alone.
+    pub fn private(size: NonZeroUsize, refusal: Refusal) -> Result<Memory, Errno> {
+        let mut bytes = Vec::new();
+        lengthen(&mut bytes, size)?;
+        Ok(Memory(Place::Private(bytes, refusal)))
     }
 
     /// A memory file that was passed on, whole. It is what all locks of the host depend on: should
-    /// there be no memory for it, that is waited for for a while.
+    /// there be no memory for it, that is waited for for a while; one that must not be mapped is read.
     pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
         let length = patiently(|| fstat(&descriptor))?.st_size;
         let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
         let size = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
         // It is read at once: to map its pages one by one would take longer.
-        let start = patiently(|| map(&descriptor, size, MapFlags::MAP_POPULATE))?;
-        Ok(Memory {
+        match while_it_may_pass(|| map(&descriptor, size, MapFlags::MAP_POPULATE)) {
+            Ok(start) => Ok(Memory(Place::File(File {
+                descriptor,
+                start,
+                size,
+            }))),
+            Err(refusal) => Ok(Memory(Place::Private(read(&descriptor)?, refusal))),
+        }
+    }
+
+    /// Makes it larger.
+    pub fn grow(&mut self, size: NonZeroUsize) -> Result<(), Errno> {
+        let refusal = match &mut self.0 {
+            Place::Private(bytes, _) => return lengthen(bytes, size),
+            Place::File(file) => match file.grow(size) {
+                Ok(()) => return Ok(()),
+                Err(refusal) if is_lack(refusal.reason) => return Err(refusal.reason),
+                Err(refusal) => refusal,
+            },
+        };
+        let mut bytes = Vec::new();
+        lengthen(&mut bytes, size)?;
+        if let Some(place) = bytes.get_mut(..self.bytes().len()) {
+            place.copy_from_slice(self.bytes());
+        }
+        self.0 = Place::Private(bytes, refusal);
+        Ok(())
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            Place::File(file) => file.bytes(),
+            Place::Private(bytes, _) => bytes,
+        }
+    }
+
+    /// The bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Place::File(file) => file.bytes_mut(),
+            Place::Private(bytes, _) => bytes,
+        }
+    }
+
+    /// The memory file; why there is none.
+    pub fn descriptor(&self) -> Result<&OwnedFd, Refusal> {
+        match &self.0 {
+            Place::File(file) => Ok(&file.descriptor),
+            Place::Private(_, refusal) => Err(*refusal),
+        }
+    }
+}
+
+fn lengthen(bytes: &mut Vec<u8>, size: NonZeroUsize) -> Result<(), Errno> {
+    let more = size.get().saturating_sub(bytes.len());
+    bytes.try_reserve_exact(more).map_err(|_| Errno::ENOMEM)?;
+    bytes.resize(size.get(), 0);
+    Ok(())
+}
+
+impl File {
+    fn new(size: NonZeroUsize) -> Result<File, Refusal> {
+        let descriptor = memfd_create(c"virtlockd-ledger", MFdFlags::MFD_CLOEXEC)
+            .map_err(Refusal::of("a memory file cannot be made (memfd_create)"))?;
+        allocate(&descriptor, size)?;
+        let start = map(&descriptor, size, MapFlags::empty())?;
+        Ok(File {
             descriptor,
             start,
             size,
         })
     }
 
-    /// Makes the file larger.
-    pub fn grow(&mut self, size: NonZeroUsize) -> Result<(), Errno> {
+    fn grow(&mut self, size: NonZeroUsize) -> Result<(), Refusal> {
         allocate(&self.descriptor, size)?;
         let flags = MRemapFlags::MREMAP_MAYMOVE;
         // SAFETY: `start` and `size` describe our mapping, no reference into it lives (we hold
         // `&mut self`), and the old address is not used again.
-        self.start = unsafe { mremap(self.start, self.size.get(), size.get(), flags, None) }?;
+        let moved = unsafe { mremap(self.start, self.size.get(), size.get(), flags, None) };
+        let start = match moved {
+            Ok(start) => start,
+            // The file as a whole once more, and what was mapped of it before is let go.
+            Err(_) => {
+                let start = map(&self.descriptor, size, MapFlags::empty())?;
+                self.unmap();
+                start
+            }
+        };
+        self.start = start;
         self.size = size;
         Ok(())
     }
 
-    /// The file's bytes.
-    pub fn bytes(&self) -> &[u8] {
+    fn unmap(&mut self) {
+        // SAFETY: this is our mapping, no reference into it lives (we hold `&mut self`), and whoever
+        // calls this does not use it again.
+        let _ = unsafe { munmap(self.start, self.size.get()) };
+    }
+
+    fn bytes(&self) -> &[u8] {
         // SAFETY: the mapping is `size` bytes long, readable, and lives as long as `self`. Other
         // processes that were given the descriptor only read it.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.size.get()) }
     }
 
-    /// The file's bytes, to be written.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
+    fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`; `&mut self` makes this the only reference in this process.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.size.get()) }
     }
-
-    /// The descriptor.
-    pub fn descriptor(&self) -> &OwnedFd {
-        &self.descriptor
-    }
 }
 
-impl Drop for Memory {
+impl Drop for File {
     fn drop(&mut self) {
-        // SAFETY: this is our mapping, and nothing can refer to it any more.
-        let _ = unsafe { munmap(self.start, self.size.get()) };
+        self.unmap();
     }
 }
 
@@ -91,16 +195,21 @@ fn map(
     descriptor: &OwnedFd,
     size: NonZeroUsize,
     how: MapFlags,
-) -> Result<NonNull<libc::c_void>, Errno> {
+) -> Result<NonNull<libc::c_void>, Refusal> {
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let flags = MapFlags::MAP_SHARED | how;
     // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.
     unsafe { mmap(None, size, protection, flags, descriptor, 0) }
+        .map_err(Refusal::of("a memory file cannot be mapped (mmap, shared)"))
 }
 
-fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Errno> {
-    let length = i64::try_from(size.get()).map_err(|_| Errno::EFBIG)?;
-    fallocate(descriptor, FallocateFlags::empty(), 0, length)
+fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Refusal> {
+    i64::try_from(size.get())
+        .map_err(|_| Errno::EFBIG)
+        .and_then(|length| fallocate(descriptor, FallocateFlags::empty(), 0, length))
+        .map_err(Refusal::of(
+            "a memory file cannot be given its pages (fallocate)",
+        ))
 }
 
 /// The content of a memory file that was passed on, whatever its file offset.
@@ -134,8 +243,26 @@ mod tests {
         memory.bytes_mut()[..5].copy_from_slice(b"state");
         memory.grow(NonZeroUsize::new(1 << 20).unwrap()).unwrap();
         memory.bytes_mut()[(1 << 20) - 1] = 7;
-        let content = read(memory.descriptor()).unwrap();
+        let content = read(memory.descriptor().unwrap()).unwrap();
         assert_eq!((&content[..5], content[(1 << 20) - 1]), (&b"state"[..], 7));
         assert_eq!(memory.bytes(), content);
+    }
+
+    #[test]
+    fn memory_of_this_process_alone_takes_the_same_and_says_why_it_cannot_be_passed_on() {
+        let refusal = Refusal {
+            what: "a memory file cannot be made (memfd_create)",
+            reason: Errno::EACCES,
+        };
+        let size = |bytes| NonZeroUsize::new(bytes).unwrap();
+        let mut memory = Memory::private(size(4096), refusal).unwrap();
+        memory.bytes_mut()[..5].copy_from_slice(b"state");
+        memory.grow(size(1 << 20)).unwrap();
+        memory.bytes_mut()[(1 << 20) - 1] = 7;
+        assert_eq!(
+            (&memory.bytes()[..5], memory.bytes().len()),
+            (&b"state"[..], 1 << 20)
+        );
+        assert_eq!(memory.descriptor().err(), Some(refusal));
     }
 }

@@ -19,6 +19,7 @@ pub mod paths;
 pub mod patience;
 pub mod pid_file;
 pub mod process;
+pub mod refusal;
 pub mod signals;
 pub mod stream;
 pub mod timer;

@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+use super::errno;
+use super::refusal::Refusal;
+
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -17,6 +20,15 @@ pub fn patiently<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E
         std::thread::sleep(PAUSE);
     }
     attempt()
+}
+
+/// As [`patiently`], but what is refused for a reason that does not pass is not asked for again.
+pub fn while_it_may_pass<T>(mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T, Refusal> {
+    patiently(|| match attempt() {
+        Err(refusal) if errno::may_pass(refusal.reason) => Err(refusal),
+        settled => Ok(settled),
+    })
+    .unwrap_or_else(Err)
 }
 
 #[cfg(test)]

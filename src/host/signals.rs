@@ -1,12 +1,16 @@
 //! Signals as readable events: they are blocked before anything else happens and read from a
 //! signalfd, so none can arrive at a moment that does not suit (the reference daemon dies of a
-//! SIGUSR1 that comes between its exec and its handlers).
+//! SIGUSR1 that comes between its exec and its handlers). Where the host refuses signalfds they stay
+//! blocked all the same, and the kernel is asked now and then which are pending: it loses none.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::refusal::Refusal;
 
 /// The signals that the daemon acts on.
 const HANDLED: [Signal; 5] = [
@@ -73,26 +77,49 @@ fn pending() -> Result<SigSet, Errno> {
     Ok(unsafe { SigSet::from_sigset_t_unchecked(pending.assume_init()) })
 }
 
+/// How often the kernel is asked for pending signals where it does not tell of them.
+const ASKED_EVERY: Duration = Duration::from_millis(100);
+
 /// Where blocked signals are read.
 #[derive(Debug)]
-pub struct Signals {
-    descriptor: SignalFd,
+pub enum Signals {
+    /// The kernel tells the poll.
+    Descriptor(SignalFd),
+    /// The kernel has to be asked, because of this.
+    Asked(Refusal),
 }
 
 impl Signals {
     /// Opens the signalfd. [`block`] must have been called before.
-    pub fn open() -> Result<Signals, Errno> {
-        let mask: SigSet = HANDLED.into_iter().collect();
+    pub fn open() -> Result<Signals, Refusal> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        Ok(Signals {
-            descriptor: SignalFd::with_flags(&mask, flags)?,
-        })
+        SignalFd::with_flags(&handled(), flags)
+            .map(Signals::Descriptor)
+            .map_err(Refusal::of(
+                "signals cannot be read from a descriptor (signalfd4)",
+            ))
+    }
+
+    /// What the host refused, if it did.
+    pub fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Signals::Descriptor(_) => None,
+            Signals::Asked(refusal) => Some(*refusal),
+        }
+    }
+
+    /// How long the poll may wait at most; `None` where the descriptor will wake it.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        self.refusal().map(|_| ASKED_EVERY)
     }
 
     /// The next pending signal, if any.
     pub fn next(&self) -> Option<Signal> {
+        let Signals::Descriptor(descriptor) = self else {
+            return next_pending();
+        };
         let information = loop {
-            match self.descriptor.read_signal() {
+            match descriptor.read_signal() {
                 // Nobody would come back for it: the reactor is told of a signal once.
                 Err(Errno::EINTR) => (),
                 result => break result.ok()??,
@@ -101,8 +128,27 @@ impl Signals {
         Signal::try_from(i32::try_from(information.ssi_signo).ok()?).ok()
     }
 
-    /// For the reactor.
-    pub fn as_raw_fd(&self) -> RawFd {
-        self.descriptor.as_raw_fd()
+    /// For the reactor; `None` where there is no descriptor.
+    pub fn as_raw_fd(&self) -> Option<RawFd> {
+        match self {
+            Signals::Descriptor(descriptor) => Some(descriptor.as_raw_fd()),
+            Signals::Asked(_) => None,
+        }
     }
+}
+
+fn handled() -> SigSet {
+    HANDLED.into_iter().collect()
+}
+
+/// Takes one of the blocked signals that are pending, if there is one.
+fn next_pending() -> Option<Signal> {
+    let pending = pending().ok()?;
+    let one: SigSet = HANDLED
+        .into_iter()
+        .find(|signal| pending.contains(*signal))
+        .into_iter()
+        .collect();
+    // It is blocked and pending, and nobody else takes it: this does not wait.
+    (one != SigSet::empty()).then(|| one.wait().ok()).flatten()
 }

@@ -21,6 +21,13 @@ pub struct Peer {
     pub gid: u32,
 }
 
+/// Somebody of whom the kernel does not tell.
+pub const UNKNOWN_PEER: Peer = Peer {
+    pid: 0,
+    uid: u32::MAX,
+    gid: u32::MAX,
+};
+
 /// The next waiting connection, non-blocking and close-on-exec. EAGAIN when there is none.
 pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

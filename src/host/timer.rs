@@ -1,65 +1,151 @@
-//! One timerfd, set to the earliest deadline that anybody waits for.
+//! One timerfd, set to the earliest deadline that anybody waits for. Where the host refuses timerfds,
+//! the poll itself waits no longer than until then.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::clock::Moment;
+use super::refusal::Refusal;
 
 /// The timer.
 #[derive(Debug)]
 pub struct Timer {
-    descriptor: TimerFd,
+    way: Way,
     set_to: Option<Moment>,
+}
+
+#[derive(Debug)]
+enum Way {
+    /// The kernel tells the poll.
+    Descriptor(TimerFd),
+    /// The poll has to be told how long to wait, because of this.
+    Poll(Refusal),
 }
 
 impl Timer {
     /// Makes the timer, unset.
-    pub fn new() -> Result<Timer, Errno> {
+    pub fn new() -> Result<Timer, Refusal> {
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-        let descriptor = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        let descriptor = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)
+            .map_err(Refusal::of("a timer cannot be made (timerfd_create)"))?;
         Ok(Timer {
-            descriptor,
+            way: Way::Descriptor(descriptor),
             set_to: None,
         })
     }
 
-    /// Sets the timer to `deadline`, or unsets it. Costs nothing if it is set so already.
-    pub fn set(&mut self, deadline: Option<Moment>) -> Result<(), Errno> {
-        if self.set_to == deadline {
-            return Ok(());
+    /// A timer without a descriptor, because of this.
+    pub fn without_descriptor(refusal: Refusal) -> Timer {
+        Timer {
+            way: Way::Poll(refusal),
+            set_to: None,
         }
-        match deadline {
-            None => self.descriptor.unset()?,
-            Some(Moment(nanoseconds)) => {
-                // All zero would mean "unset"; the moment of boot is long past anyway.
-                let nanoseconds = nanoseconds.max(1);
-                let at = TimeSpec::new(
-                    i64::try_from(nanoseconds / 1_000_000_000).unwrap_or(i64::MAX),
-                    i64::try_from(nanoseconds % 1_000_000_000).unwrap_or(0),
-                );
-                self.descriptor.set(
-                    Expiration::OneShot(at),
-                    TimerSetTimeFlags::TFD_TIMER_ABSTIME,
-                )?;
-            }
+    }
+
+    /// What the host refused, if it did.
+    pub fn refusal(&self) -> Option<Refusal> {
+        match self.way {
+            Way::Descriptor(_) => None,
+            Way::Poll(refusal) => Some(refusal),
+        }
+    }
+
+    /// Sets the timer to `deadline`, or unsets it. Costs nothing if it is set so already.
+    pub fn set(&mut self, deadline: Option<Moment>) {
+        if self.set_to == deadline {
+            return;
+        }
+        if let Way::Descriptor(descriptor) = &mut self.way
+            && let Err(reason) = set(descriptor, deadline)
+        {
+            let what = "a timer cannot be set (timerfd_settime)";
+            self.way = Way::Poll(Refusal { what, reason });
         }
         self.set_to = deadline;
-        Ok(())
+    }
+
+    /// How long the poll may wait at most; `None` where the descriptor will wake it.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        match (&self.way, self.set_to) {
+            (Way::Poll(_), Some(deadline)) => {
+                let left = deadline.0.saturating_sub(Moment::now().0);
+                Some(Duration::from_nanos(left))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it went off and the poll was not told.
+    pub fn went_off_unheard(&self) -> bool {
+        match (&self.way, self.set_to) {
+            (Way::Poll(_), Some(deadline)) => deadline <= Moment::now(),
+            _ => false,
+        }
     }
 
     /// Takes note that the timer went off.
     pub fn clear(&mut self) {
-        let mut expirations = [0u8; 8];
-        // It says how often the timer went off; nobody asks.
-        let _ = nix::unistd::read(self.descriptor.as_fd(), &mut expirations);
+        if let Way::Descriptor(descriptor) = &self.way {
+            let mut expirations = [0u8; 8];
+            // It says how often the timer went off; nobody asks.
+            let _ = nix::unistd::read(descriptor.as_fd(), &mut expirations);
+        }
         self.set_to = None;
     }
 
-    /// For the reactor.
-    pub fn as_raw_fd(&self) -> RawFd {
-        self.descriptor.as_fd().as_raw_fd()
+    /// For the reactor; `None` where there is no descriptor.
+    pub fn as_raw_fd(&self) -> Option<RawFd> {
+        match &self.way {
+            Way::Descriptor(descriptor) => Some(descriptor.as_fd().as_raw_fd()),
+            Way::Poll(_) => None,
+        }
+    }
+}
+
+fn set(descriptor: &mut TimerFd, deadline: Option<Moment>) -> Result<(), Errno> {
+    let Some(Moment(nanoseconds)) = deadline else {
+        return descriptor.unset();
+    };
+    // All zero would mean "unset"; the moment of boot is long past anyway.
+    let nanoseconds = nanoseconds.max(1);
+    let at = TimeSpec::new(
+        i64::try_from(nanoseconds / 1_000_000_000).unwrap_or(i64::MAX),
+        i64::try_from(nanoseconds % 1_000_000_000).unwrap_or(0),
+    );
+    descriptor.set(
+        Expiration::OneShot(at),
+        TimerSetTimeFlags::TFD_TIMER_ABSTIME,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_descriptor_the_poll_waits_until_the_deadline_and_no_longer() {
+        let what = "a timer cannot be made (timerfd_create)";
+        let reason = Errno::EACCES;
+        let mut timer = Timer::without_descriptor(Refusal { what, reason });
+        assert_eq!(
+            (timer.longest_wait(), timer.went_off_unheard()),
+            (None, false)
+        );
+        timer.set(Some(Moment::now().plus_ms(60_000)));
+        let wait = timer.longest_wait().unwrap();
+        assert!(wait > Duration::from_secs(50) && wait <= Duration::from_secs(60));
+        assert!(!timer.went_off_unheard());
+        timer.set(Some(Moment::now()));
+        assert_eq!(timer.longest_wait(), Some(Duration::ZERO));
+        assert!(timer.went_off_unheard());
+        timer.clear();
+        assert_eq!(
+            (timer.longest_wait(), timer.went_off_unheard()),
+            (None, false)
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::plan::{self, Plan};
 use super::serve;
-use super::takeover::Predecessor;
+use super::way_back::WayBack;
 use crate::cli::Options;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors::Inherited;
@@ -18,7 +18,7 @@ use crate::host::pid_file::PidFile;
 use crate::restart::handover::CommandLine;
 use crate::restart::ledger::Ledger;
 use crate::restart::state::{LogState, State};
-use crate::server::reactor::Reactor;
+use crate::server::reactor::{Limits, Reactor};
 use crate::server::resume;
 
 /// Goes on for a predecessor of this program. Options and configuration were looked at before the
@@ -27,13 +27,10 @@ use crate::server::resume;
 /// # Errors
 /// Why everything is lost.
 pub fn resume(
-    predecessor: Predecessor,
+    (state, ledger): (State, Ledger),
     mut options: Options,
     mut command_line: CommandLine,
 ) -> Result<ExitCode, Failed> {
-    let Predecessor::Ours(state, ledger) = predecessor else {
-        return Err(unusable("it is not this program's").into());
-    };
     let log_restored = restore_log(&state.process.logging);
     // As it was found at the first start: the working directory may have changed since.
     if let Some(path) = &state.process.config_file {
@@ -65,25 +62,23 @@ pub fn resume(
     if let Err(reason) = log_restored {
         replace_log_settings(&plan, &state.process.logging, &reason);
     }
-    let mut reactor = set_up(
-        (state, &mut inherited),
-        Some(ledger),
-        plan,
-        pid_file.as_ref(),
-        limits_are_known,
-    )?;
+    let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref())?;
+    let limits = limits_are_known.then_some(limits);
+    set_up(&mut reactor, state, &mut inherited, Some(ledger), limits)?;
     serve::run(&mut reactor, pid_file)
 }
 
-/// Goes on for the C daemon, after an ordinary start up to this point.
+/// Goes on for the C daemon, from its state and the document in which it was. What its own program would
+/// not end for does not end this one; what cannot be helped leads back to it.
 ///
 /// # Errors
 /// Why everything is lost.
-pub fn resume_started(predecessor: Predecessor, plan: Plan) -> Result<ExitCode, Failed> {
-    let (mut state, document) = match predecessor {
-        Predecessor::Libvirt(state, document) => (state, document),
-        Predecessor::Ours(..) => return Err(unusable("it is not libvirt's").into()),
-    };
+pub fn resume_started(
+    (mut state, document): (State, PathBuf),
+    plan: Plan,
+    way_back: &WayBack,
+) -> Result<ExitCode, Failed> {
+    let back = |error| way_back.go(error);
     let pid_file = plan.take_pid_file().unwrap_or_else(|error| {
         tracing::error!("The daemon takes over without a pid file: {error}");
         None
@@ -92,11 +87,18 @@ pub fn resume_started(predecessor: Predecessor, plan: Plan) -> Result<ExitCode, 
     // A limit of the configuration that counts already is not news.
     state.lock_server.configured = plan.config.max_clients;
     state.admin_server.configured = plan.config.admin_max_clients;
-    let mut inherited = inherit(&state)?;
-    let took_over = (state, &mut inherited);
-    let mut reactor = set_up(took_over, None, plan, pid_file.as_ref(), true)?;
+    let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref()).map_err(back)?;
+    let mut inherited = inherit(&state).map_err(back)?;
+    // What it has taken by then stays open in the reactor until libvirt's program has it.
+    set_up(&mut reactor, state, &mut inherited, None, Some(limits)).map_err(back)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
-    let _ = std::fs::remove_file(&document);
+    if let Err(error) = std::fs::remove_file(&document) {
+        tracing::error!(
+            "The state document '{}' was taken over and cannot be removed: {error}. Remove it before \
+             a daemon is started again",
+            document.display()
+        );
+    }
     serve::run(&mut reactor, pid_file)
 }
 
@@ -111,21 +113,27 @@ fn inherit(state: &State) -> Result<Inherited, StartError> {
     })
 }
 
-/// The reactor as it was. Without a ledger of the predecessor's one is written.
-fn set_up(
-    (mut state, inherited): (State, &mut Inherited),
-    ledger: Option<Ledger>,
-    plan: Plan,
-    pid_file: Option<&PidFile>,
-    limits_are_known: bool,
-) -> Result<Reactor, StartError> {
+/// A reactor without sockets, and the limits that the configuration gives.
+fn open_reactor(plan: Plan, pid_file: Option<&PidFile>) -> Result<(Reactor, Limits), StartError> {
     let descriptors = plan::raise_limit();
     let limits = plan::client_limits(&plan.config, descriptors);
-    let mut reactor = serve::reactor(plan, descriptors, pid_file)?;
+    let reactor = serve::reactor(plan, descriptors, pid_file)?;
+    Ok((reactor, limits))
+}
+
+/// The reactor as it was. Without a ledger of the predecessor's one is written; without limits those in
+/// force stay. Whatever has been taken when this fails is the reactor's, and open.
+fn set_up(
+    reactor: &mut Reactor,
+    mut state: State,
+    inherited: &mut Inherited,
+    ledger: Option<Ledger>,
+    limits: Option<Limits>,
+) -> Result<(), StartError> {
     let process = reactor.daemon.process.clone();
     let has_ledger = ledger.is_some();
     if let Some(ledger) = ledger {
-        reactor.daemon.ledger = ledger;
+        reactor.daemon.ledger.replace(ledger);
     }
     let listeners =
         resume::resume_listeners(&state.listeners, inherited).map_err(|why| unusable(&why))?;
@@ -135,22 +143,24 @@ fn set_up(
             .map_err(|_| unusable("the descriptor of its poll is not open"))?;
         let is_known = poll.knows(&state.clients);
         // Without it every connection is watched anew, which takes longer.
-        if is_known && reactor.inherit(&descriptor).map_err(serve::no_event_loop)? {
+        if is_known && reactor.inherit(&descriptor).map_err(serve::refused)? {
             state.poll = Some(poll);
         }
     }
+    let mut all_heard = Ok(());
+    for listener in listeners {
+        // libvirt's backlog is 30: a host that boots its guests fills it at once.
+        let _ = listen::widen_backlog(&listener.socket);
+        all_heard = all_heard.and(reactor.listen(listener).map_err(serve::refused));
+    }
+    all_heard?;
     reactor
         .daemon
         .resume(state, inherited)
         .map_err(|why| unusable(&why))?;
     reactor.daemon.process = process;
-    if limits_are_known {
+    if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
-    }
-    for listener in listeners {
-        // libvirt's backlog is 30: a host that boots its guests fills it at once.
-        let _ = listen::widen_backlog(&listener.socket);
-        reactor.listen(listener).map_err(serve::no_event_loop)?;
     }
     if !has_ledger {
         reactor.daemon.replace_ledger();
@@ -160,7 +170,7 @@ fn set_up(
         reactor.daemon.connections.len(),
         reactor.daemon.keeper.table().len()
     );
-    Ok(reactor)
+    Ok(())
 }
 
 /// The log as it was. If it cannot be restored, it stays that of a start; the reason why.

@@ -6,5 +6,7 @@ pub mod go_on;
 pub mod plan;
 pub mod rehearsal;
 pub mod serve;
+pub mod standard;
 pub mod start;
 pub mod takeover;
+pub mod way_back;

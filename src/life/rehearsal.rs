@@ -1,4 +1,7 @@
 //! The successor's trial run: it is asked by the running daemon, beside it, whether it could take over.
+//!
+//! It makes what the real start makes, with the same functions, and drops it again: what the host
+//! refuses to this program must be known while the locks are still in safe hands.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -11,8 +14,10 @@ use crate::cli::{self, Options, Outcome};
 use crate::config::Config;
 use crate::exit::ExitCode;
 use crate::host::paths::Paths;
+use crate::host::refusal::Refusal;
 use crate::restart::handover::READABLE;
-use crate::restart::ledger;
+use crate::restart::ledger::{self, Ledger};
+use crate::server::reactor::Reactor;
 
 /// Asked by the running daemon, with its ledger as standard input: could this program go on with
 /// this state, these options and this configuration? Changes nothing.
@@ -56,9 +61,19 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
     };
     let _: Config = plan::load_configuration(&options, &Paths::of_this_process())
         .map_err(|error| error.to_string())?;
+    try_out().map_err(|refusal| refusal.to_string())?;
     Ok(format!(
         "{READABLE}: {} connections, {} locks",
         state.clients.len(),
         state.resources.len()
     ))
+}
+
+/// Whether the host lets this program have what a daemon that takes over cannot do without. What a
+/// start has another way for is no reason to stay with the program before.
+fn try_out() -> Result<(), Refusal> {
+    plan::raise_limit();
+    let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())))?;
+    reactor.try_out()?;
+    Ledger::try_out()
 }

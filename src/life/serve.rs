@@ -9,9 +9,10 @@ use crate::host::daemonize::StatusPipe;
 use crate::host::listen::{self, Activation, Listener, Listeners};
 use crate::host::notify;
 use crate::host::pid_file::PidFile;
+use crate::host::refusal::Refusal;
 use crate::server::accept;
 use crate::server::connection::Service;
-use crate::server::reactor::Reactor;
+use crate::server::reactor::{Reactor, Way};
 
 /// The daemon itself: takes its pid file and sockets, says that it is there, and runs.
 ///
@@ -68,7 +69,7 @@ fn serving_reactor(
     for (listener, service) in lock.chain(admin) {
         reactor
             .listen(serving(listener, service))
-            .map_err(no_event_loop)?;
+            .map_err(refused)?;
     }
     reactor.daemon.replace_ledger();
     Ok(reactor)
@@ -86,7 +87,8 @@ pub fn reactor(
     let config_file = plan.options.config_file.as_ref();
     let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
     let reload = Box::new(move || plan.reload(descriptors));
-    let mut reactor = Reactor::new(reload).map_err(no_event_loop)?;
+    let mut reactor = Reactor::new(reload).map_err(refused)?;
+    say_what_is_refused(&reactor);
     let daemon = &mut reactor.daemon;
     daemon.idle_timeout_s = idle_timeout_s;
     daemon.process.program = command_line.program.as_bytes().to_vec();
@@ -115,10 +117,27 @@ pub fn run(reactor: &mut Reactor, pid_file: Option<PidFile>) -> Result<ExitCode,
     }
 }
 
-/// The error of a reactor that cannot be set up.
-pub fn no_event_loop(error: std::io::Error) -> StartError {
-    let message = format!("Failed to set up the event loop: {error}");
+/// The error of a reactor that the host refuses something for which there is no other way.
+pub fn refused(refusal: Refusal) -> StartError {
+    let message = format!("The daemon cannot serve: {refusal}");
     StartError::new(ExitCode::Initialisation, message)
+}
+
+/// Says what the host refuses, and what that costs.
+fn say_what_is_refused(reactor: &Reactor) {
+    for (way, refusal) in reactor.refusals() {
+        let Some(refusal) = refusal else {
+            continue;
+        };
+        match way {
+            Way::Ledger => tracing::error!(
+                "{refusal}. The daemon serves without a ledger that could be passed on: SIGUSR1 is \
+                 refused, unless it is for libvirt's own daemon, as long as the host refuses this"
+            ),
+            Way::Signals => tracing::warn!("{refusal}. The kernel is asked for them now and then"),
+            Way::Timer => tracing::warn!("{refusal}. Deadlines are kept without one"),
+        }
+    }
 }
 
 /// Tells a waiting parent why there is no daemon, and hands the error on for the log.

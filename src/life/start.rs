@@ -5,8 +5,9 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
 use super::plan::Plan;
-use super::{go_on, serve, takeover};
-use crate::cli::Outcome;
+use super::way_back::WayBack;
+use super::{go_on, serve, standard, takeover};
+use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::exit::{ExitCode, Failed, StartError, status_text};
 use crate::host::daemonize::{self, Background, Started};
@@ -14,6 +15,7 @@ use crate::host::listen::Activation;
 use crate::host::paths::Paths;
 use crate::host::{errno, log};
 use crate::restart::handover::CommandLine;
+use crate::restart::state::State;
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
 ///
@@ -26,30 +28,69 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         Outcome::Run(options) if !options.daemon => Activation::take(),
         _ => Activation::None,
     };
-    log::install(log::Settings::initial())?;
-    let options = match outcome {
-        Outcome::Run(options) => options,
-        Outcome::Refused(error) => return Err(error.into()),
-        Outcome::Exit { exit, .. } => return Ok(exit),
-    };
     let command_line = CommandLine::of_this_process();
+    // Before a word is written: standard error may be somebody's.
     if let Some(predecessor) = takeover::take_ledger() {
-        return go_on::resume(predecessor?, options, command_line);
-    }
-    let plan = match Plan::prepare(options.clone(), command_line.clone()) {
-        Ok(plan) => plan,
-        // Nobody asked this program beforehand whether it could take over: ending now would lose
-        // every lock of the host.
-        Err(failed) if takeover::is_awaited(&Paths::of_this_process()) => {
-            takeover::go_on_regardless(&failed);
-            Plan::of_successor(options, command_line, Config::default())
+        if let Ok((state, _)) = &predecessor {
+            standard::keep_clear_of(state);
         }
-        Err(failed) => return Err(failed),
-    };
-    if let Some(predecessor) = takeover::find_document(&plan)? {
+        log::install(log::Settings::initial())?;
+        return go_on::resume(predecessor?, wanted(outcome)?, command_line);
+    }
+    if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
         // What was activated for a process before an exec is part of its state.
         drop(activation);
-        return go_on::resume_started(predecessor, plan);
+        let moved = standard::clear(&mut state);
+        return take_over(
+            state,
+            WayBack {
+                command_line,
+                moved,
+            },
+            outcome,
+        );
+    }
+    log::install(log::Settings::initial())?;
+    start_afresh(wanted(outcome)?, command_line, activation, program)
+}
+
+fn wanted(outcome: Outcome) -> Result<Options, StartError> {
+    match outcome {
+        Outcome::Run(options) => Ok(options),
+        Outcome::Refused(error) => Err(error),
+        Outcome::Exit { exit, .. } => Err(StartError::new(exit, "no daemon was asked for")),
+    }
+}
+
+/// From libvirt's daemon. Nobody asked this program beforehand whether it could: what does not stop
+/// libvirt's own must not stop it, because every lock of the host would be lost.
+fn take_over(state: State, way_back: WayBack, outcome: Outcome) -> Result<ExitCode, Failed> {
+    log::install(log::Settings::initial())?;
+    let options = wanted(outcome).map_err(|error| way_back.go(error))?;
+    let command_line = way_back.command_line.clone();
+    let plan = Plan::prepare(options.clone(), command_line.clone()).unwrap_or_else(|failed| {
+        takeover::go_on_regardless(&failed);
+        Plan::of_successor(options, command_line, Config::default())
+    });
+    let document = plan.paths.restart_state.clone();
+    go_on::resume_started((state, document), plan, &way_back)
+}
+
+fn start_afresh(
+    options: Options,
+    command_line: CommandLine,
+    activation: Activation,
+    program: &OsStr,
+) -> Result<ExitCode, Failed> {
+    let way_back = WayBack {
+        command_line: command_line.clone(),
+        moved: Vec::new(),
+    };
+    let plan = Plan::prepare(options, command_line)?;
+    if let Some(state) = takeover::find_document(&plan, &way_back)? {
+        drop(activation);
+        let document = plan.paths.restart_state.clone();
+        return go_on::resume_started((state, document), plan, &way_back);
     }
     if !plan.options.daemon {
         return serve::serve(plan, activation, None);

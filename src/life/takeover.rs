@@ -2,11 +2,14 @@
 //! ledger in a memory file) or the C daemon's (its state document). How it is gone on from is told in
 //! [`super::go_on`].
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::plan::Plan;
+use super::way_back::WayBack;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors;
 use crate::host::paths::Paths;
@@ -21,16 +24,8 @@ use crate::restart::state::{Service, State};
 /// it could not read it again.
 const DOCUMENT_LIMIT: u64 = 256 * 1024 * 1024;
 
-/// Whose state it is.
-pub enum Predecessor {
-    /// This program's, perhaps another version: the state, and the ledger to go on writing.
-    Ours(State, Ledger),
-    /// libvirt's, with the document that is to be removed when the state has been taken over.
-    Libvirt(State, PathBuf),
-}
-
 /// The state that a predecessor of this program handed over, if this process was made by it.
-pub fn take_ledger() -> Option<Result<Predecessor, Failed>> {
+pub fn take_ledger() -> Option<Result<(State, Ledger), StartError>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.
@@ -39,20 +34,34 @@ pub fn take_ledger() -> Option<Result<Predecessor, Failed>> {
     }
     let descriptor: OwnedFd = match descriptor.parse().ok().map(descriptors::adopt) {
         Some(Ok(descriptor)) => descriptor,
-        _ => return Some(Err(unusable("its descriptor is not open").into())),
+        _ => return Some(Err(unusable("its descriptor is not open"))),
     };
-    let loaded = Ledger::take_over(descriptor)
-        .map(|(state, ledger)| Predecessor::Ours(state, ledger))
-        .map_err(|reason| unusable(&reason.to_string()).into());
-    Some(loaded)
+    Some(Ledger::take_over(descriptor).map_err(|reason| unusable(&reason.to_string())))
 }
 
-/// The state that the C daemon left for this process, if it did. A running daemon's that is about to
+/// The state that the C daemon left for this process, if it did and it can be used. Says and changes
+/// nothing: see [`find_document`].
+pub fn awaited(paths: &Paths) -> Option<State> {
+    let document = read_document(&paths.restart_state).ok()??;
+    read(&document, paths).ok()
+}
+
+fn read(document: &[u8], paths: &Paths) -> Result<State, Unusable> {
+    libvirt_json::read(document, std::process::id(), |service| {
+        let path = match service {
+            Service::Lock => &paths.lock_socket,
+            Service::Admin => &paths.admin_socket,
+        };
+        path.as_os_str().as_bytes().to_vec()
+    })
+}
+
+/// What becomes of a state document that is not [`awaited`]. That of a running daemon which is about to
 /// execute its successor is not touched.
 ///
 /// # Errors
 /// A document that is there and cannot be used.
-pub fn find_document(plan: &Plan) -> Result<Option<Predecessor>, StartError> {
+pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State>, StartError> {
     let paths = &plan.paths;
     let path = &paths.restart_state;
     // Whoever writes the document holds the pid file until it is whole: asked before it is read.
@@ -65,15 +74,8 @@ pub fn find_document(plan: &Plan) -> Result<Option<Predecessor>, StartError> {
             return Err(StartError::new(ExitCode::Initialisation, message));
         }
     };
-    let socket = |service| {
-        let path = match service {
-            Service::Lock => &paths.lock_socket,
-            Service::Admin => &paths.admin_socket,
-        };
-        path.as_os_str().as_bytes().to_vec()
-    };
-    match libvirt_json::read(&document, std::process::id(), socket) {
-        Ok(state) => Ok(Some(Predecessor::Libvirt(state, path.clone()))),
+    match read(&document, paths) {
+        Ok(state) => Ok(Some(state)),
         Err(Unusable::Foreign(magic)) if is_alive(&magic) => {
             tracing::warn!(
                 "Found restart exec file with old magic {magic} vs wanted {}: it is left alone, \
@@ -99,6 +101,13 @@ pub fn find_document(plan: &Plan) -> Result<Option<Predecessor>, StartError> {
             Ok(None)
         }
         Err(Unusable::Damaged(reason)) => {
+            let mut damaged = reason;
+            if libvirt_json::is_of(&document, std::process::id()) {
+                // The program that wrote it may know better.
+                let message = format!("The state file '{}' is damaged: {damaged}", path.display());
+                let error = StartError::new(ExitCode::Initialisation, message);
+                damaged = way_back.go(error).message;
+            }
             // It may be the only copy of what guests depend on: kept, out of the next start's way.
             let aside = path.with_extension("json.damaged");
             let kept = match std::fs::rename(path, &aside) {
@@ -106,7 +115,7 @@ pub fn find_document(plan: &Plan) -> Result<Option<Predecessor>, StartError> {
                 Err(_) => path.clone(),
             };
             let message = format!(
-                "The state file '{}' is damaged and cannot be taken over: {reason}. It is kept as \
+                "The state file '{}' is damaged and cannot be taken over: {damaged}. It is kept as \
                  '{}'",
                 path.display(),
                 kept.display()
@@ -127,16 +136,6 @@ fn is_alive(magic: &str) -> bool {
     }
 }
 
-/// Whether the C daemon left its state for this process.
-pub fn is_awaited(paths: &Paths) -> bool {
-    let document = read_document(&paths.restart_state);
-    document.is_ok_and(|document| {
-        document.is_some_and(|document| {
-            libvirt_json::read(&document, std::process::id(), |_| Vec::new()).is_ok()
-        })
-    })
-}
-
 /// Says what is wrong and will be, until it is put right and the daemon told (SIGHUP).
 pub fn go_on_regardless(failed: &Failed) {
     let reason = match failed {
@@ -149,14 +148,19 @@ pub fn go_on_regardless(failed: &Failed) {
     );
 }
 
+/// Asks for nothing but the bytes: a policy may refuse to say how many there are.
 fn read_document(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
-    let length = match std::fs::metadata(path) {
-        Ok(found) => found.len(),
+    let file = match File::open(path) {
+        Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    if length > DOCUMENT_LIMIT {
+    let mut document = Vec::new();
+    let read = file
+        .take(DOCUMENT_LIMIT.saturating_add(1))
+        .read_to_end(&mut document)?;
+    if read as u64 > DOCUMENT_LIMIT {
         return Err(std::io::Error::from_raw_os_error(libc::EFBIG));
     }
-    std::fs::read(path).map(Some)
+    Ok(Some(document))
 }

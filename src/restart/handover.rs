@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::host::process::Process;
+use crate::host::refusal::Refusal;
 use crate::host::{descriptors, environment, errno, file, signals};
 
 /// Set in a program that is only to say whether it could take over: the ledger is its standard
@@ -74,6 +75,16 @@ impl CommandLine {
         }
     }
 
+    /// The same words for the program that stands beside this one, with this behind its name.
+    pub fn beside(&self, suffix: &str) -> Result<CommandLine, String> {
+        let mut program = self.path()?.into_os_string();
+        program.push(suffix);
+        Ok(CommandLine {
+            program,
+            ..self.clone()
+        })
+    }
+
     /// Where the program is now.
     fn path(&self) -> Result<PathBuf, String> {
         if self.program.as_bytes().contains(&b'/') {
@@ -118,6 +129,16 @@ impl CommandLine {
 pub struct Check {
     child: Child,
     process: Process,
+    /// It is not shown the ledger, because of this: only a successor that needs none may take over.
+    without_ledger: Option<Refusal>,
+}
+
+/// Why a daemon without a ledger that can be passed on has no successor of this kind.
+pub fn nothing_to_pass_on(refusal: Refusal) -> String {
+    format!(
+        "the locks and connections cannot be passed on, because {refusal}. libvirt's own daemon could \
+         take over"
+    )
 }
 
 impl Check {
@@ -125,18 +146,22 @@ impl Check {
     /// `withheld`: those that this process took over are open for any program that it starts.
     pub fn begin(
         command_line: &CommandLine,
-        ledger: &OwnedFd,
+        ledger: Result<&OwnedFd, Refusal>,
         withheld: &[RawFd],
     ) -> Result<Check, String> {
         let path = command_line.path()?;
         keep(withheld, false)?;
         // It is the running daemon's own: a program that is not the right one must not spoil it.
-        let ledger = file::read_only(ledger).map_err(|reason| {
+        let shown = match ledger {
+            Ok(ledger) => file::read_only(ledger),
+            Err(_) => file::open_nothing(),
+        };
+        let shown = shown.map_err(|reason| {
             let reason = errno::text(reason);
             format!("the ledger cannot be shown to {}: {reason}", path.display())
         })?;
         // Room for the descriptor that watches it: a successor that nobody watches is never reaped.
-        let room = ledger.try_clone().map_err(|error| {
+        let room = shown.try_clone().map_err(|error| {
             let reason = errno::text(errno::of(&error));
             format!("{} cannot be watched: {reason}", path.display())
         })?;
@@ -148,9 +173,9 @@ impl Check {
             .arg0(name)
             .arg("--version")
             .args(words)
-            .env(CHECK_VARIABLE, "1")
+            .envs(ledger.is_ok().then_some((CHECK_VARIABLE, "1")))
             .env_remove("NOTIFY_SOCKET")
-            .stdin(Stdio::from(ledger))
+            .stdin(Stdio::from(shown))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -161,7 +186,11 @@ impl Check {
         drop(room);
         let pid = i32::try_from(child.id()).map_err(|_| "its process id is too great")?;
         match Process::open_any(pid) {
-            Ok(process) => Ok(Check { child, process }),
+            Ok(process) => Ok(Check {
+                child,
+                process,
+                without_ledger: ledger.err(),
+            }),
             Err(reason) => {
                 end(child);
                 Err(format!(
@@ -209,6 +238,9 @@ impl Check {
         }
         if !version.contains("(virtlockd-rs)") {
             return Err(format!("it is no lock daemon: its version is '{version}'"));
+        }
+        if let Some(refusal) = self.without_ledger {
+            return Err(nothing_to_pass_on(refusal));
         }
         match lines.next() {
             Some(line) if line.starts_with(READABLE) => Ok(Successor::Ours),

@@ -27,6 +27,7 @@ use super::event::{Event, events};
 use super::replay::Replay;
 use super::state::State;
 use crate::host::memory::{self, Memory};
+use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
 /// one has the poll in it.
@@ -34,6 +35,11 @@ pub const VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";
 const HEADER: usize = 32;
+/// [`STEP`], as a size.
+const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
+    Some(size) => size,
+    None => NonZeroUsize::MIN,
+};
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
 /// It is written anew when it has grown to this multiple of its size when it was last.
@@ -104,17 +110,34 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A ledger without events.
+    /// A ledger without events. Where the host refuses a memory file it is in this process's own
+    /// memory, and cannot be passed on: see [`Ledger::descriptor`].
     pub fn new() -> Result<Ledger, Errno> {
-        let size = NonZeroUsize::new(STEP).unwrap_or(NonZeroUsize::MIN);
+        Memory::new(FIRST_SIZE).map(Ledger::in_memory)
+    }
+
+    /// A ledger without events in this process's own memory.
+    pub fn private(refusal: Refusal) -> Result<Ledger, Errno> {
+        Memory::private(FIRST_SIZE, refusal).map(Ledger::in_memory)
+    }
+
+    fn in_memory(memory: Memory) -> Ledger {
         let mut ledger = Ledger {
-            memory: Memory::new(size)?,
+            memory,
             used: HEADER,
             compact: 0,
             is_stale: false,
         };
         ledger.write_header(0, 0);
-        Ok(ledger)
+        ledger
+    }
+
+    /// Whether a ledger that can be passed on may be made here, and may grow.
+    pub fn try_out() -> Result<(), Refusal> {
+        let mut ledger = Ledger::new().map_err(Refusal::of("there is no memory for a ledger"))?;
+        let grown = ledger.grow();
+        grown.map_err(Refusal::of("there is no memory for a ledger that grows"))?;
+        ledger.descriptor().map(drop)
     }
 
     /// A ledger that says this state and nothing else.
@@ -132,7 +155,7 @@ impl Ledger {
     pub fn rewrite(&mut self, state: &State) -> Result<(), Errno> {
         let size = self.memory.bytes().len();
         if size > KEPT_FILE {
-            *self = Ledger::of(state)?;
+            self.replace(Ledger::of(state)?);
             return Ok(());
         }
         // Not in the file itself before it is known to fit: half a state is none. A state that has
@@ -145,7 +168,7 @@ impl Ledger {
             match encode(&event, rest) {
                 Ok(written) => length = length.saturating_add(written),
                 Err(_) => {
-                    *self = Ledger::of(state)?;
+                    self.replace(Ledger::of(state)?);
                     return Ok(());
                 }
             }
@@ -244,7 +267,27 @@ impl Ledger {
             .checked_add(step)
             .and_then(NonZeroUsize::new)
             .ok_or(Errno::EFBIG)?;
-        self.memory.grow(size)
+        let could = self.descriptor().is_ok();
+        self.memory.grow(size)?;
+        self.tell_if_lost(could);
+        Ok(())
+    }
+
+    /// Goes on with another ledger that says all that counts.
+    pub fn replace(&mut self, ledger: Ledger) {
+        let could = self.descriptor().is_ok();
+        *self = ledger;
+        self.tell_if_lost(could);
+    }
+
+    /// Says that it cannot be passed on any more, once.
+    fn tell_if_lost(&self, could_be_passed_on: bool) {
+        if could_be_passed_on && let Err(refusal) = self.descriptor() {
+            tracing::error!(
+                "{refusal}. The daemon goes on without a ledger that could be passed on: SIGUSR1 is \
+                 refused, unless it is for libvirt's own daemon, as long as the host refuses this"
+            );
+        }
     }
 
     fn write_header(&mut self, closed: u32, checksum: u64) {
@@ -280,8 +323,8 @@ impl Ledger {
         self.write_header(1, checksum);
     }
 
-    /// The memory file.
-    pub fn descriptor(&self) -> &OwnedFd {
+    /// The memory file; what the host refused, if there is none: then it cannot be passed on.
+    pub fn descriptor(&self) -> Result<&OwnedFd, Refusal> {
         self.memory.descriptor()
     }
 

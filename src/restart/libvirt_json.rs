@@ -225,6 +225,19 @@ pub fn read(
     Ok(state)
 }
 
+/// Whether a document was written by the process with this number, whatever else is in it.
+pub fn is_of(document: &[u8], own_pid: u32) -> bool {
+    #[derive(Deserialize)]
+    struct Magic {
+        magic: Option<Text>,
+    }
+    serde_json::from_slice(document).is_ok_and(|document: Magic| {
+        document
+            .magic
+            .is_some_and(|magic| magic.0 == own_pid.to_string().as_bytes())
+    })
+}
+
 fn missing(key: &str) -> String {
     format!("'{key}' is missing")
 }

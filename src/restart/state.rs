@@ -292,12 +292,33 @@ impl State {
         }
     }
 
-    /// Whether every descriptor belongs to one thing only, and none is standard input, output or
-    /// error: a state that says otherwise is damaged, and acting on it would close the wrong files.
+    /// Whether a descriptor is of a socket, listening or a client's.
+    pub fn has_socket(&self, number: i32) -> bool {
+        let mut listeners = self.listeners.iter().map(|listener| listener.descriptor);
+        let mut clients = self.clients.iter().map(|client| client.descriptor);
+        listeners.any(|it| it == number) || clients.any(|it| it == number)
+    }
+
+    /// A socket has another number now.
+    pub fn renumber_socket(&mut self, before: i32, now: i32) {
+        let listeners = self
+            .listeners
+            .iter_mut()
+            .map(|listener| &mut listener.descriptor);
+        let clients = self.clients.iter_mut().map(|client| &mut client.descriptor);
+        for number in listeners.chain(clients) {
+            if *number == before {
+                *number = now;
+            }
+        }
+    }
+
+    /// Whether every descriptor is one and belongs to one thing only: a state that says otherwise is
+    /// damaged, and acting on it would close the wrong files.
     pub fn check_descriptors(&self) -> Result<(), String> {
         let mut numbers = self.descriptors();
         numbers.sort_unstable();
-        if let Some(number) = numbers.iter().find(|number| **number <= 2) {
+        if let Some(number) = numbers.iter().find(|number| **number < 0) {
             return Err(format!("the state is damaged: it uses descriptor {number}"));
         }
         let twice = numbers

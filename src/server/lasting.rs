@@ -88,7 +88,8 @@ impl Daemon {
 
     /// Writes the ledger anew, to have it short for a successor. If that fails it stays as it is.
     pub fn renew_ledger(&mut self) -> Result<(), Errno> {
-        self.ledger = Ledger::of(&self.settled_state())?;
+        let ledger = Ledger::of(&self.settled_state())?;
+        self.ledger.replace(ledger);
         Ok(())
     }
 
@@ -110,7 +111,8 @@ impl Daemon {
     /// Makes the ledger whole for a successor: what is not written down as it happens.
     pub fn complete_ledger(&mut self) -> Result<(), Errno> {
         if self.ledger.is_stale() || self.keeper.take_has_parked() {
-            self.ledger = Ledger::of(&self.state())?;
+            let ledger = Ledger::of(&self.state())?;
+            self.ledger.replace(ledger);
         } else {
             for service in Service::ALL {
                 let state = self.server_state(service);
@@ -230,7 +232,7 @@ impl Daemon {
                 .iter()
                 .map(|(descriptor, _)| *descriptor),
         );
-        kept.push(self.ledger.descriptor().as_raw_fd());
+        kept.extend(self.ledger.descriptor().map(AsRawFd::as_raw_fd));
         kept.push(self.registry.as_raw_fd());
         kept
     }
@@ -246,7 +248,7 @@ impl Daemon {
         let state = self.settled_state();
         let written = if self.upgrade.is_under_way() {
             // A successor may be reading the file.
-            Ledger::of(&state).map(|ledger| self.ledger = ledger)
+            Ledger::of(&state).map(|ledger| self.ledger.replace(ledger))
         } else {
             self.ledger.rewrite(&state)
         };

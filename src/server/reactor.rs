@@ -19,7 +19,9 @@ use super::daemon::{Daemon, State};
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::descriptors;
-use crate::host::patience::patiently;
+use crate::host::patience::{patiently, while_it_may_pass};
+use crate::host::process::Process;
+use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::restart::ledger::Ledger;
@@ -83,6 +85,17 @@ const ROTATION: [Line; 8] = [
 /// and fill the daemon's memory.
 const NEWCOMERS_A_PASS: usize = 16;
 
+/// What can be done in more than one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The ledger: in a file that can be passed on, or in the process's own memory.
+    Ledger,
+    /// Signals: told by the kernel, or asked for.
+    Signals,
+    /// Deadlines: told by the kernel, or by the length of a wait.
+    Timer,
+}
+
 /// The poll and what it watches.
 pub struct Reactor {
     poll: Poll,
@@ -99,15 +112,31 @@ pub struct Reactor {
 
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
-    /// [`Reactor::listen`].
-    pub fn new(reload: Reload) -> std::io::Result<Reactor> {
-        let poll = patiently(Poll::new)?;
-        let signals = patiently(Signals::open)?;
-        let timer = patiently(Timer::new)?;
-        let registry = patiently(|| poll.registry().try_clone())?;
-        patiently(|| Source::Signals.watch(&registry, signals.as_raw_fd()))?;
-        patiently(|| Source::Timer.watch(&registry, timer.as_raw_fd()))?;
-        let daemon = Daemon::new(registry, patiently(Ledger::new)?);
+    /// [`Reactor::listen`]. What can be done another way where the host refuses it is, and is told by
+    /// [`Reactor::refusals`].
+    pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
+        let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
+        let poll = while_it_may_pass(|| Poll::new().map_err(&no_poll))?;
+        let registry = while_it_may_pass(|| {
+            let copy = poll.registry().try_clone();
+            copy.map_err(Refusal::of("a descriptor cannot be copied (fcntl)"))
+        })?;
+        let signals = while_it_may_pass(|| {
+            let signals = Signals::open()?;
+            watch(Source::Signals, &registry, signals.as_raw_fd())?;
+            Ok(signals)
+        })
+        .unwrap_or_else(Signals::Asked);
+        let timer = while_it_may_pass(|| {
+            let timer = Timer::new()?;
+            watch(Source::Timer, &registry, timer.as_raw_fd())?;
+            Ok(timer)
+        })
+        .unwrap_or_else(Timer::without_descriptor);
+        let no_memory = Refusal::of("there is no memory for a ledger");
+        let ledger = while_it_may_pass(|| Ledger::new().map_err(&no_memory))
+            .or_else(|refusal| Ledger::private(refusal).map_err(&no_memory))?;
+        let daemon = Daemon::new(registry, ledger);
         Ok(Reactor {
             poll,
             signals,
@@ -122,17 +151,42 @@ impl Reactor {
     /// Goes on with the poll of an earlier image of this process, which watches the connections
     /// already: to take thousands out of one poll and into another would keep all of them waiting.
     /// False if that cannot be done, and everything is to be watched anew.
-    pub fn inherit(&mut self, poll: &OwnedFd) -> std::io::Result<bool> {
+    pub fn inherit(&mut self, poll: &OwnedFd) -> Result<bool, Refusal> {
         let registry = &self.daemon.registry;
         if patiently(|| descriptors::put_in_place(poll, registry.as_raw_fd())).is_err() {
             return Ok(false);
         }
         // From here on there is no way back: half of it would be asked for in one poll and waited
         // for in the other.
-        patiently(|| descriptors::put_in_place(poll, self.poll.as_raw_fd()))?;
-        patiently(|| Source::Signals.watch(registry, self.signals.as_raw_fd()))?;
-        patiently(|| Source::Timer.watch(registry, self.timer.as_raw_fd()))?;
+        patiently(|| descriptors::put_in_place(poll, self.poll.as_raw_fd()))
+            .map_err(Refusal::of("a descriptor cannot be put in place (dup3)"))?;
+        let (signals, timer) = (self.signals.as_raw_fd(), self.timer.as_raw_fd());
+        if let Err(refusal) = while_it_may_pass(|| watch(Source::Signals, registry, signals)) {
+            self.signals = Signals::Asked(refusal);
+        }
+        if let Err(refusal) = while_it_may_pass(|| watch(Source::Timer, registry, timer)) {
+            self.timer = Timer::without_descriptor(refusal);
+        }
         Ok(true)
+    }
+
+    /// Whether a process can be watched, which is what killing an owner stands on.
+    pub fn try_out(&self) -> Result<(), Refusal> {
+        let own = nix::unistd::getpid().as_raw();
+        let process = Process::open_any(own).map_err(Refusal::of(
+            "the process of an owner cannot be watched (pidfd_open)",
+        ))?;
+        let pidfd = process.pidfd().as_raw_fd();
+        watch(Source::Successor, &self.daemon.registry, Some(pidfd))
+    }
+
+    /// What the host refused and is done another way: each costs something, as the log must say.
+    pub fn refusals(&self) -> [(Way, Option<Refusal>); 3] {
+        [
+            (Way::Ledger, self.daemon.ledger.descriptor().err()),
+            (Way::Signals, self.signals.refusal()),
+            (Way::Timer, self.timer.refusal()),
+        ]
     }
 
     /// Sets the limits that the configuration gives.
@@ -151,13 +205,12 @@ impl Reactor {
         }
     }
 
-    /// Adds a listening socket.
-    pub fn listen(&mut self, listener: super::accept::Listener) -> std::io::Result<()> {
-        let number = self.daemon.listeners.len();
+    /// Adds a listening socket. It is the daemon's even if it cannot be watched.
+    pub fn listen(&mut self, listener: super::accept::Listener) -> Result<(), Refusal> {
+        let source = Source::Listener(self.daemon.listeners.len());
         let descriptor = listener.socket.as_raw_fd();
-        patiently(|| Source::Listener(number).watch(self.poll.registry(), descriptor))?;
         self.daemon.listeners.push(listener);
-        Ok(())
+        while_it_may_pass(|| watch(source, self.poll.registry(), Some(descriptor)))
     }
 
     /// Runs until the daemon has ended.
@@ -165,11 +218,11 @@ impl Reactor {
         let mut events = Events::with_capacity(EVENTS);
         while self.daemon.state != State::Ended {
             self.daemon.watch_idleness();
-            self.timer.set(self.daemon.deadlines.first())?;
+            self.timer.set(self.daemon.deadlines.first());
             let wait = if self.has_work() {
                 Some(Duration::ZERO)
             } else {
-                None
+                self.longest_wait()
             };
             match self.poll.poll(&mut events, wait) {
                 Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error),
@@ -178,12 +231,32 @@ impl Reactor {
             for event in &events {
                 self.note(event);
             }
+            self.ask_what_is_not_told();
             self.work();
             self.daemon.tend_ledger();
             self.daemon.upgrade_if_ready();
             self.daemon.finish();
         }
         Ok(())
+    }
+
+    /// How long nothing may be heard of signals and deadlines: for ever, as the kernel tells of them,
+    /// unless that was refused.
+    fn longest_wait(&self) -> Option<Duration> {
+        match (self.signals.longest_wait(), self.timer.longest_wait()) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        }
+    }
+
+    /// Asks for signals and deadlines where the kernel does not tell of them.
+    fn ask_what_is_not_told(&mut self) {
+        if self.signals.refusal().is_some() {
+            self.take_signals();
+        }
+        if self.timer.went_off_unheard() {
+            self.pass_deadlines();
+        }
     }
 
     fn has_work(&self) -> bool {
@@ -342,4 +415,13 @@ impl Reactor {
             ),
         }
     }
+}
+
+/// Watches a descriptor, if there is one.
+fn watch(source: Source, registry: &mio::Registry, descriptor: Option<i32>) -> Result<(), Refusal> {
+    descriptor.map_or(Ok(()), |descriptor| {
+        source
+            .watch(registry, descriptor)
+            .map_err(Refusal::of("a descriptor cannot be watched (epoll_ctl)"))
+    })
 }

@@ -185,9 +185,16 @@ impl Daemon {
             .map_err(|reason| not_open(client.descriptor, &what(), reason))?;
         let peer = match client.peer {
             Some(peer) => peer,
-            None => stream::peer(&socket).map_err(|reason| {
-                format!("who {} is, is unknown: {}", what(), errno::text(reason))
-            })?,
+            None => stream::peer(&socket).unwrap_or_else(|reason| {
+                tracing::error!(
+                    target: "rpc.netdaemon",
+                    "Who {} is cannot be asked (getsockopt): {}. It is served, and cannot be killed \
+                     should it leave with locks",
+                    what(),
+                    errno::text(reason)
+                );
+                stream::UNKNOWN_PEER
+            }),
         };
         if !client.traffic.is_empty() {
             let traffic = Box::default();

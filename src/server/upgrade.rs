@@ -15,7 +15,7 @@ use super::daemon::{Daemon, State};
 use super::deadlines::Deadline;
 use super::token::Source;
 use crate::host::clock::Moment;
-use crate::host::{notify, process};
+use crate::host::{descriptors, notify, process};
 use crate::restart::handover::{
     self, Check, CommandLine, HANDOVER_VARIABLE, ProgramFile, Successor,
 };
@@ -84,6 +84,7 @@ impl Daemon {
             return;
         };
         let command_line = command_line.clone();
+        descriptors::fill_standard_places();
         self.upgrade.seen = command_line.file();
         // Short and true: it is what the successor reads now, and what it will go on from.
         let begun = match self.renew_ledger() {
@@ -279,7 +280,13 @@ impl Daemon {
         }
         self.ledger.close();
         let kept = self.kept_descriptors();
-        let number = self.ledger.descriptor().as_raw_fd();
+        let number = match self.ledger.descriptor() {
+            Ok(descriptor) => descriptor.as_raw_fd(),
+            Err(refusal) => {
+                self.replace_ledger();
+                return self.upgrade_failed(&handover::nothing_to_pass_on(refusal));
+            }
+        };
         let value = format!("{number}:{}", std::process::id());
         self.replace(Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
         // Still here: the ledger goes on from what is now.

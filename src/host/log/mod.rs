@@ -114,6 +114,13 @@ pub fn stderr_was_replaced() {
     }
 }
 
+/// To be called before anything is written, where descriptor 2 is no standard error but belongs to what
+/// the daemon holds: lines that would go there are counted as lost.
+pub fn stderr_is_not_ours() {
+    stream::stderr_is_not_ours();
+    stderr_was_replaced();
+}
+
 /// Prints an error in the log settings on stderr as libvirt does, where the log itself cannot be used.
 pub fn early_error(error: &SettingError) {
     let line = format!("libvirt:  error : {error}\n");

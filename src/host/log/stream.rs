@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -31,6 +32,17 @@ enum Channel {
     Polled(BorrowedFd<'static>),
     /// A FIFO that nobody reads yet; it is opened when somebody does.
     Unread(PathBuf),
+    /// Standard error is something else: nothing is written.
+    Nowhere,
+}
+
+/// Descriptor 2 is a client's socket or a guest's disk.
+static STDERR_IS_NOT_OURS: AtomicBool = AtomicBool::new(false);
+
+/// From now on nothing is written to descriptor 2, not even when this program panics.
+pub fn stderr_is_not_ours() {
+    STDERR_IS_NOT_OURS.store(true, Ordering::Relaxed);
+    std::panic::set_hook(Box::new(|_| ()));
 }
 
 /// An open stream of lines.
@@ -44,6 +56,12 @@ pub struct Stream {
 impl Stream {
     /// Descriptor 2 as it is now.
     pub fn stderr() -> Stream {
+        if STDERR_IS_NOT_OURS.load(Ordering::Relaxed) {
+            return Stream {
+                channel: Channel::Nowhere,
+                rest: Vec::new(),
+            };
+        }
         // SAFETY: descriptor 2 is open for the whole life of the process: the Rust runtime opens
         // /dev/null there if it is closed at the start, and going to the background only puts
         // another file in its place.
@@ -164,7 +182,7 @@ impl Stream {
                 let some = bytes.get(..POLLED_WRITE_BYTES).unwrap_or(bytes);
                 nix::unistd::write(descriptor, some)
             }
-            Channel::Unread(_) => Err(Errno::ENXIO),
+            Channel::Unread(_) | Channel::Nowhere => Err(Errno::ENXIO),
         }
     }
 }

@@ -1,0 +1,38 @@
+//! Standard input, output and error, where they are none. libvirt's daemon may have been started with
+//! one of these closed; then the next thing that it opened has the number, and may be a client's socket
+//! or the disk of a guest. It is legal there, so it must be here: but nothing may ever be written to it,
+//! no log line and no last word of a panic.
+
+use std::os::fd::RawFd;
+
+use crate::host::descriptors;
+use crate::host::log;
+use crate::restart::state::State;
+
+/// The last of the three.
+const LAST: RawFd = 2;
+
+/// What was moved, by its number and the one that it has now.
+pub type Moved = Vec<(RawFd, RawFd)>;
+
+/// Before anything is written: keeps the log away from what the state says is not standard error.
+pub fn keep_clear_of(state: &State) {
+    if state.descriptors().contains(&LAST) {
+        log::stderr_is_not_ours();
+    }
+}
+
+/// Gives what has one of the three numbers another one, before anything is written. A file keeps its
+/// number: the process's POSIX locks on it end when any descriptor of it is closed.
+pub fn clear(state: &mut State) -> Moved {
+    let mut moved = Vec::new();
+    for number in 0..=LAST {
+        let is_socket = state.has_socket(number);
+        if is_socket && let Ok(now) = descriptors::move_away(number) {
+            state.renumber_socket(number, now);
+            moved.push((number, now));
+        }
+    }
+    keep_clear_of(state);
+    moved
+}
