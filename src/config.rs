@@ -5,13 +5,13 @@
 //! and ignored; of a key given twice the first counts.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
+use foldhash::HashMap;
 use nix::errno::Errno;
 
 use crate::host::errno;
@@ -183,7 +183,7 @@ fn read_settings(bytes: &[u8]) -> Result<Settings, Problem> {
         rest: bytes,
         line: 1,
     };
-    let mut settings = Settings::new();
+    let mut settings = Settings::default();
     while !reader.rest.is_empty() {
         if let Some((name, value)) = reader.statement()? {
             settings.entry(name).or_insert(value);

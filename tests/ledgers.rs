@@ -212,7 +212,8 @@ fn closed_ledger(state: &State) -> Vec<u8> {
 #[test]
 fn a_small_ledger_is_written_anew_in_its_file_and_a_large_one_is_given_back() {
     let file = |ledger: &Ledger| {
-        let seen = nix::sys::stat::fstat(ledger.descriptor()).expect("look at the ledger");
+        let descriptor = ledger.descriptor().expect("a memory file");
+        let seen = nix::sys::stat::fstat(descriptor).expect("look at the ledger");
         (seen.st_ino, seen.st_size)
     };
     let events = |ledger: &mut Ledger, count: usize| {

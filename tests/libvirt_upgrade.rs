@@ -841,7 +841,7 @@ fn a_document_that_speaks_of_what_is_not_open_ends_the_start_and_is_kept() {
         return;
     }
     type Damage = fn(&mut Value);
-    let damages: [(Damage, &str); 5] = [
+    let damages: [(Damage, &str); 6] = [
         (
             |document| document["defaultLockspace"]["resources"][0]["fd"] = json!(77),
             "descriptor 77",
@@ -851,8 +851,13 @@ fn a_document_that_speaks_of_what_is_not_open_ends_the_start_and_is_kept() {
             "uses descriptor 14 twice",
         ),
         (
+            |document| lock_server(document)["clients"][0]["sock"]["fd"] = json!(-1),
+            "uses descriptor -1",
+        ),
+        (
+            // Standard output, which is a file.
             |document| lock_server(document)["clients"][0]["sock"]["fd"] = json!(1),
-            "uses descriptor 1",
+            "a client cannot be watched",
         ),
         (
             |document| {

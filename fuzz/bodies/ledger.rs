@@ -26,7 +26,8 @@ fn replay(content: &[u8]) {
             let again = ledger::replay(anew.content()).expect("our own ledger replays");
             assert_eq!(in_order(again), state);
             anew.close();
-            let loaded = ledger::load(anew.descriptor()).expect("our own ledger loads");
+            let loaded = ledger::load(anew.descriptor().expect("a memory file"))
+                .expect("our own ledger loads");
             assert_eq!(in_order(loaded), state);
         }
         Err(reason) => assert!(!reason.to_string().is_empty()),

@@ -112,6 +112,12 @@ fn open_step_by_step(
     if path.starts_with(b"/") {
         return Err(Errno::EXDEV);
     }
+    if path.is_empty() {
+        return Err(Errno::ENOENT);
+    }
+    if path.ends_with(b"/") && flags.contains(OFlag::O_CREAT) {
+        return Err(Errno::EISDIR);
+    }
     let mut steps = path
         .split(|byte| *byte == b'/')
         .filter(|step| *step != b".");
@@ -300,7 +306,6 @@ pub fn read_now(number: i32, buffer: &mut [u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
     use std::os::unix::ffi::OsStrExt;
     use std::path::{Path, PathBuf};
 
@@ -349,6 +354,45 @@ mod tests {
             look_up(start, b"made").unwrap().identity,
             identity(&made).unwrap()
         );
+    }
+
+    #[test]
+    fn without_the_kernels_word_nothing_above_a_directory_is_reached_from_below_it_either() {
+        let scratch = Scratch::new("steps");
+        let below = scratch.0.join("below");
+        std::fs::create_dir_all(below.join("deep")).unwrap();
+        std::fs::write(scratch.0.join("disk"), "precious").unwrap();
+        std::fs::write(below.join("deep/lease"), "").unwrap();
+        std::os::unix::fs::symlink("../disk", below.join("link")).unwrap();
+        std::os::unix::fs::symlink("..", below.join("up")).unwrap();
+        let directory = open_directory(bytes(&below)).unwrap();
+        let step = |path: &[u8], flags| {
+            let flags = flags | OFlag::O_CLOEXEC;
+            open_step_by_step(directory.as_fd(), path, flags, MODE).map(|file| identity(&file))
+        };
+        for path in [&b"../disk"[..], b"deep/../../disk", b"..", b"/disk"] {
+            assert_eq!(step(path, OFlag::O_RDWR).err(), Some(Errno::EXDEV));
+            assert_eq!(step(path, OFlag::O_PATH).err(), Some(Errno::EXDEV));
+        }
+        for flags in [OFlag::O_RDWR, OFlag::O_PATH, OFlag::O_RDWR | OFlag::O_CREAT] {
+            assert_eq!(step(b"link", flags).err(), Some(Errno::ELOOP));
+            assert_eq!(step(b"up/disk", flags).err(), Some(Errno::ENOTDIR));
+        }
+        let (by_steps, at_once) = (
+            step(b"./deep//lease", OFlag::O_RDWR),
+            below.join("deep/lease"),
+        );
+        let at_once = identity(&open_existing(Start::Anywhere, bytes(&at_once)).unwrap());
+        assert_eq!(by_steps.unwrap(), at_once);
+        step(b"deep/made", OFlag::O_RDWR | OFlag::O_CREAT)
+            .unwrap()
+            .unwrap();
+        assert!(below.join("deep/made").exists());
+        assert_eq!(
+            step(b"made/", OFlag::O_RDWR | OFlag::O_CREAT).err(),
+            Some(Errno::EISDIR)
+        );
+        assert_eq!(step(b"", OFlag::O_RDWR).err(), Some(Errno::ENOENT));
     }
 
     #[test]

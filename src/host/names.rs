@@ -3,8 +3,7 @@
 //! Asking may take as long as a directory server somewhere takes to answer, so each number is asked
 //! for once. The usual ones stand in files of the host, which are asked first.
 
-use std::collections::HashMap;
-
+use foldhash::HashMap;
 use nix::unistd::{Gid, Group, Uid, User};
 
 /// How many names of each kind are kept. There are few users who may talk to the daemon at all;
@@ -61,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_name_is_asked_for_once_and_only_so_many_are_kept() {
-        let mut names = HashMap::new();
+        let mut names = HashMap::default();
         assert_eq!(remembered(&mut names, 7, || None), None);
         let again = remembered(&mut names, 7, || panic!("asked again"));
         assert_eq!(again, None);

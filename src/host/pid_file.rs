@@ -8,11 +8,12 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::stat::{FileStat, fstat, stat};
 
 use super::errno;
 use super::file::FileIdentity;
@@ -70,9 +71,7 @@ impl PidFile {
             lock(file.as_fd()).map_err(|error| failed("acquire pid file", error))?;
             // The daemon before may have removed the file between the two calls: then this lock is
             // on a file that nobody else will find.
-            let held = file
-                .metadata()
-                .map_err(|error| failed("check status of pid file", errno::of(&error)))?;
+            let held = fstat(&file).map_err(|error| failed("check status of pid file", error))?;
             if is_at(path, &held) {
                 break file;
             }
@@ -108,7 +107,7 @@ impl PidFile {
 
     /// Which file it is, and its descriptor.
     pub fn identity(&self) -> Option<(FileIdentity, i32)> {
-        let stat = nix::sys::stat::fstat(&self.file).ok()?;
+        let stat = fstat(&self.file).ok()?;
         Some((stat.into(), self.file.as_raw_fd()))
     }
 
@@ -120,7 +119,7 @@ impl PidFile {
     /// Removes the file: the end of a daemon that ends in order. A file that somebody else put in its
     /// place stays.
     pub fn remove(self) {
-        if let Ok(held) = self.file.metadata()
+        if let Ok(held) = fstat(&self.file)
             && is_at(&self.path, &held)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
@@ -146,9 +145,8 @@ pub fn lock_again(descriptor: i32) -> Result<(), Errno> {
     lock(unsafe { BorrowedFd::borrow_raw(descriptor) })
 }
 
-fn is_at(path: &Path, held: &std::fs::Metadata) -> bool {
-    std::fs::metadata(path)
-        .is_ok_and(|there| (there.dev(), there.ino()) == (held.dev(), held.ino()))
+fn is_at(path: &Path, held: &FileStat) -> bool {
+    stat(path).is_ok_and(|there| (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino))
 }
 
 fn lock(file: BorrowedFd<'_>) -> Result<(), Errno> {

@@ -101,13 +101,13 @@ pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State>, S
             Ok(None)
         }
         Err(Unusable::Damaged(reason)) => {
-            let mut damaged = reason;
-            if libvirt_json::is_of(&document, std::process::id()) {
-                // The program that wrote it may know better.
-                let message = format!("The state file '{}' is damaged: {damaged}", path.display());
-                let error = StartError::new(ExitCode::Initialisation, message);
-                damaged = way_back.go(error).message;
-            }
+            let is_for_us = libvirt_json::is_of(&document, std::process::id());
+            // The program that wrote it may know better.
+            let damaged = if is_for_us {
+                way_back.execute(&reason)
+            } else {
+                reason
+            };
             // It may be the only copy of what guests depend on: kept, out of the next start's way.
             let aside = path.with_extension("json.damaged");
             let kept = match std::fs::rename(path, &aside) {

@@ -3,7 +3,7 @@
 //! its descriptors as they were.
 
 use crate::exit::StartError;
-use crate::host::descriptors;
+use crate::host::{descriptors, errno};
 use crate::restart::handover::{self, CommandLine, Successor};
 
 use super::standard::Moved;
@@ -21,32 +21,36 @@ pub struct WayBack {
 }
 
 impl WayBack {
-    /// Executes libvirt's program. Comes back only if that cannot be done, with the error to end with.
-    /// Whatever was taken over must still be open.
+    /// Executes libvirt's program, because of this error. Comes back only if that cannot be done, with
+    /// the error to end with. Whatever was taken over must still be open.
     pub fn go(&self, error: StartError) -> StartError {
-        let libvirts = match self.command_line.beside(SUFFIX) {
-            Ok(libvirts) => libvirts,
-            Err(reason) => return no_way_back(error, &reason),
+        let message = self.execute(&error.message);
+        StartError::new(error.exit, message)
+    }
+
+    /// As [`WayBack::go`], with the words alone.
+    pub fn execute(&self, why: &str) -> String {
+        let reason = match self.command_line.beside(SUFFIX) {
+            Ok(libvirts) => {
+                tracing::error!(
+                    "This program cannot take over, so {} is executed on what was left for it. The \
+                     reason: {why}",
+                    libvirts.program.display()
+                );
+                self.replace(&libvirts)
+            }
+            Err(reason) => reason,
         };
-        tracing::error!(
-            "{error}. This program cannot go on, so {} is executed on the state document as it is",
-            libvirts.program.display()
-        );
+        format!("{why}. Nor can libvirt's own program go on: {reason}")
+    }
+
+    fn replace(&self, libvirts: &CommandLine) -> String {
         for (number, now) in &self.moved {
             if let Err(reason) = descriptors::put_back(*now, *number) {
-                let reason = format!(
-                    "descriptor {number} cannot be put back: {}",
-                    crate::host::errno::text(reason)
-                );
-                return no_way_back(error, &reason);
+                let reason = errno::text(reason);
+                return format!("descriptor {number} cannot be put back: {reason}");
             }
         }
-        let reason = handover::replace(Successor::Libvirt, &libvirts, &[], &[]);
-        no_way_back(error, &reason)
+        handover::replace(Successor::Libvirt, libvirts, &[], &[])
     }
-}
-
-fn no_way_back(error: StartError, reason: &str) -> StartError {
-    let message = format!("{error}. Nor can libvirt's own program go on: {reason}");
-    StartError::new(error.exit, message)
 }

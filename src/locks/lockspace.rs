@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 
-use crate::host::errno;
+use crate::host::{errno, paths};
 
 /// Why there is no lockspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,17 +22,18 @@ pub enum NotMade {
 
 /// Whether there is a directory with this path.
 pub fn is_directory(path: &[u8]) -> bool {
-    Path::new(OsStr::from_bytes(path)).is_dir()
+    paths::is_directory(Path::new(OsStr::from_bytes(path)))
 }
 
 /// Makes sure that there is a directory: one that exists is used as it is, a missing one is made
 /// with its parents, mode 0700.
 pub fn make_directory(path: &[u8]) -> Result<(), NotMade> {
     let path = Path::new(OsStr::from_bytes(path));
-    match path.metadata() {
-        Ok(found) if found.is_dir() => return Ok(()),
-        Ok(_) => return Err(NotMade::NotADirectory),
-        Err(_) => (),
+    if paths::is_directory(path) {
+        return Ok(());
+    }
+    if nix::sys::stat::stat(path).is_ok() {
+        return Err(NotMade::NotADirectory);
     }
     std::fs::DirBuilder::new()
         .recursive(true)

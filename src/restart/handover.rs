@@ -105,7 +105,7 @@ impl CommandLine {
 pub struct ProgramFile {
     device: u64,
     inode: u64,
-    size: u64,
+    size: i64,
     /// Seconds and nanoseconds.
     modified: (i64, i64),
 }
@@ -113,13 +113,12 @@ pub struct ProgramFile {
 impl CommandLine {
     /// The program's file as it is now; `None` if there is none.
     pub fn file(&self) -> Option<ProgramFile> {
-        use std::os::unix::fs::MetadataExt;
-        let found = std::fs::metadata(self.path().ok()?).ok()?;
+        let found = nix::sys::stat::stat(&self.path().ok()?).ok()?;
         Some(ProgramFile {
-            device: found.dev(),
-            inode: found.ino(),
-            size: found.size(),
-            modified: (found.mtime(), found.mtime_nsec()),
+            device: found.st_dev,
+            inode: found.st_ino,
+            size: found.st_size,
+            modified: (found.st_mtime, found.st_mtime_nsec),
         })
     }
 }

@@ -5,9 +5,10 @@
 //! Strings are bytes here: the C daemon writes names as they are, valid UTF-8 or not, and refuses
 //! to read those that are not; this program reads all that it may write.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 
+use foldhash::HashMap;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 

@@ -1,6 +1,8 @@
 //! What is to happen when, in one ordered set that the daemon's only timer follows.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+
+use foldhash::HashMap;
 
 use crate::host::clock::Moment;
 use crate::locks::table::Pid;

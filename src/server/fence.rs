@@ -5,9 +5,9 @@
 //! the very process that connected, through a pidfd, never to a number that another process may
 //! have by now. Nothing here waits: the pidfd becomes readable, or the deadline passes.
 
-use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
+use foldhash::HashMap;
 use mio::unix::SourceFd;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
