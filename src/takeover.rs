@@ -260,7 +260,8 @@ fn inherit(state: &State) -> Result<Inherited, StartError> {
     })
 }
 
-/// The reactor as it was. Without a ledger of the predecessor's one is written.
+/// The reactor as it was. Without a ledger of the predecessor's, or with one of an earlier
+/// format, one is written.
 fn set_up(
     (mut state, inherited): (State, &mut Inherited),
     ledger: Option<Ledger>,
@@ -301,7 +302,7 @@ fn set_up(
         let _ = listen::widen_backlog(&listener.socket);
         reactor.listen(listener).map_err(start::no_event_loop)?;
     }
-    if !has_ledger {
+    if !has_ledger || reactor.daemon.ledger.is_stale() {
         reactor.daemon.replace_ledger();
     }
     tracing::info!(
