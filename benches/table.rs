@@ -63,7 +63,7 @@ impl Guest {
 
     fn release(&self, table: &mut Table<()>) {
         for (name, _) in &self.disks {
-            let released = table.release(b"", name, self.owner.pid);
+            let released = table.release(b"", name, self.owner.key());
             assert!(matches!(released, Ok(Some(_))));
             black_box(&released);
         }

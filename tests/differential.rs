@@ -35,6 +35,7 @@ const PIDS: [u32; 5] = [4242, 5555, 6666, 0, 0xffff_fffe];
 
 /// A daemon with its files.
 struct World {
+    program: PathBuf,
     namespace: Namespace,
     daemon: Daemon,
 }
@@ -57,7 +58,11 @@ impl World {
         std::os::unix::fs::symlink("gone", at("gone.sym")).expect("make a dangling symlink");
         std::os::unix::fs::symlink("r2", at("ls1/s")).expect("make a symlink");
         let daemon = Daemon::start_program(program, &namespace, &[], &[]);
-        World { namespace, daemon }
+        World {
+            program: program.to_owned(),
+            namespace,
+            daemon,
+        }
     }
 
     /// A file of this world, as reached from outside.
@@ -154,6 +159,10 @@ struct Session {
 #[derive(Default)]
 struct Known {
     sessions: [Session; CONNECTIONS],
+    /// The domain's name that each connection registered.
+    names: [Vec<u8>; CONNECTIONS],
+    /// The domain's name with which each process took something last.
+    holders: HashMap<u32, Vec<u8>>,
     lockspaces: BTreeSet<Vec<u8>>,
     held: HashMap<Key, Held>,
 }
@@ -250,6 +259,30 @@ impl Known {
         self.held.retain(|_, held| !held.owners.is_empty());
     }
 
+    /// What our daemon says behind libvirt's words where a call is refused because the resource is
+    /// locked. `pid` gives a process its number there.
+    fn holder(&self, call: &Call, pid: impl Fn(u32) -> i32) -> String {
+        let (Call::CreateResource { path, name, .. }
+        | Call::DeleteResource { path, name, .. }
+        | Call::Acquire { path, name, .. }) = call
+        else {
+            return String::new();
+        };
+        let key = (until_nul(path).to_vec(), until_nul(name).to_vec());
+        let Some(held) = self.held.get(&key) else {
+            return ": by a process of this host that is not this virtlockd".to_owned();
+        };
+        let pids: BTreeMap<i32, u32> = held.owners.iter().map(|it| (pid(*it), *it)).collect();
+        let (pid, owner) = pids.first_key_value().expect("an owner");
+        let name = String::from_utf8_lossy(&self.holders[owner]);
+        let uuid = "10111213-1415-1617-1819-1a1b1c1d1e1f";
+        let more = match pids.len() - 1 {
+            0 => String::new(),
+            others => format!(" and {others} more"),
+        };
+        format!(": by domain '{name}' (uuid {uuid}, pid {pid}){more}")
+    }
+
     fn new_rule(&self, world: &World, path: &[u8]) -> Option<Rule> {
         if path.is_empty() || self.lockspaces.contains(path) {
             return None;
@@ -270,7 +303,10 @@ impl Known {
         }
         let own_pid = self.sessions[session].pid.unwrap_or_default();
         match call {
-            Call::Register { pid, .. } => self.sessions[session].pid = Some(*pid),
+            Call::Register { pid, name, .. } => {
+                self.sessions[session].pid = Some(*pid);
+                self.names[session] = until_nul(name).to_vec();
+            }
             Call::Restrict { .. } => self.sessions[session].restricted = true,
             Call::New { path, .. } | Call::CreateLockspace { path } => {
                 self.lockspaces.insert(until_nul(path).to_vec());
@@ -290,6 +326,7 @@ impl Known {
                         identity: (status.dev(), status.ino()),
                     });
                 held.owners.push(own_pid);
+                self.holders.insert(own_pid, self.names[session].clone());
             }
             Call::Release { path, name, .. } => {
                 let key = (until_nul(path).to_vec(), until_nul(name).to_vec());
@@ -534,6 +571,7 @@ fn run_sequence(seed: u64, c_program: &Path, avoided: &mut HashMap<Rule, usize>)
     let mut foreign = Vec::new();
     let mut known = Known::default();
     let mut history: Vec<String> = Vec::new();
+    let is_libvirts = daemon::program() == c_program;
     let mut granted = 0;
     // Prepared so that the calls which follow have something to meet.
     let mut prepared = vec![
@@ -577,7 +615,13 @@ fn run_sequence(seed: u64, c_program: &Path, avoided: &mut HashMap<Rule, usize>)
                 let [theirs, ours] = clients[at].each_mut().map(|client| client.call_raw(&call));
                 let reply = Reply::parse(&theirs);
                 history.push(format!("connection {at}: {call:?}\n    -> {reply:?}"));
-                if theirs != ours {
+                let due = if is_libvirts {
+                    theirs
+                } else {
+                    let holder = known.holder(&call, |pid| pid as i32);
+                    Reply::with_holder(&theirs, &holder)
+                };
+                if due != ours {
                     fail(
                         seed,
                         &history,
@@ -637,6 +681,7 @@ fn run_owner_sequence(seed: u64, c_program: &Path) {
     for at in 0..OWNERS {
         // The two worlds have other pids: here a number stands for both.
         known.sessions[at].pid = Some(at as u32);
+        known.names[at] = b"guest".to_vec();
         // Each holds something, so that each is fenced.
         let own = acquire("", &format!("/run/diff/own{at}"), AUTOCREATE);
         owner_call(
@@ -723,7 +768,19 @@ fn owner_call(
     history.push(format!("owner {at}: {call:?}\n    -> {theirs:?}"));
     let without_pid =
         |reply: &Reply, pid: i32| format!("{reply:?}").replace(&format!("owner {pid} "), "");
-    if without_pid(&theirs, pids[0]) != without_pid(&ours, pids[1]) {
+    let mut due = theirs.clone();
+    if let Reply::Error(error) = &mut due
+        && error.message.ends_with("' is locked")
+        && daemon::program() != worlds[0].program
+    {
+        let holder = known.holder(call, |at| owners[at as usize][1].pid());
+        error.message.push_str(&holder);
+        error
+            .str2
+            .iter_mut()
+            .for_each(|text| text.push_str(&holder));
+    }
+    if without_pid(&due, pids[0]) != without_pid(&ours, pids[1]) {
         fail(seed, history, &format!("ours: {ours:?}"));
     }
     known.learn(&worlds[0], at, call, &theirs);

@@ -22,6 +22,7 @@ use proptest::prelude::*;
 use support::TempDir;
 use virtlockd::host::file::{self, Conflict, FileIdentity, LockType, Start};
 use virtlockd::locks::keeper::{Acquired, Keeper, Refusal};
+use virtlockd::locks::lease;
 use virtlockd::locks::place::Place;
 use virtlockd::locks::table::{Mode, NotReleased, Owner, Pid};
 
@@ -159,6 +160,13 @@ fn owner(pid: Pid) -> Owner {
 
 fn goes_with(mine: Mode, theirs: Mode) -> bool {
     (mine, theirs) == (Mode::Shared, Mode::Shared)
+}
+
+fn assert_held<T: std::fmt::Debug>(outcome: &Result<T, Refusal>, how: &str) {
+    assert!(
+        matches!(outcome, Err(Refusal::Held(_))),
+        "{outcome:?}, though it is held {how}"
+    );
 }
 
 fn lock_type(mode: Mode) -> LockType {
@@ -335,7 +343,8 @@ impl World {
         }
         if let Some(row) = same_key {
             if !goes_with(mode, row.mode) {
-                return refused(Refusal::Busy);
+                assert_held(&acquired, "under the same name");
+                return;
             }
             assert!(matches!(acquired, Ok(Acquired::Joined(_))), "{acquired:?}");
             self.rows.push(Row { pid, ..row });
@@ -361,7 +370,8 @@ impl World {
             }
             let mut strangers = self.strangers.iter().filter(|lock| lock.file == file);
             if strangers.any(|lock| !goes_with(mode, lock.mode)) {
-                return refused(Refusal::Busy);
+                // The strangers' locks are open-file-description locks.
+                return refused(Refusal::Taken(lease::Stranger::ThisHost));
             }
         } else {
             self.names.insert(target.clone());
@@ -392,7 +402,8 @@ impl World {
 
     fn release(&mut self, key: Key, pid: Pid) {
         let leading = self.leading();
-        let released = self.with_place(key, |keeper, place| keeper.release(place, pid));
+        let released =
+            self.with_place(key, |keeper, place| keeper.release(place, owner(pid).key()));
         let of_owner = |row: &Row| row.key == key && row.pid == pid;
         match self.rows.iter().position(of_owner) {
             Some(holding) => {
@@ -433,7 +444,7 @@ impl World {
         let expected = if !self.lockspaces.contains(key.0) {
             Err(Refusal::NoLockspace)
         } else if self.key_is_held(key) {
-            Err(Refusal::Busy)
+            return assert_held(&created, "under the same name");
         } else {
             match behind {
                 Behind::Outside => Err(Refusal::Leaves),
@@ -456,7 +467,7 @@ impl World {
         if !self.lockspaces.contains(key.0) {
             assert_eq!(deleted, Err(Refusal::NoLockspace));
         } else if self.key_is_held(key) {
-            assert_eq!(deleted, Err(Refusal::Busy));
+            assert_held(&deleted, "under the same name");
         } else if key.0 == DEFAULT {
             assert_eq!(deleted, Err(Refusal::DefaultLockspace));
         } else if key.1.starts_with("..") {
@@ -557,7 +568,7 @@ impl World {
         for pid in PIDS {
             let rows = self.rows.iter().filter(|row| row.pid == pid);
             let held: BTreeSet<Key> = rows.map(|row| row.key).collect();
-            assert_eq!(self.keeper.table().held_by(pid), held.len());
+            assert_eq!(self.keeper.table().held_by(owner(pid).key()), held.len());
         }
         for (_, resource) in self.keeper.table().iter() {
             let key = keys.iter().find(|key| {

@@ -11,7 +11,7 @@ use virtlockd::host::clock::Moment;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::{Mode, Owner};
-use virtlockd::restart::event::Event;
+use virtlockd::restart::event::{Event, OwnerRecord};
 use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{
@@ -271,8 +271,149 @@ fn a_saved_ledger_of_every_format_loads() {
         ..everything()
     };
     assert_eq!(sorted(state), sorted(without_poll));
-    let state = ledger::replay(&read_saved("format-2.bin")).expect("a ledger of format 2");
-    assert_eq!(sorted(state), sorted(everything()));
+    for version in 2..=ledger::VERSION {
+        let state = ledger::replay(&read_saved(&format!("format-{version}.bin")));
+        let state = state.unwrap_or_else(|reason| panic!("a ledger of format {version}: {reason}"));
+        assert_eq!(sorted(state), sorted(everything()));
+    }
+}
+
+/// The domain with this number of one process.
+fn domain(number: u8) -> Owner {
+    Owner {
+        uuid: [number; 16],
+        ..owner(ONE_PROCESS, b"guest")
+    }
+}
+
+fn joined<'a>(owner: &'a Owner, name: &'a [u8]) -> Event<'a> {
+    Event::Joined {
+        owner: owner.into(),
+        lockspace: b"",
+        name,
+    }
+}
+
+fn granted<'a>(owner: OwnerRecord<'a>, name: &'a [u8], descriptor: i32) -> Event<'a> {
+    Event::Granted {
+        owner,
+        lockspace: b"",
+        name,
+        descriptor,
+        identity: FileIdentity {
+            device: 1,
+            inode: 1,
+        },
+        mode: Mode::Shared,
+        autocreate: false,
+        created: false,
+        kind: LockKindState::OpenFile,
+    }
+}
+
+/// Who holds what after these events, written in this format.
+fn holders_after(version: u32, events: &[Event<'_>]) -> Vec<(Vec<u8>, Vec<(Owner, u32)>)> {
+    let mut ledger = Ledger::new().expect("memory for a ledger");
+    events
+        .iter()
+        .for_each(|event| ledger.append(event).expect("append"));
+    let mut content = ledger.content().to_vec();
+    content[8..12].copy_from_slice(&version.to_le_bytes());
+    let state = sorted(ledger::replay(&content).expect("read it"));
+    let resources = state.resources.into_iter().map(|mut held| {
+        held.holders.sort_by_key(|(owner, _)| owner.key());
+        (held.name, held.holders)
+    });
+    resources.collect()
+}
+
+#[test]
+fn a_released_holding_is_that_of_the_domain_or_else_one_that_only_the_process_is_known_of() {
+    let [one, other, unknown] = [domain(1), domain(2), Owner::unknown(ONE_PROCESS)];
+    let released = |owner: &Owner| Event::ReleasedBy {
+        pid: owner.pid,
+        uuid: owner.uuid,
+        lockspace: b"",
+        name: b"disk",
+    };
+    let mut events = vec![
+        granted((&one).into(), b"disk", 9),
+        joined(&other, b"disk"),
+        joined(&unknown, b"disk"),
+        released(&other),
+    ];
+    let left = |events: &[Event<'_>]| holders_after(ledger::VERSION, events)[0].1.clone();
+    assert_eq!(left(&events), [(unknown.clone(), 1), (one.clone(), 1)]);
+    events.push(released(&other));
+    assert_eq!(left(&events), [(one.clone(), 1)]);
+    events.push(released(&one));
+    assert!(holders_after(ledger::VERSION, &events).is_empty());
+    events.truncate(events.len() - 1);
+    events.push(Event::OwnerEnded { pid: ONE_PROCESS });
+    assert!(holders_after(ledger::VERSION, &events).is_empty());
+}
+
+#[test]
+fn what_several_domains_of_a_process_held_in_an_earlier_format_is_of_any_of_them() {
+    let [one, other, stranger] = [domain(1), domain(2), owner(78, b"stranger")];
+    let client = Event::Connected {
+        descriptor: 5,
+        server: Service::Lock,
+        id: 1,
+        peer: None,
+        start_time: None,
+        connected_at: 0,
+        refused: false,
+    };
+    let registered = Event::Registered {
+        descriptor: 5,
+        owner: (&other).into(),
+    };
+    let unknown = Owner::unknown(ONE_PROCESS);
+    // Written anew, everything was given to the domain that had registered last; and a release did not
+    // say whose holding it was.
+    let written_anew = [
+        client,
+        registered,
+        granted((&one).into(), b"a", 9),
+        granted((&stranger).into(), b"b", 10),
+    ];
+    let expected = vec![
+        (b"a".to_vec(), vec![(unknown.clone(), 1)]),
+        (b"b".to_vec(), vec![(stranger.clone(), 1)]),
+    ];
+    assert_eq!(holders_after(2, &written_anew), expected);
+    let released = [
+        granted((&one).into(), b"a", 9),
+        joined(&other, b"a"),
+        joined(&one, b"a"),
+        Event::Released {
+            pid: ONE_PROCESS,
+            lockspace: b"",
+            name: b"a",
+        },
+    ];
+    let expected = vec![(b"a".to_vec(), vec![(unknown, 2)])];
+    for version in [2, ledger::VERSION] {
+        assert_eq!(holders_after(version, &released), expected);
+    }
+    // Where a process stands for one domain, it is known which.
+    let alone = [granted((&one).into(), b"a", 9)];
+    let expected = vec![(b"a".to_vec(), vec![(one.clone(), 1)])];
+    assert_eq!(holders_after(2, &alone), expected);
+}
+
+#[test]
+fn a_ledger_of_an_earlier_format_is_written_anew_before_it_is_gone_on_with() {
+    for (version, is_stale) in [(2, true), (ledger::VERSION, false)] {
+        let content = read_saved(&format!("format-{version}.bin"));
+        let memory = nix::sys::memfd::memfd_create(c"ledger", nix::sys::memfd::MFdFlags::empty());
+        let memory = memory.expect("a memory file");
+        nix::unistd::write(&memory, &content).expect("fill it");
+        let (state, ledger) = Ledger::take_over(memory).expect("take it over");
+        assert_eq!(sorted(state), sorted(everything()));
+        assert_eq!(ledger.is_stale(), is_stale, "format {version}");
+    }
 }
 
 #[test]
@@ -309,9 +450,10 @@ fn a_ledger_with_a_flipped_bit_is_refused() {
 #[test]
 fn a_ledger_of_a_later_format_says_so() {
     let mut later = read_saved("format-2.bin");
-    later[8] = 3;
-    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(3)));
-    later[8] = 0;
+    let next = ledger::VERSION + 1;
+    later[8..12].copy_from_slice(&next.to_le_bytes());
+    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(next)));
+    later[8..12].fill(0);
     assert_eq!(ledger::replay(&later), Err(Unreadable::Version(0)));
 }
 
@@ -320,15 +462,25 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn any_owner() -> impl Strategy<Value = Owner> {
-    (any::<i32>(), 1..=u32::MAX, bytes(), any::<[u8; 16]>()).prop_map(|(pid, id, name, uuid)| {
-        Owner {
-            pid,
-            id,
-            name: name.into(),
-            uuid,
-        }
+    // One process may stand for many domains.
+    let pid = prop_oneof![4 => any::<i32>(), 1 => Just(ONE_PROCESS)];
+    (pid, 1..=u32::MAX, bytes(), any::<[u8; 16]>()).prop_map(|(pid, id, name, uuid)| Owner {
+        pid,
+        id,
+        name: name.into(),
+        uuid,
     })
 }
+
+/// The owner of a lock: perhaps one of which only the process is known.
+fn any_holder() -> impl Strategy<Value = Owner> {
+    prop_oneof![
+        4 => any_owner(),
+        1 => any_owner().prop_map(|owner| Owner::unknown(owner.pid)),
+    ]
+}
+
+const ONE_PROCESS: i32 = 77;
 
 fn any_service() -> impl Strategy<Value = Service> {
     prop::sample::select(Service::ALL.to_vec())
@@ -411,12 +563,12 @@ fn any_resource() -> impl Strategy<Value = ResourceState> {
         any::<bool>(),
         prop::sample::select(vec![LockKindState::OpenFile, LockKindState::Process]),
         prop::collection::vec(any::<i32>(), 0..3),
-        prop::collection::vec((any_owner(), 1..4u32), 1..4),
+        prop::collection::vec((any_holder(), 1..4u32), 1..4),
     )
         .prop_map(
             |((lockspace, name), file, mode, autocreate, created, kind, parked, mut holders)| {
                 let mut seen = BTreeSet::new();
-                holders.retain(|(owner, _)| seen.insert(owner.pid));
+                holders.retain(|(owner, _)| seen.insert(owner.key()));
                 ResourceState {
                     lockspace,
                     name,
@@ -587,14 +739,18 @@ fn socket_path(service: Service) -> Vec<u8> {
 fn libvirt_state() -> impl Strategy<Value = State> {
     let name = || r#"[ -~\n\t"\\é€]{0,20}"#;
     let people = prop::collection::vec(
-        (2..i32::MAX, 1..=u32::MAX, name(), any::<[u8; 16]>()).prop_map(|(pid, id, name, uuid)| {
-            Owner {
+        (
+            prop_oneof![2..i32::MAX, Just(ONE_PROCESS)],
+            1..=u32::MAX,
+            name(),
+            any::<[u8; 16]>(),
+        )
+            .prop_map(|(pid, id, name, uuid)| Owner {
                 pid,
                 id,
                 name: name.into_bytes().into(),
                 uuid,
-            }
-        }),
+            }),
         1..4,
     );
     (
@@ -653,12 +809,14 @@ fn libvirt_state() -> impl Strategy<Value = State> {
 
 /// What is left of a state when it has been a document.
 fn as_the_document_says(mut state: State) -> State {
-    let known: BTreeMap<i32, Owner> = state
-        .clients
-        .iter()
-        .filter_map(|client| client.owner.clone())
-        .map(|owner| (owner.pid, owner))
-        .collect();
+    let mut known: BTreeMap<i32, Owner> = BTreeMap::new();
+    for owner in state.clients.iter().filter_map(|it| it.owner.clone()) {
+        let pid = owner.pid;
+        if known.insert(pid, owner).is_some() {
+            // Which of the domains holds what is not written there.
+            known.insert(pid, Owner::unknown(pid));
+        }
+    }
     for client in &mut state.clients {
         (client.peer, client.start_time, client.has_called) = (None, None, false);
     }
@@ -666,13 +824,8 @@ fn as_the_document_says(mut state: State) -> State {
         (resource.identity, resource.created) = (None, false);
         resource.kind = LockKindState::Unknown;
         for (owner, _) in &mut resource.holders {
-            let unknown = Owner {
-                pid: owner.pid,
-                id: 0,
-                name: Vec::new().into(),
-                uuid: [0; 16],
-            };
-            *owner = known.get(&owner.pid).cloned().unwrap_or(unknown);
+            let unknown = || Owner::unknown(owner.pid);
+            *owner = known.get(&owner.pid).cloned().unwrap_or_else(unknown);
         }
         resource.holders.sort_by_key(|(owner, _)| owner.pid);
     }
@@ -696,6 +849,12 @@ fn events_that_speak_of_nobody_are_refused() {
         Event::Restricted { descriptor: 9 },
         Event::Released {
             pid: 1,
+            lockspace: b"",
+            name: b"disk",
+        },
+        Event::ReleasedBy {
+            pid: 1,
+            uuid: [1; 16],
             lockspace: b"",
             name: b"disk",
         },

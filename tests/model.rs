@@ -7,13 +7,15 @@
 use proptest::prelude::*;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::locks::table::{
-    Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table,
+    Decision, Granted, Mode, NotReleased, Owner, OwnerKey, Pid, Resource, ResourceId, Table,
 };
 
 /// Names that a table which glued lockspace and name together carelessly would mix up.
 const LOCKSPACES: [&[u8]; 3] = [b"", b"/a", b"/a/b"];
 const NAMES: [&[u8]; 4] = [b"", b"c", b"b/c", b"/a"];
 const PIDS: [Pid; 4] = [-2, 0, 1, 4242];
+/// Domains of a process. Of the first one only the process is known, as of what was libvirt's daemon's.
+const DOMAINS: u8 = 3;
 const FILES: u64 = 4;
 
 type Key = (&'static [u8], &'static [u8]);
@@ -23,7 +25,8 @@ enum Step {
     Acquire {
         key: Key,
         pid: Pid,
-        /// The domain's id: a later registration of the same process replaces the earlier one.
+        domain: u8,
+        /// The domain's id: a later registration of the same owner replaces the earlier one.
         id: u32,
         mode: Mode,
         file: FileIdentity,
@@ -33,6 +36,7 @@ enum Step {
     Release {
         key: Key,
         pid: Pid,
+        domain: u8,
     },
     EndOwner {
         pid: Pid,
@@ -57,35 +61,48 @@ fn file(inode: u64) -> FileIdentity {
 }
 
 fn steps() -> impl Strategy<Value = Step> {
-    let acquire = (keys(), pids(), 1u32..3, modes(), 0..FILES, any::<bool>());
+    let owner = (pids(), 0..DOMAINS, 1u32..3);
+    let acquire = (keys(), owner, modes(), 0..FILES, any::<bool>());
     prop_oneof![
-        6 => acquire.prop_map(|(key, pid, id, mode, inode, whatever_the_file)| Step::Acquire {
-            key,
-            pid,
-            id,
-            mode,
-            file: file(inode),
-            whatever_the_file,
+        6 => acquire.prop_map(|(key, (pid, domain, id), mode, inode, whatever_the_file)| {
+            Step::Acquire {
+                key,
+                pid,
+                domain,
+                id,
+                mode,
+                file: file(inode),
+                whatever_the_file,
+            }
         }),
-        3 => (keys(), pids()).prop_map(|(key, pid)| Step::Release { key, pid }),
+        3 => (keys(), pids(), 1..DOMAINS)
+            .prop_map(|(key, pid, domain)| Step::Release { key, pid, domain }),
         1 => pids().prop_map(|pid| Step::EndOwner { pid }),
     ]
 }
 
-fn owner(pid: Pid, id: u32) -> Owner {
+fn owner(pid: Pid, domain: u8, id: u32) -> Owner {
+    if domain == 0 {
+        return Owner::unknown(pid);
+    }
     Owner {
         pid,
         id,
-        name: format!("guest-{pid}-{id}").into_bytes().into(),
-        uuid: [0; 16],
+        name: format!("guest-{pid}-{domain}-{id}").into_bytes().into(),
+        uuid: [domain; 16],
     }
 }
 
-/// One holding of one process.
+fn all_owners() -> impl Iterator<Item = OwnerKey> {
+    PIDS.into_iter()
+        .flat_map(|pid| (0..DOMAINS).map(move |domain| owner(pid, domain, 1).key()))
+}
+
+/// One holding of one owner.
 #[derive(Clone, Debug, PartialEq)]
 struct Row {
     key: Key,
-    pid: Pid,
+    owner: OwnerKey,
     mode: Mode,
     file: FileIdentity,
     /// Which grant it belongs to; stands for the kernel's lock.
@@ -95,8 +112,8 @@ struct Row {
 #[derive(Default)]
 struct Reference {
     rows: Vec<Row>,
-    /// The latest registration of each process, by pid.
-    owners: Vec<(Pid, Owner)>,
+    /// The latest registration of each owner.
+    owners: Vec<Owner>,
     tickets: u32,
 }
 
@@ -106,8 +123,8 @@ impl Reference {
     }
 
     fn remember(&mut self, owner: Owner) {
-        self.owners.retain(|(pid, _)| *pid != owner.pid);
-        self.owners.push((owner.pid, owner));
+        self.owners.retain(|known| known.key() != owner.key());
+        self.owners.push(owner);
     }
 
     /// The tickets of the resources of this file, of this process, or all.
@@ -141,12 +158,13 @@ impl Both {
             Step::Acquire {
                 key,
                 pid,
+                domain,
                 id,
                 mode,
                 file,
                 whatever_the_file,
-            } => self.acquire(key, owner(pid, id), mode, file, whatever_the_file),
-            Step::Release { key, pid } => self.release(key, pid),
+            } => self.acquire(key, owner(pid, domain, id), mode, file, whatever_the_file),
+            Step::Release { key, pid, domain } => self.release(key, owner(pid, domain, 1).key()),
             Step::EndOwner { pid } => self.end_owner(pid),
         }
         self.check();
@@ -163,9 +181,9 @@ impl Both {
                 assert_eq!((mode, row.mode), (Mode::Shared, Mode::Shared));
                 assert_eq!(self.ticket(id), row.ticket);
                 self.table.join(id, &owner);
-                let pid = owner.pid;
-                self.reference.rows.push(Row { pid, ..row });
+                let key = owner.key();
                 self.reference.remember(owner);
+                self.reference.rows.push(Row { owner: key, ..row });
             }
             (Decision::Open, None) => {
                 if !forced && self.table.find_file(file).is_some() {
@@ -185,7 +203,7 @@ impl Both {
                 assert_eq!(self.ticket(id), ticket);
                 self.reference.rows.push(Row {
                     key,
-                    pid: owner.pid,
+                    owner: owner.key(),
                     mode,
                     file,
                     ticket,
@@ -196,11 +214,15 @@ impl Both {
         }
     }
 
-    fn release(&mut self, key: Key, pid: Pid) {
+    fn release(&mut self, key: Key, owner: OwnerKey) {
         let rows = &mut self.reference.rows;
         let is_held = rows.iter().any(|row| row.key == key);
-        let holding = rows.iter().position(|row| row.key == key && row.pid == pid);
-        let released = self.table.release(key.0, key.1, pid);
+        let of = |owner| {
+            rows.iter()
+                .position(|row| row.key == key && row.owner == owner)
+        };
+        let holding = of(owner).or_else(|| of(OwnerKey::of_process(owner.pid)));
+        let released = self.table.release(key.0, key.1, owner);
         let Some(holding) = holding else {
             let expected = if is_held {
                 NotReleased::NotYours
@@ -222,8 +244,8 @@ impl Both {
     }
 
     fn end_owner(&mut self, pid: Pid) {
-        let before = self.reference.tickets(|row| row.pid == pid);
-        self.reference.rows.retain(|row| row.pid != pid);
+        let before = self.reference.tickets(|row| row.owner.pid == pid);
+        self.reference.rows.retain(|row| row.owner.pid != pid);
         let expected: Vec<u32> = before
             .into_iter()
             .filter(|ticket| self.reference.rows.iter().all(|row| row.ticket != *ticket))
@@ -278,16 +300,17 @@ impl Both {
                 assert_eq!(resource.lease, row.ticket);
                 assert_eq!(resource.mode, row.mode);
                 assert_eq!(resource.identity, row.file);
-                match holders.iter_mut().find(|(pid, _)| *pid == row.pid) {
+                match holders.iter_mut().find(|(owner, _)| *owner == row.owner) {
                     Some((_, times)) => *times += 1,
-                    None => holders.push((row.pid, 1u32)),
+                    None => holders.push((row.owner, 1u32)),
                 }
             }
             holders.sort_unstable();
             assert_eq!(resource.holders().collect::<Vec<_>>(), holders);
             assert!(resource.mode == Mode::Shared || holders.len() == 1 && holders[0].1 == 1);
-            let named = self.table.an_owner(found.unwrap()).expect("an owner");
-            assert!(holders.iter().any(|(pid, _)| *pid == named.pid));
+            assert_eq!(resource.holder_count(), holders.len());
+            let named = resource.any_holder().expect("a holder");
+            assert!(holders.iter().any(|(owner, _)| *owner == named));
         }
     }
 
@@ -306,17 +329,33 @@ impl Both {
 
     fn check_owners(&self) {
         let mut holding = vec![];
-        for pid in PIDS {
-            let held = self.reference.tickets(|row| row.pid == pid).len();
-            assert_eq!(self.table.held_by(pid), held);
-            let registered = self.reference.owners.iter().find(|(of, _)| *of == pid);
-            let expected = registered.filter(|_| held > 0).map(|(_, owner)| owner);
-            assert_eq!(self.table.owner(pid), expected);
+        for owner in all_owners() {
+            let held = self.reference.tickets(|row| row.owner == owner).len();
+            assert_eq!(self.table.held_by(owner), held);
+            let registered = self.reference.owners.iter().find(|it| it.key() == owner);
+            let expected = registered.filter(|_| held > 0);
+            assert_eq!(self.table.owner(owner), expected);
             holding.extend(expected);
         }
+        holding.sort_unstable_by_key(|owner| owner.key());
         let mut owners: Vec<&Owner> = self.table.owners().collect();
-        owners.sort_unstable_by_key(|owner| owner.pid);
+        owners.sort_unstable_by_key(|owner| owner.key());
         assert_eq!(owners, holding);
+        for pid in PIDS {
+            let mut of_process: Vec<&Owner> = self.table.owners_of(pid).collect();
+            of_process.sort_unstable_by_key(|owner| owner.key());
+            let expected: Vec<&Owner> = holding
+                .iter()
+                .copied()
+                .filter(|owner| owner.pid == pid)
+                .collect();
+            assert_eq!(of_process, expected);
+            assert_eq!(self.table.holds(pid), !expected.is_empty());
+            assert_eq!(
+                self.table.processes().any(|it| it == pid),
+                !expected.is_empty()
+            );
+        }
     }
 }
 

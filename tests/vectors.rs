@@ -50,11 +50,42 @@ enum Ours {
         start: &'static str,
         mentions: &'static [&'static str],
     },
+    /// The bytes of libvirt's reply, with these behind its words, in the message and in the detail.
+    Named { by: &'static str },
     /// A result that has all of this in it.
     Result { mentions: &'static [&'static str] },
 }
 
-const DIFFERENCES: [Difference; 5] = [
+/// Who a refusal names whose vector is of this owner or of the other one.
+const BY_THIS: Ours = Ours::Named {
+    by: ": by domain 'guest' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 4242)",
+};
+const BY_OTHER: Ours = Ours::Named {
+    by: ": by domain 'other' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 5555)",
+};
+const BY_STRANGER: Ours = Ours::Named {
+    by: ": by a process of this host that is not this virtlockd",
+};
+
+const fn refusal(vector: &'static str, ours: Ours) -> Difference {
+    Difference {
+        vector,
+        why: "a refusal names the holder behind libvirt's words",
+        ours,
+    }
+}
+
+const DIFFERENCES: [Difference; 15] = [
+    refusal("create_resource_locked", BY_THIS),
+    refusal("delete_resource_locked", BY_THIS),
+    refusal("acquire_busy_excl_excl", BY_OTHER),
+    refusal("acquire_busy_excl_shared", BY_OTHER),
+    refusal("acquire_busy_shared_excl", BY_OTHER),
+    refusal("acquire_busy_same_owner", BY_THIS),
+    refusal("acquire_busy_upgrade", BY_THIS),
+    refusal("acquire_busy_dir", BY_OTHER),
+    refusal("acquire_foreign_lock_excl", BY_STRANGER),
+    refusal("acquire_foreign_lock_autocreate", BY_STRANGER),
     Difference {
         vector: "length_word_max_accepted",
         why: "the lock program's largest call fits in 132 KiB, so a longer frame ends at its length word",
@@ -150,6 +181,15 @@ fn a_frame_longer_than_any_lock_call_ends_the_connection() {
 #[test]
 fn a_second_name_of_a_held_file_is_busy_and_the_holder_is_named() {
     replay_difference("lock_success", "acquire_other_name_same_inode");
+}
+
+#[test]
+fn a_refusal_is_libvirts_to_the_byte_and_then_names_the_holder() {
+    for difference in &DIFFERENCES {
+        if let Ours::Named { .. } = difference.ours {
+            replay_difference("lock_errors", difference.vector);
+        }
+    }
 }
 
 #[test]
@@ -249,6 +289,12 @@ fn replay_difference(group: &str, name: &str) {
                 "{}",
                 vector.tell(&answer)
             );
+        }
+        Ours::Named { by } => {
+            let due = Reply::with_holder(&vector.reply, by);
+            assert_ne!(due, vector.reply, "{name} is a sentence that names nobody");
+            vector.reply = due;
+            assert!(vector.matches(&answer), "{}", vector.tell(&answer));
         }
         Ours::Result { mentions } => {
             assert!(!answer.closed, "{}", vector.tell(&answer));

@@ -19,7 +19,7 @@ use std::os::unix::net::UnixStream;
 
 use virtlockd::host::file::{self, Conflict, LockType, Start};
 use virtlockd::host::stream::Peer;
-use virtlockd::locks::table::Mode;
+use virtlockd::locks::table::{Mode, Owner, OwnerKey};
 use virtlockd::restart::event::Event;
 use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::state::{ClientState, ResourceState, Service, State};
@@ -190,7 +190,7 @@ impl Run<'_> {
         let pid = owner.pid;
         self.daemon.keeper.end_owner(pid);
         self.daemon.ledger.note(&Event::OwnerEnded { pid });
-        assert_eq!(self.daemon.keeper.table().held_by(pid), 0);
+        assert!(!self.daemon.keeper.table().holds(pid));
     }
 
     fn check(&mut self) {
@@ -209,7 +209,7 @@ impl Run<'_> {
     fn check_table(&self) {
         let table = self.daemon.keeper.table();
         let mut files = BTreeSet::new();
-        let mut held_by: BTreeMap<i32, usize> = BTreeMap::new();
+        let mut held_by: BTreeMap<OwnerKey, usize> = BTreeMap::new();
         for (id, resource) in table.iter() {
             let identity = resource.identity;
             assert!(
@@ -218,21 +218,22 @@ impl Run<'_> {
             );
             assert_eq!(table.find_file(identity), Some(id));
             assert_eq!(file::identity(&resource.lease.descriptor), Ok(identity));
-            let holders: Vec<(i32, u32)> = resource.holders().collect();
+            let holders: Vec<(OwnerKey, u32)> = resource.holders().collect();
             assert!(!holders.is_empty() && holders.iter().all(|(_, times)| *times > 0));
             if resource.mode == Mode::Exclusive {
                 assert_eq!(holders[0].1, 1);
                 assert_eq!(holders.len(), 1);
             }
-            for (pid, _) in holders {
-                *held_by.entry(pid).or_default() += 1;
+            for (owner, _) in holders {
+                *held_by.entry(owner).or_default() += 1;
             }
             check_kernel(&resource.lease.descriptor, resource.mode);
         }
-        let owners: BTreeSet<i32> = table.owners().map(|owner| owner.pid).collect();
+        let owners: BTreeSet<OwnerKey> = table.owners().map(Owner::key).collect();
         assert!(owners.iter().eq(held_by.keys()));
-        for (pid, held) in held_by {
-            assert_eq!(table.held_by(pid), held);
+        for (owner, held) in held_by {
+            assert_eq!(table.held_by(owner), held);
+            assert!(table.holds(owner.pid));
         }
     }
 
@@ -256,10 +257,8 @@ impl Run<'_> {
     }
 
     fn end(&mut self) {
-        let owners: Vec<i32> = (self.daemon.keeper.table().owners())
-            .map(|owner| owner.pid)
-            .collect();
-        for pid in owners {
+        let processes: Vec<i32> = self.daemon.keeper.table().processes().collect();
+        for pid in processes {
             self.daemon.keeper.end_owner(pid);
         }
         assert!(self.daemon.keeper.table().is_empty());

@@ -238,6 +238,8 @@ pub enum Conflict {
     Process(i32),
     /// An open-file-description lock: the kernel does not say whose.
     OpenFile,
+    /// One of a process that has no number here: on another host, or in another namespace.
+    Elsewhere,
 }
 
 /// Kinds of lock on byte 0 of a file (fcntl(2)).
@@ -282,13 +284,27 @@ pub fn lock_process(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
 pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
     let mut found = region(kind);
     fcntl::fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
-    Ok(if found.l_type == libc::F_UNLCK as i16 {
-        Conflict::None
-    } else if found.l_pid > 0 {
-        Conflict::Process(found.l_pid)
-    } else {
-        Conflict::OpenFile
-    })
+    Ok(conflict_of(&found))
+}
+
+/// Who would stand in the way of a POSIX lock of this process. The kernel says here whose lock it is
+/// also where F_OFD_GETLK says -1 of every lock: on FUSE and NFS (locks_translate_pid in fs/locks.c).
+pub fn holder(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
+    let mut found = region(kind);
+    fcntl::fcntl(file, FcntlArg::F_GETLK(&mut found))?;
+    Ok(conflict_of(&found))
+}
+
+fn conflict_of(found: &libc::flock) -> Conflict {
+    if found.l_type == libc::F_UNLCK as i16 {
+        return Conflict::None;
+    }
+    match found.l_pid {
+        -1 => Conflict::OpenFile,
+        pid if pid > 0 => Conflict::Process(pid),
+        // NFS gives the number of a process on another host with a minus.
+        _ => Conflict::Elsewhere,
+    }
 }
 
 /// Reads what a pipe holds now; 0 if it is empty or broken.

@@ -101,6 +101,16 @@ pub fn start_time(pid: i32) -> Result<u64, Errno> {
     parse_start_time(&stat).ok_or(Errno::EIO)
 }
 
+/// The name of a process's program as the kernel keeps it: 15 bytes at most, which the process itself may
+/// have chosen.
+pub fn name(pid: i32) -> Option<Vec<u8>> {
+    let mut name = std::fs::read(format!("/proc/{pid}/comm")).ok()?;
+    if name.last() == Some(&b'\n') {
+        name.pop();
+    }
+    Some(name)
+}
+
 fn parse_start_time(stat: &[u8]) -> Option<u64> {
     field(stat, 22)?.parse().ok()
 }

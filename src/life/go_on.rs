@@ -121,7 +121,8 @@ fn open_reactor(plan: Plan, pid_file: Option<&PidFile>) -> Result<(Reactor, Limi
     Ok((reactor, limits))
 }
 
-/// The reactor as it was. Without a ledger of the predecessor's one is written; without limits those in
+/// The reactor as it was. Without a ledger of the predecessor's, or with one of an earlier format, one
+/// is written; without limits those in
 /// force stay. Whatever has been taken when this fails is the reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
@@ -162,7 +163,7 @@ fn set_up(
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
     }
-    if !has_ledger {
+    if !has_ledger || reactor.daemon.ledger.is_stale() {
         reactor.daemon.replace_ledger();
     }
     tracing::info!(

@@ -6,10 +6,12 @@ use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 
-use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
+use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused, Stranger};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
-use super::table::{Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table};
+use super::table::{
+    Decision, Granted, Mode, NotReleased, Owner, OwnerKey, Pid, Resource, ResourceId, Table,
+};
 use crate::host::file::{self, FileIdentity};
 use crate::host::{errno, pid_file};
 
@@ -63,10 +65,16 @@ pub enum Acquired {
 pub enum Refusal {
     /// There is no such lockspace.
     NoLockspace,
-    /// The resource is held, here or by another process.
-    Busy,
+    /// The resource is held.
+    Held(ResourceId),
     /// The file is held as this other resource.
     HeldAs(ResourceId),
+    /// The file is the daemon's own pid file.
+    Own,
+    /// Somebody else than this daemon has a lock on the file.
+    Taken(Stranger),
+    /// Again and again another file had the name before it was locked.
+    Unsteady,
     /// The name leaves the lockspace's directory.
     Leaves,
     /// Files of the default lockspace are disks: they are not deleted.
@@ -140,7 +148,7 @@ impl Keeper {
             return Err(Refusal::NoLockspace);
         }
         match self.table.decide(place.lockspace, place.name, mode) {
-            Decision::Busy(_) => return Err(Refusal::Busy),
+            Decision::Busy(id) => return Err(Refusal::Held(id)),
             Decision::Join(id) => {
                 self.table.join(id, owner);
                 return Ok(Acquired::Joined(id));
@@ -207,21 +215,22 @@ impl Keeper {
 
     fn refusal(&self, refused: Refused) -> Refusal {
         match refused {
-            Refused::Busy => Refusal::Busy,
+            Refused::Taken(stranger) => Refusal::Taken(stranger),
+            Refused::Unsteady => Refusal::Unsteady,
             Refused::Held(identity) => self
                 .table
                 .find_file(identity)
-                .map_or(Refusal::Busy, Refusal::HeldAs),
+                .map_or(Refusal::Own, Refusal::HeldAs),
             Refused::Leaves => Refusal::Leaves,
             Refused::Open(errno) => Refusal::File(errno),
             Refused::Lock(errno) => Refusal::Lock(errno),
         }
     }
 
-    /// Gives back one holding of `pid`. When this returns, the kernel has let go of what nobody
+    /// Gives back one holding of `owner`. When this returns, the kernel has let go of what nobody
     /// holds any more.
-    pub fn release(&mut self, place: Place<'_>, pid: Pid) -> Result<(), NotReleased> {
-        if let Some(resource) = self.table.release(place.lockspace, place.name, pid)? {
+    pub fn release(&mut self, place: Place<'_>, owner: OwnerKey) -> Result<(), NotReleased> {
+        if let Some(resource) = self.table.release(place.lockspace, place.name, owner)? {
             self.end(resource);
         }
         Ok(())
@@ -363,7 +372,7 @@ impl Keeper {
             return Err(Refusal::NoLockspace);
         }
         match self.table.find(place.lockspace, place.name) {
-            Some(_) => Err(Refusal::Busy),
+            Some(id) => Err(Refusal::Held(id)),
             None => Ok(()),
         }
     }
@@ -433,7 +442,7 @@ mod tests {
             lockspace: b"",
             name: b"second",
         };
-        keeper.release(second, 7).unwrap();
+        keeper.release(second, owner(7).key()).unwrap();
         let own_pid = i32::try_from(std::process::id()).unwrap();
         let seen = file::conflict(&outside, LockType::Write).unwrap();
         std::fs::remove_file(&path).unwrap();

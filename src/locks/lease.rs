@@ -48,11 +48,35 @@ pub enum Care {
     LookFirst,
 }
 
+/// Who has the lock that stands in the way of ours, as far as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stranger {
+    /// A process of this host.
+    Process(i32),
+    /// Somebody on this host: the kernel does not say who has an open-file-description lock.
+    ThisHost,
+    /// The kernel says nothing of this host.
+    Elsewhere,
+}
+
+impl Stranger {
+    /// Who kept us from locking a file. They may be gone by now.
+    fn of(descriptor: &OwnedFd, wanted: LockType) -> Stranger {
+        match file::holder(descriptor, wanted) {
+            Ok(Conflict::Process(pid)) => Stranger::Process(pid),
+            Ok(Conflict::OpenFile) => Stranger::ThisHost,
+            Ok(Conflict::None | Conflict::Elsewhere) | Err(_) => Stranger::Elsewhere,
+        }
+    }
+}
+
 /// Why a file could not be locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// Another process or host has a lock on it.
-    Busy,
+    Taken(Stranger),
+    /// Each time another file had its name before it was locked.
+    Unsteady,
     /// It is a file that the table knows to be held.
     Held(FileIdentity),
     /// Its name leaves the lockspace.
@@ -118,13 +142,16 @@ impl Acquisition<'_> {
             // In this round or in one before, after which it could not be seen at its name.
             let created = made == Some(identity);
             if let Err(errno) = file::lock_open_file(&descriptor, lock_type) {
+                let refused = match errno {
+                    Errno::EAGAIN | Errno::EACCES => {
+                        Refused::Taken(Stranger::of(&descriptor, lock_type))
+                    }
+                    errno => Refused::Lock(errno),
+                };
                 if created {
                     self.unmake(&descriptor);
                 }
-                return Err(match errno {
-                    Errno::EAGAIN | Errno::EACCES => Refused::Busy,
-                    errno => Refused::Lock(errno),
-                });
+                return Err(refused);
             }
             let lease = Lease {
                 descriptor,
@@ -147,7 +174,7 @@ impl Acquisition<'_> {
                 Ok(false) | Err(_) => (),
             }
         }
-        Err(Refused::Busy)
+        Err(Refused::Unsteady)
     }
 
     /// Removes a file that was made for a lock which could not be had. Under a lock, because

@@ -1,7 +1,7 @@
 //! The flat table of held resources: who holds what, and may somebody else have it?
 //!
 //! Every resource that is held has one entry, found in three ways: by lockspace and name, by the
-//! identity of its file, and by the process that owns it. Each step costs what the one owner or the
+//! identity of its file, and by its owner: a domain of a process. Each step costs what the one owner or the
 //! one resource holds, however many there are. The table never touches a file: what stands for the
 //! kernel's lock is a value `L` that it keeps and hands back.
 
@@ -30,17 +30,55 @@ pub enum Mode {
     Shared,
 }
 
+/// What tells an owner from every other: its process and, because one process may stand for several
+/// domains (Xen's are all libvirtd's), its domain's uuid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OwnerKey {
+    /// The process.
+    pub pid: Pid,
+    /// The domain's uuid. `None` where only the process is known, because libvirt's daemon, from which
+    /// the lock was taken over, knows no more: such a lock any domain of the process may give back.
+    pub uuid: Option<[u8; 16]>,
+}
+
+impl OwnerKey {
+    /// The owner of what only the process is known of.
+    pub fn of_process(pid: Pid) -> OwnerKey {
+        OwnerKey { pid, uuid: None }
+    }
+}
+
 /// Who a lock is for, as REGISTER said. Cheap to copy: each of an owner's entries has its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The process.
     pub pid: Pid,
-    /// The domain's id, never 0.
+    /// The domain's id. 0 where only the process is known: nobody can register that.
     pub id: u32,
     /// The domain's name.
     pub name: Rc<[u8]>,
     /// The domain's uuid.
     pub uuid: [u8; 16],
+}
+
+impl Owner {
+    /// An owner of which only the process is known.
+    pub fn unknown(pid: Pid) -> Owner {
+        Owner {
+            pid,
+            id: 0,
+            name: Rc::default(),
+            uuid: [0; 16],
+        }
+    }
+
+    /// What tells it from every other.
+    pub fn key(&self) -> OwnerKey {
+        OwnerKey {
+            pid: self.pid,
+            uuid: (self.id != 0).then_some(self.uuid),
+        }
+    }
 }
 
 /// A lockspace and a name in it, as one string of bytes: neither can hold a NUL.
@@ -125,14 +163,30 @@ impl<L> Resource<L> {
         self.key.name(self.lockspace_length)
     }
 
-    /// The processes that hold it, each with how often.
-    pub fn holders(&self) -> impl Iterator<Item = (Pid, u32)> {
+    /// The owners that hold it, each with how often.
+    pub fn holders(&self) -> impl Iterator<Item = (OwnerKey, u32)> {
         match &self.holders {
-            Holders::One { pid, times } => Some((*pid, *times)).into_iter().chain(Vec::new()),
+            Holders::One { owner, times } => Some((*owner, *times)).into_iter().chain(Vec::new()),
             Holders::Many(many) => {
-                let all: Vec<_> = many.iter().map(|(pid, times)| (*pid, *times)).collect();
+                let all: Vec<_> = many.iter().map(|(owner, times)| (*owner, *times)).collect();
                 None.into_iter().chain(all)
             }
+        }
+    }
+
+    /// One of them, for a message.
+    pub fn any_holder(&self) -> Option<OwnerKey> {
+        match &self.holders {
+            Holders::One { owner, .. } => Some(*owner),
+            Holders::Many(many) => many.keys().next().copied(),
+        }
+    }
+
+    /// How many owners hold it.
+    pub fn holder_count(&self) -> usize {
+        match &self.holders {
+            Holders::One { .. } => 1,
+            Holders::Many(many) => many.len(),
         }
     }
 }
@@ -140,14 +194,14 @@ impl<L> Resource<L> {
 /// Nearly every resource has one holder; a shared one may have thousands.
 #[derive(Debug)]
 enum Holders {
-    One { pid: Pid, times: u32 },
-    Many(BTreeMap<Pid, u32>),
+    One { owner: OwnerKey, times: u32 },
+    Many(BTreeMap<OwnerKey, u32>),
 }
 
 /// What is left of a resource after one holding of it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Left {
-    /// The same process holds it once more.
+    /// The same owner holds it once more.
     ByTheSame,
     /// Others hold it.
     ByOthers,
@@ -156,34 +210,34 @@ enum Left {
 }
 
 impl Holders {
-    fn add(&mut self, pid: Pid) -> bool {
+    fn add(&mut self, owner: OwnerKey) -> bool {
         match self {
-            Holders::One { pid: only, times } if *only == pid => {
+            Holders::One { owner: only, times } if *only == owner => {
                 *times = times.saturating_add(1);
                 false
             }
-            Holders::One { pid: only, times } => {
-                *self = Holders::Many(BTreeMap::from([(*only, *times), (pid, 1)]));
+            Holders::One { owner: only, times } => {
+                *self = Holders::Many(BTreeMap::from([(*only, *times), (owner, 1)]));
                 true
             }
             Holders::Many(many) => {
-                let times = many.entry(pid).or_insert(0);
+                let times = many.entry(owner).or_insert(0);
                 *times = times.saturating_add(1);
                 *times == 1
             }
         }
     }
 
-    fn times(&self, pid: Pid) -> u32 {
+    fn times(&self, owner: OwnerKey) -> u32 {
         match self {
-            Holders::One { pid: only, times } if *only == pid => *times,
+            Holders::One { owner: only, times } if *only == owner => *times,
             Holders::One { .. } => 0,
-            Holders::Many(many) => many.get(&pid).copied().unwrap_or(0),
+            Holders::Many(many) => many.get(&owner).copied().unwrap_or(0),
         }
     }
 
-    /// Takes `count` holdings away from `pid`, which has at least as many.
-    fn remove(&mut self, pid: Pid, count: u32) -> Left {
+    /// Takes `count` holdings away from `owner`, which has at least as many.
+    fn remove(&mut self, owner: OwnerKey, count: u32) -> Left {
         match self {
             Holders::One { times, .. } => {
                 *times = times.saturating_sub(count);
@@ -194,12 +248,12 @@ impl Holders {
                 }
             }
             Holders::Many(many) => {
-                let times = many.entry(pid).or_insert(0);
+                let times = many.entry(owner).or_insert(0);
                 *times = times.saturating_sub(count);
                 if *times > 0 {
                     return Left::ByTheSame;
                 }
-                many.remove(&pid);
+                many.remove(&owner);
                 if many.is_empty() {
                     Left::Nothing
                 } else {
@@ -208,20 +262,75 @@ impl Holders {
             }
         }
     }
-
-    fn any(&self) -> Option<Pid> {
-        match self {
-            Holders::One { pid, .. } => Some(*pid),
-            Holders::Many(many) => many.keys().next().copied(),
-        }
-    }
 }
 
-/// What one process holds.
+/// What one owner holds.
 #[derive(Debug)]
 struct Holding {
     owner: Owner,
     resources: Vec<ResourceId>,
+}
+
+/// What the owners that are one process hold. Nearly every process stands for one domain.
+#[derive(Debug)]
+enum Holdings {
+    One(Holding),
+    Many(BTreeMap<OwnerKey, Holding>),
+}
+
+impl Holdings {
+    fn iter(&self) -> impl Iterator<Item = &Holding> + Clone {
+        let (one, many) = match self {
+            Holdings::One(holding) => (Some(holding), None),
+            Holdings::Many(many) => (None, Some(many)),
+        };
+        one.into_iter()
+            .chain(many.into_iter().flat_map(BTreeMap::values))
+    }
+
+    fn get(&self, owner: OwnerKey) -> Option<&Holding> {
+        match self {
+            Holdings::One(holding) => (holding.owner.key() == owner).then_some(holding),
+            Holdings::Many(many) => many.get(&owner),
+        }
+    }
+
+    fn get_mut(&mut self, owner: OwnerKey) -> Option<&mut Holding> {
+        match self {
+            Holdings::One(holding) => (holding.owner.key() == owner).then_some(holding),
+            Holdings::Many(many) => many.get_mut(&owner),
+        }
+    }
+
+    /// Enters an owner that is not there yet.
+    fn insert(self, holding: Holding) -> Holdings {
+        let mut many = match self {
+            Holdings::One(other) => BTreeMap::from([(other.owner.key(), other)]),
+            Holdings::Many(many) => many,
+        };
+        many.insert(holding.owner.key(), holding);
+        Holdings::Many(many)
+    }
+
+    /// Takes an owner out that holds nothing any more. Whether there is no other.
+    fn remove(&mut self, owner: OwnerKey) -> bool {
+        match self {
+            Holdings::One(_) => true,
+            Holdings::Many(many) => {
+                many.remove(&owner);
+                many.is_empty()
+            }
+        }
+    }
+
+    fn into_holdings(self) -> impl Iterator<Item = Holding> {
+        let (one, many) = match self {
+            Holdings::One(holding) => (Some(holding), None),
+            Holdings::Many(many) => (None, Some(many)),
+        };
+        one.into_iter()
+            .chain(many.into_iter().flat_map(BTreeMap::into_values))
+    }
 }
 
 /// May an owner have a resource?
@@ -250,7 +359,8 @@ pub struct Table<L> {
     resources: Slab<Resource<L>>,
     by_name: HashMap<Key, ResourceId>,
     by_identity: HashMap<FileIdentity, ResourceId>,
-    by_owner: HashMap<Pid, Holding>,
+    /// By process: all that one holds ends with it.
+    by_owner: HashMap<Pid, Holdings>,
     /// Where a key is put together for a look-up, so that it costs no allocation.
     scratch: Vec<u8>,
 }
@@ -338,26 +448,43 @@ impl<L> Table<L> {
         })
     }
 
-    /// One of the owners of a resource, for a message.
-    pub fn an_owner(&self, id: ResourceId) -> Option<&Owner> {
-        self.owner(self.get(id)?.holders.any()?)
+    /// What an owner registered, if it holds anything.
+    pub fn owner(&self, owner: OwnerKey) -> Option<&Owner> {
+        let holding = self.by_owner.get(&owner.pid)?.get(owner)?;
+        Some(&holding.owner)
     }
 
-    /// What a process registered, if it holds anything.
-    pub fn owner(&self, pid: Pid) -> Option<&Owner> {
-        self.by_owner.get(&pid).map(|holding| &holding.owner)
+    /// The owners that are this process and hold anything.
+    pub fn owners_of(&self, pid: Pid) -> impl Iterator<Item = &Owner> + Clone {
+        let holdings = self.by_owner.get(&pid);
+        holdings
+            .into_iter()
+            .flat_map(Holdings::iter)
+            .map(|holding| &holding.owner)
+    }
+
+    /// All owners that hold anything.
+    pub fn owners(&self) -> impl Iterator<Item = &Owner> {
+        self.by_owner
+            .values()
+            .flat_map(Holdings::iter)
+            .map(|holding| &holding.owner)
     }
 
     /// All processes that hold anything.
-    pub fn owners(&self) -> impl Iterator<Item = &Owner> {
-        self.by_owner.values().map(|holding| &holding.owner)
+    pub fn processes(&self) -> impl Iterator<Item = Pid> {
+        self.by_owner.keys().copied()
     }
 
-    /// How many resources a process holds.
-    pub fn held_by(&self, pid: Pid) -> usize {
-        self.by_owner
-            .get(&pid)
-            .map_or(0, |holding| holding.resources.len())
+    /// Whether a process holds anything.
+    pub fn holds(&self, pid: Pid) -> bool {
+        self.by_owner.contains_key(&pid)
+    }
+
+    /// How many resources an owner holds.
+    pub fn held_by(&self, owner: OwnerKey) -> usize {
+        let holding = self.by_owner.get(&owner.pid).and_then(|all| all.get(owner));
+        holding.map_or(0, |holding| holding.resources.len())
     }
 
     /// May somebody have the resource in this mode? Not even its only owner may take it twice,
@@ -377,9 +504,11 @@ impl<L> Table<L> {
         let Some(resource) = self.resources.get_mut(id.0) else {
             return;
         };
-        if resource.holders.add(owner.pid) {
+        if resource.holders.add(owner.key()) {
             self.note_holding(owner, id);
-        } else if let Some(holding) = self.by_owner.get_mut(&owner.pid) {
+        } else if let Some(holdings) = self.by_owner.get_mut(&owner.pid)
+            && let Some(holding) = holdings.get_mut(owner.key())
+        {
             holding.owner.clone_from(owner);
         }
     }
@@ -399,7 +528,7 @@ impl<L> Table<L> {
             autocreate: granted.autocreate,
             lease: granted.lease,
             holders: Holders::One {
-                pid: owner.pid,
+                owner: owner.key(),
                 times: 1,
             },
             next_of_identity,
@@ -410,47 +539,59 @@ impl<L> Table<L> {
     }
 
     fn note_holding(&mut self, owner: &Owner, id: ResourceId) {
-        match self.by_owner.get_mut(&owner.pid) {
-            Some(holding) => {
-                if holding.owner != *owner {
-                    holding.owner.clone_from(owner);
+        let holding = || Holding {
+            owner: owner.clone(),
+            resources: vec![id],
+        };
+        match self.by_owner.entry(owner.pid) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Holdings::One(holding()));
+            }
+            Entry::Occupied(mut holdings) => match holdings.get_mut().get_mut(owner.key()) {
+                Some(known) => {
+                    if known.owner != *owner {
+                        known.owner.clone_from(owner);
+                    }
+                    known.resources.push(id);
                 }
-                holding.resources.push(id);
-            }
-            None => {
-                let holding = Holding {
-                    owner: owner.clone(),
-                    resources: vec![id],
-                };
-                self.by_owner.insert(owner.pid, holding);
-            }
+                None => {
+                    let others = holdings.remove();
+                    self.by_owner.insert(owner.pid, others.insert(holding()));
+                }
+            },
         }
     }
 
-    /// Ends one holding of a process. A resource that nobody holds any more is taken out of the table
-    /// and returned; its lease is still to be ended.
+    /// Ends one holding of an owner: its own, or else one of which only the process is known. A
+    /// resource that nobody holds any more is taken out of the table and returned; its lease is still
+    /// to be ended.
     pub fn release(
         &mut self,
         lockspace: &[u8],
         name: &[u8],
-        pid: Pid,
+        mut owner: OwnerKey,
     ) -> Result<Option<Resource<L>>, NotReleased> {
         let id = self.find(lockspace, name).ok_or(NotReleased::NotHeld)?;
         let resource = self.resources.get_mut(id.0).ok_or(NotReleased::NotHeld)?;
-        if resource.holders.times(pid) == 0 {
-            return Err(NotReleased::NotYours);
+        if resource.holders.times(owner) == 0 {
+            owner = OwnerKey::of_process(owner.pid);
+            if resource.holders.times(owner) == 0 {
+                return Err(NotReleased::NotYours);
+            }
         }
-        let left = resource.holders.remove(pid, 1);
+        let left = resource.holders.remove(owner, 1);
         if left == Left::ByTheSame {
             return Ok(None);
         }
-        if let Entry::Occupied(mut holding) = self.by_owner.entry(pid) {
-            let resources = &mut holding.get_mut().resources;
+        if let Entry::Occupied(mut holdings) = self.by_owner.entry(owner.pid)
+            && let Some(holding) = holdings.get_mut().get_mut(owner)
+        {
+            let resources = &mut holding.resources;
             if let Some(position) = resources.iter().position(|held| *held == id) {
                 resources.swap_remove(position);
             }
-            if resources.is_empty() {
-                holding.remove();
+            if resources.is_empty() && holdings.get_mut().remove(owner) {
+                holdings.remove();
             }
         }
         Ok(match left {
@@ -459,20 +600,23 @@ impl<L> Table<L> {
         })
     }
 
-    /// Ends everything that a process holds, however often it took it. What nobody else holds is
-    /// taken out of the table and returned.
+    /// Ends everything that a process holds, for whichever domains and however often it took it. What
+    /// nobody else holds is taken out of the table and returned.
     pub fn end_owner(&mut self, pid: Pid) -> Vec<Resource<L>> {
-        let Some(holding) = self.by_owner.remove(&pid) else {
+        let Some(holdings) = self.by_owner.remove(&pid) else {
             return Vec::new();
         };
         let mut ended = Vec::new();
-        for id in holding.resources {
-            let Some(resource) = self.resources.get_mut(id.0) else {
-                continue;
-            };
-            let times = resource.holders.times(pid);
-            if resource.holders.remove(pid, times) == Left::Nothing {
-                ended.extend(self.take_out(id));
+        for Holding { owner, resources } in holdings.into_holdings() {
+            let owner = owner.key();
+            for id in resources {
+                let Some(resource) = self.resources.get_mut(id.0) else {
+                    continue;
+                };
+                let times = resource.holders.times(owner);
+                if resource.holders.remove(owner, times) == Left::Nothing {
+                    ended.extend(self.take_out(id));
+                }
             }
         }
         ended
@@ -566,14 +710,15 @@ mod tests {
         assert_eq!(table.decide(b"", b"a", Mode::Shared), Decision::Join(id));
         assert_eq!(table.decide(b"", b"a", Mode::Exclusive), Decision::Busy(id));
         table.join(id, &owner(8));
-        assert!(matches!(table.release(b"", b"a", 7), Ok(None)));
+        let [seven, eight] = [7, 8].map(|pid| owner(pid).key());
+        assert!(matches!(table.release(b"", b"a", seven), Ok(None)));
         assert!(matches!(
-            table.release(b"", b"a", 7),
+            table.release(b"", b"a", seven),
             Err(NotReleased::NotYours)
         ));
-        assert!(matches!(table.release(b"", b"a", 8), Ok(Some(_))));
+        assert!(matches!(table.release(b"", b"a", eight), Ok(Some(_))));
         assert!(matches!(
-            table.release(b"", b"a", 8),
+            table.release(b"", b"a", eight),
             Err(NotReleased::NotHeld)
         ));
         assert!(table.is_empty() && table.owners().next().is_none());
@@ -584,7 +729,7 @@ mod tests {
         let mut table = Table::new();
         let id = grant(&mut table, b"a", 1, Mode::Shared, 7);
         table.join(id, &owner(7));
-        assert_eq!(table.held_by(7), 1);
+        assert_eq!(table.held_by(owner(7).key()), 1);
         assert_eq!(table.end_owner(7).len(), 1);
         assert!(table.is_empty());
     }
@@ -597,12 +742,90 @@ mod tests {
             .map(|name| grant(&mut table, *name, 1, Mode::Exclusive, 7))
             .collect();
         assert_eq!(table.same_file(file(1)).count(), 3);
-        assert!(matches!(table.release(b"", b"b", 7), Ok(Some(_))));
+        assert!(matches!(
+            table.release(b"", b"b", owner(7).key()),
+            Ok(Some(_))
+        ));
         assert_eq!(
             table.same_file(file(1)).collect::<Vec<_>>(),
             [ids[2], ids[0]]
         );
         assert_eq!(table.end_owner(7).len(), 2);
         assert_eq!(table.find_file(file(1)), None);
+    }
+
+    fn domain(pid: Pid, number: u8) -> Owner {
+        Owner {
+            uuid: [number; 16],
+            ..owner(pid)
+        }
+    }
+
+    fn grant_to(table: &mut Table<u32>, name: &[u8], mode: Mode, owner: &Owner) -> ResourceId {
+        let granted = Granted {
+            lockspace: b"",
+            name,
+            identity: file(1),
+            mode,
+            autocreate: false,
+            lease: 0,
+        };
+        table.grant(owner, granted)
+    }
+
+    #[test]
+    fn one_domain_of_a_process_does_not_release_what_another_one_holds() {
+        let mut table = Table::new();
+        let [one, other] = [domain(7, 1), domain(7, 2)];
+        grant_to(&mut table, b"a", Mode::Exclusive, &one);
+        grant_to(&mut table, b"b", Mode::Exclusive, &other);
+        for (name, stranger) in [(b"a", &other), (b"b", &one)] {
+            assert!(matches!(
+                table.release(b"", name, stranger.key()),
+                Err(NotReleased::NotYours)
+            ));
+        }
+        assert_eq!(table.owner(one.key()), Some(&one));
+        assert_eq!(table.owners_of(7).collect::<Vec<_>>(), [&one, &other]);
+        assert!(matches!(table.release(b"", b"a", one.key()), Ok(Some(_))));
+        assert_eq!(table.owners_of(7).collect::<Vec<_>>(), [&other]);
+        assert!(table.holds(7));
+    }
+
+    #[test]
+    fn what_all_domains_of_a_process_hold_ends_with_it() {
+        let mut table = Table::new();
+        let [one, other, stranger] = [domain(7, 1), domain(7, 2), domain(8, 1)];
+        let shared = grant_to(&mut table, b"shared", Mode::Shared, &one);
+        table.join(shared, &other);
+        let kept = grant_to(&mut table, b"kept", Mode::Shared, &other);
+        table.join(kept, &stranger);
+        grant_to(&mut table, b"own", Mode::Exclusive, &Owner::unknown(7));
+        let mut ended: Vec<Vec<u8>> = table
+            .end_owner(7)
+            .iter()
+            .map(|held| held.name().to_vec())
+            .collect();
+        ended.sort();
+        assert_eq!(ended, [b"own".to_vec(), b"shared".to_vec()]);
+        assert!(!table.holds(7));
+        assert_eq!(table.owners().collect::<Vec<_>>(), [&stranger]);
+    }
+
+    #[test]
+    fn what_only_the_process_is_known_of_any_domain_of_it_may_release_behind_its_own() {
+        let mut table = Table::new();
+        let [one, other] = [domain(7, 1), domain(7, 2)];
+        let id = grant_to(&mut table, b"a", Mode::Shared, &Owner::unknown(7));
+        table.join(id, &one);
+        let stranger = domain(8, 1).key();
+        assert!(matches!(
+            table.release(b"", b"a", stranger),
+            Err(NotReleased::NotYours)
+        ));
+        assert!(matches!(table.release(b"", b"a", one.key()), Ok(None)));
+        assert_eq!(table.held_by(OwnerKey::of_process(7)), 1);
+        assert!(matches!(table.release(b"", b"a", other.key()), Ok(Some(_))));
+        assert!(table.is_empty() && !table.holds(7));
     }
 }

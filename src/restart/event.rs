@@ -9,7 +9,7 @@ use super::state::{
 };
 use crate::host::file::FileIdentity;
 use crate::host::stream::Peer;
-use crate::locks::table::{Mode, Owner, Pid};
+use crate::locks::table::{Mode, Owner, OwnerKey, Pid};
 
 /// Writes bytes at once: serde would take a slice for a list of numbers, and write one by one what may
 /// be a client's 60,000 bytes. What is written is the same.
@@ -43,6 +43,14 @@ impl<'a> From<&'a Owner> for OwnerRecord<'a> {
 }
 
 impl OwnerRecord<'_> {
+    /// What tells the owner from every other.
+    pub fn key(self) -> OwnerKey {
+        OwnerKey {
+            pid: self.pid,
+            uuid: (self.id != 0).then_some(self.uuid),
+        }
+    }
+
     /// A copy of its own.
     pub fn to_owner(self) -> Owner {
         Owner {
@@ -140,9 +148,9 @@ pub enum Event<'a> {
         #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
     },
-    /// One holding ended.
+    /// One holding ended, of some domain of the process. Not written any more.
     Released {
-        /// Whose.
+        /// The process.
         pid: Pid,
         /// The lockspace's directory.
         #[serde(serialize_with = "as_bytes")]
@@ -198,6 +206,19 @@ pub enum Event<'a> {
     IdleTimeout(u32),
     /// The poll, as it is handed over.
     Poll(PollState),
+    /// One holding ended. Up to format 2 it was `Released`, which does not say of which domain.
+    ReleasedBy {
+        /// Whose: the process.
+        pid: Pid,
+        /// And the domain. It may have been a holding of which only the process is known.
+        uuid: [u8; 16],
+        /// The lockspace's directory.
+        #[serde(serialize_with = "as_bytes")]
+        lockspace: &'a [u8],
+        /// The name in it.
+        #[serde(serialize_with = "as_bytes")]
+        name: &'a [u8],
+    },
 }
 
 /// The fewest events that say a state.

@@ -30,8 +30,8 @@ use crate::host::memory::{self, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
-/// one has the poll in it.
-pub const VERSION: u32 = 2;
+/// one has the poll in it; the third one tells the domains of a process apart.
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";
 const HEADER: usize = 32;
@@ -187,7 +187,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Reads the ledger that an earlier image of the process closed, and goes on writing it.
+    /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
+    /// earlier format is to be written anew first.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State, Ledger), Unreadable> {
         let memory = Memory::adopt(descriptor).map_err(Unreadable::System)?;
         let state = replay(memory.bytes())?;
@@ -197,11 +198,13 @@ impl Ledger {
             .and_then(|rest| rest.first_chunk::<8>());
         let length = length.map_or(0, |bytes| u64::from_le_bytes(*bytes));
         let used = usize::try_from(length).unwrap_or(0).saturating_add(HEADER);
+        // What an earlier format says can mean something else beside events of this one.
+        let is_stale = version_of(memory.bytes()) < VERSION;
         let mut ledger = Ledger {
             memory,
             used,
             compact: used,
-            is_stale: false,
+            is_stale,
         };
         ledger.write_header(0, 0);
         Ok((state, ledger))
@@ -354,6 +357,12 @@ pub fn load(descriptor: &OwnedFd) -> Result<State, Unreadable> {
     replay(&memory::read(descriptor).map_err(Unreadable::System)?)
 }
 
+/// The format of a ledger; 0, which none has, if it is too short to say.
+fn version_of(content: &[u8]) -> u32 {
+    let bytes = content.get(8..).and_then(|rest| rest.first_chunk::<4>());
+    bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
+
 /// Reads a ledger from its bytes.
 pub fn replay(content: &[u8]) -> Result<State, Unreadable> {
     let (header, rest) = content
@@ -366,7 +375,7 @@ pub fn replay(content: &[u8]) -> Result<State, Unreadable> {
     if !header.starts_with(MAGIC) {
         return Err(Unreadable::NotALedger);
     }
-    let version = (word(8) & 0xffff_ffff) as u32;
+    let version = version_of(content);
     if version == 0 || version > VERSION {
         return Err(Unreadable::Version(version));
     }
@@ -378,7 +387,7 @@ pub fn replay(content: &[u8]) -> Result<State, Unreadable> {
     if is_closed && checksum(events) != word(24) {
         return Err(Unreadable::Damaged("its checksum does not fit".into()));
     }
-    let mut replay = Replay::of_length(events.len());
+    let mut replay = Replay::of_ledger(version, events.len());
     while !events.is_empty() {
         let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;

@@ -6,6 +6,7 @@
 //! to read those that are not; this program reads all that it may write.
 
 use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 
 use foldhash::HashMap;
@@ -344,14 +345,21 @@ fn read_uuid(text: &[u8]) -> Result<[u8; 16], String> {
     Ok(number.to_be_bytes())
 }
 
-/// The document names owners of locks by their process only; who that is, is known from the
-/// connections.
+/// The document names owners of locks by their process only; which domain that is, is known from the
+/// connections. Where those of one process are of several domains, nobody can tell which of them holds
+/// what.
 fn owners_by_pid(state: &State) -> HashMap<Pid, Owner> {
-    let registered = state
-        .clients
-        .iter()
-        .filter_map(|client| client.owner.clone());
-    registered.map(|owner| (owner.pid, owner)).collect()
+    let mut owners: HashMap<Pid, Owner> = HashMap::default();
+    for owner in state.clients.iter().filter_map(|it| it.owner.as_ref()) {
+        match owners.entry(owner.pid) {
+            Entry::Vacant(vacant) => _ = vacant.insert(owner.clone()),
+            Entry::Occupied(mut known) if known.get().key() == owner.key() => {
+                known.insert(owner.clone());
+            }
+            Entry::Occupied(mut known) => _ = known.insert(Owner::unknown(owner.pid)),
+        }
+    }
+    owners
 }
 
 fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: LockspaceIn) {
@@ -365,19 +373,11 @@ fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: Lo
             let count = times.entry(pid).or_insert(0);
             *count = count.saturating_add(1);
         }
-        let unknown = |pid| Owner {
-            pid,
-            id: 0,
-            name: Vec::new().into(),
-            uuid: [0; 16],
-        };
         let holders = times
             .into_iter()
             .map(|(pid, times)| {
-                (
-                    owners.get(&pid).cloned().unwrap_or_else(|| unknown(pid)),
-                    times,
-                )
+                let owner = owners.get(&pid).cloned();
+                (owner.unwrap_or_else(|| Owner::unknown(pid)), times)
             })
             .collect();
         let is_shared = resource.flags & FLAG_SHARED != 0;

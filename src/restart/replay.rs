@@ -3,14 +3,14 @@
 
 use std::hash::BuildHasher;
 
-use foldhash::HashMap;
 use foldhash::fast::RandomState;
+use foldhash::{HashMap, HashSet};
 use hashbrown::HashTable;
 use slab::Slab;
 
 use super::event::{Event, OwnerRecord};
 use super::state::{ClientState, FenceState, ResourceState, State, Traffic};
-use crate::locks::table::{Owner, Pid};
+use crate::locks::table::{Owner, OwnerKey, Pid};
 
 /// A state under replay, with the look-ups that a long ledger needs.
 #[derive(Default)]
@@ -27,20 +27,28 @@ pub struct Replay {
     /// no owner ends.
     held: Option<HashMap<Pid, Vec<usize>>>,
     fences: HashMap<Pid, FenceState>,
-    /// What each process last said of itself. The table keeps nothing else.
-    owners: HashMap<Pid, Owner>,
+    /// What each owner last said of itself. The table keeps nothing else.
+    owners: HashMap<OwnerKey, Owner>,
     /// One of them said something new.
     has_changed_owner: bool,
+    /// Whether the ledger was written by a program that knew owners by their process only.
+    knows_processes_only: bool,
 }
+
+/// The first format that tells the domains of a process apart.
+const FIRST_WITH_DOMAINS: u32 = 3;
 
 /// The fewest bytes that the events of a client, or of a resource, usually take.
 const BYTES_EACH: usize = 100;
 
 impl Replay {
-    /// For a ledger of this length, bytes.
-    pub fn of_length(length: usize) -> Replay {
+    /// For a ledger of this format and length, bytes.
+    pub fn of_ledger(version: u32, length: usize) -> Replay {
         let count = length / BYTES_EACH;
-        let mut replay = Replay::default();
+        let mut replay = Replay {
+            knows_processes_only: version < FIRST_WITH_DOMAINS,
+            ..Replay::default()
+        };
         replay.clients.reserve(count / 2);
         replay.by_descriptor.reserve(count / 2);
         replay.resources.reserve(count);
@@ -157,18 +165,19 @@ impl Replay {
                 let owner = self.latest(owner);
                 let place = self.place(lockspace, name)?;
                 let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                if !has_holder(resource, owner.pid)
+                    && let Some(held) = &mut self.held
+                {
+                    held.entry(owner.pid).or_default().push(place);
+                }
+                let key = owner.key();
                 let holder = resource
                     .holders
                     .iter_mut()
-                    .find(|(known, _)| known.pid == owner.pid);
+                    .find(|(known, _)| known.key() == key);
                 match holder {
                     Some((_, times)) => *times = times.saturating_add(1),
-                    None => {
-                        if let Some(held) = &mut self.held {
-                            held.entry(owner.pid).or_default().push(place);
-                        }
-                        resource.holders.push((owner, 1));
-                    }
+                    None => resource.holders.push((owner, 1)),
                 }
             }
             Event::Parked {
@@ -186,17 +195,39 @@ impl Replay {
                 name,
             } => {
                 let place = self.place(lockspace, name)?;
-                if self.release(pid, place, 1)? == Left::Nothing
-                    && let Some(held) = &mut self.held
-                    && let Some(held) = held.get_mut(&pid)
-                {
-                    held.retain(|known| *known != place);
+                let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                // Of several domains nobody knows any more which of them has the rest.
+                let of_process = |(owner, _): &&(Owner, u32)| owner.pid == pid;
+                if resource.holders.iter().filter(of_process).count() > 1 {
+                    forget_domains(resource, pid);
                 }
+                let position = resource.holders.iter().position(|(it, _)| it.pid == pid);
+                self.release_one(place, pid, position)?;
+            }
+            Event::ReleasedBy {
+                pid,
+                uuid,
+                lockspace,
+                name,
+            } => {
+                let place = self.place(lockspace, name)?;
+                let resource = self.resources.get(place).ok_or("a place is empty")?;
+                let holding = |owner| {
+                    let mut holders = resource.holders.iter();
+                    holders.position(|(known, _)| known.key() == owner)
+                };
+                let uuid = Some(uuid);
+                // As the table does it: a domain's own holding before one that may be another's.
+                let position =
+                    holding(OwnerKey { pid, uuid }).or_else(|| holding(OwnerKey::of_process(pid)));
+                self.release_one(place, pid, position)?;
             }
             Event::OwnerEnded { pid } => {
                 let held = self.held.get_or_insert_with(|| held(&self.resources));
                 for place in held.remove(&pid).unwrap_or_default() {
-                    self.release(pid, place, u32::MAX)?;
+                    let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
+                    resource.holders.retain(|(owner, _)| owner.pid != pid);
+                    self.take_out_if_free(place);
                 }
             }
             Event::Fencing(fence) => {
@@ -239,21 +270,37 @@ impl Replay {
             .ok_or_else(|| "it speaks of a resource that nobody holds".to_owned())
     }
 
-    /// Takes holdings away from a process, which may leave the resource without any.
-    fn release(&mut self, pid: Pid, place: usize, count: u32) -> Result<Left, String> {
+    /// Takes one holding away from a process: the one at this position of the resource's holders.
+    fn release_one(
+        &mut self,
+        place: usize,
+        pid: Pid,
+        position: Option<usize>,
+    ) -> Result<(), String> {
         let resource = self.resources.get_mut(place).ok_or("a place is empty")?;
-        let position = resource
-            .holders
-            .iter()
-            .position(|(owner, _)| owner.pid == pid)
-            .ok_or("it releases what an owner does not hold")?;
+        let position = position.ok_or("it releases what an owner does not hold")?;
         if let Some((_, times)) = resource.holders.get_mut(position) {
-            *times = times.saturating_sub(count);
+            *times = times.saturating_sub(1);
             if *times > 0 {
-                return Ok(Left::Something);
+                return Ok(());
             }
         }
         resource.holders.swap_remove(position);
+        if !has_holder(resource, pid)
+            && let Some(held) = &mut self.held
+            && let Some(held) = held.get_mut(&pid)
+        {
+            held.retain(|known| *known != place);
+        }
+        self.take_out_if_free(place);
+        Ok(())
+    }
+
+    /// A resource that nobody holds any more is none.
+    fn take_out_if_free(&mut self, place: usize) {
+        let Some(resource) = self.resources.get(place) else {
+            return;
+        };
         if resource.holders.is_empty() {
             let hash = hash_of(&self.hasher, &resource.lockspace, &resource.name);
             if let Ok(entry) = self.by_name.find_entry(hash, |known| *known == place) {
@@ -261,18 +308,17 @@ impl Replay {
             }
             self.resources.try_remove(place);
         }
-        Ok(Left::Nothing)
     }
 
     /// The owner of an event, whose word about itself holds for everything that it has.
     fn latest(&mut self, owner: OwnerRecord<'_>) -> Owner {
-        match self.owners.get(&owner.pid) {
+        match self.owners.get(&owner.key()) {
             Some(known) if OwnerRecord::from(known) == owner => return known.clone(),
             Some(_) => self.has_changed_owner = true,
             None => (),
         }
         let owner = owner.to_owner();
-        self.owners.insert(owner.pid, owner.clone());
+        self.owners.insert(owner.key(), owner.clone());
         owner
     }
 
@@ -290,14 +336,49 @@ impl Replay {
                 .iter_mut()
                 .flat_map(|held| &mut held.holders);
             for (owner, _) in holders {
-                if let Some(latest) = self.owners.get(&owner.pid) {
+                if let Some(latest) = self.owners.get(&owner.key()) {
                     owner.clone_from(latest);
                 }
             }
         }
+        if self.knows_processes_only {
+            forget_mixed_domains(&mut state);
+        }
         state.fences = self.fences.into_values().collect();
         state
     }
+}
+
+/// The program that wrote this gave all that a process holds to the domain that it had registered last.
+/// Where a process stood for several, nobody knows which of them holds what.
+fn forget_mixed_domains(state: &mut State) {
+    let mut domains: HashMap<Pid, [u8; 16]> = HashMap::default();
+    let mut mixed: HashSet<Pid> = HashSet::default();
+    let clients = state.clients.iter().filter_map(|it| it.owner.as_ref());
+    let holders = state.resources.iter().flat_map(|held| &held.holders);
+    for owner in clients.chain(holders.map(|(owner, _)| owner)) {
+        if *domains.entry(owner.pid).or_insert(owner.uuid) != owner.uuid {
+            mixed.insert(owner.pid);
+        }
+    }
+    for pid in mixed {
+        let of_process = |held: &&mut ResourceState| has_holder(held, pid);
+        let resources = state.resources.iter_mut().filter(of_process);
+        resources.for_each(|resource| forget_domains(resource, pid));
+    }
+}
+
+/// Makes one holding of all that the domains of a process have of a resource: of whichever.
+fn forget_domains(resource: &mut ResourceState, pid: Pid) {
+    let of_process = |(owner, _): &&(Owner, u32)| owner.pid == pid;
+    let times = resource.holders.iter().filter(of_process);
+    let times = times.fold(0u32, |sum, (_, times)| sum.saturating_add(*times));
+    resource.holders.retain(|(owner, _)| owner.pid != pid);
+    resource.holders.push((Owner::unknown(pid), times));
+}
+
+fn has_holder(resource: &ResourceState, pid: Pid) -> bool {
+    resource.holders.iter().any(|(owner, _)| owner.pid == pid)
 }
 
 /// Places of the resources that each process holds.
@@ -305,17 +386,14 @@ fn held(resources: &Slab<ResourceState>) -> HashMap<Pid, Vec<usize>> {
     let mut held: HashMap<Pid, Vec<usize>> = HashMap::default();
     for (place, resource) in resources {
         for (owner, _) in &resource.holders {
-            held.entry(owner.pid).or_default().push(place);
+            let places = held.entry(owner.pid).or_default();
+            // Once, for whichever domains.
+            if places.last() != Some(&place) {
+                places.push(place);
+            }
         }
     }
     held
-}
-
-/// What a process has left of a resource.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Left {
-    Something,
-    Nothing,
 }
 
 fn hash_of(hasher: &RandomState, lockspace: &[u8], name: &[u8]) -> u64 {

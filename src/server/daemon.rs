@@ -14,6 +14,7 @@ use super::clients::Clients;
 use super::connection::{Appetite, Connection, Phase, Service};
 use super::deadlines::{Deadline, Deadlines};
 use super::fence::{Fences, Freeing};
+use super::own_connections::OwnConnections;
 use super::turn::READ_SIZE;
 use super::upgrade::Upgrade;
 use crate::host::clock::Moment;
@@ -63,6 +64,8 @@ pub struct Daemon {
     pub ledger: Ledger,
     /// Owners that are to die.
     pub fences: Fences,
+    /// Which domains processes stand for over connections of their own.
+    pub own_connections: OwnConnections,
     /// Owners that ought to be fenced and cannot be reached.
     pub unreachable: BTreeSet<Pid>,
     /// What happens when.
@@ -122,6 +125,7 @@ impl Daemon {
             keeper: Keeper::new(),
             ledger,
             fences: Fences::default(),
+            own_connections: OwnConnections::default(),
             unreachable: BTreeSet::new(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
@@ -183,6 +187,9 @@ impl Daemon {
             && connection.phase != Phase::Over
         {
             connection.phase = Phase::Over;
+            if let Some(owner) = connection.own_owner() {
+                self.own_connections.remove(owner);
+            }
             self.ending.push_back(place);
         }
     }
@@ -216,7 +223,7 @@ impl Daemon {
         self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         if left.is_none()
             && let Some(owner) = connection.session.owner()
-            && self.keeper.table().held_by(owner.pid) == 0
+            && !self.keeper.table().holds(owner.pid)
         {
             self.unreachable.remove(&owner.pid);
         }

@@ -128,6 +128,7 @@ fn lock_call(
         log_refused(connection, &format!("{procedure:?}"), &error);
         return Err(error);
     };
+    let before = connection.own_owner();
     let context = Context {
         descriptor: connection.socket.as_raw_fd(),
         session: &mut connection.session,
@@ -135,6 +136,11 @@ fn lock_call(
         ledger: &mut daemon.ledger,
     };
     let result = lock_service::call(context, &call);
+    if procedure == Procedure::Register {
+        daemon
+            .own_connections
+            .replace(before, connection.own_owner());
+    }
     match &result {
         Ok(()) => tracing::debug!(
             target: "locking.lock_daemon",

@@ -60,12 +60,7 @@ impl Daemon {
     /// Frees what is left. What was made for an owner that may live on stays: it is all that tells
     /// another daemon's owners of it.
     fn end_all_owners(&mut self) {
-        let pids: Vec<Pid> = self
-            .keeper
-            .table()
-            .owners()
-            .map(|owner| owner.pid)
-            .collect();
+        let pids: Vec<Pid> = self.keeper.table().processes().collect();
         for pid in pids {
             if self.unreachable.contains(&pid) {
                 tracing::error!(

@@ -1,8 +1,9 @@
 //! The killing of owners that left while they hold locks.
 //!
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
-//! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. The signals go to
-//! the very process that connected, through a pidfd, never to a number that another process may
+//! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
+//! stands for other domains, too, over connections that go on: these must not die with one of them,
+//! so it is left alone, and the locks stay. The signals go to the very process that connected, through a pidfd, never to a number that another process may
 //! have by now. Nothing here waits: the pidfd becomes readable, or the deadline passes.
 
 use std::os::fd::AsRawFd;
@@ -14,19 +15,19 @@ use nix::sys::signal::Signal;
 use slab::Slab;
 
 use super::accept::Reserve;
-use super::connection::Connection;
+use super::connection::{Connection, Phase};
 use super::daemon::{Daemon, State};
 use super::deadlines::Deadline;
+use super::holder;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::{process, stream};
 use crate::restart::event::Event;
-use crate::restart::state::uuid_text;
 
 use crate::host::process::Process;
 use crate::locks::keeper::Estate;
-use crate::locks::table::Pid;
+use crate::locks::table::{OwnerKey, Pid, Table};
 
 /// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
 pub const GRACE_MS: u64 = 1600;
@@ -34,6 +35,9 @@ pub const GRACE_MS: u64 = 1600;
 pub const OVERDUE_MS: u64 = 30_000;
 /// How long until SIGKILL is tried again that could not be sent, milliseconds.
 const KILL_AGAIN_MS: u64 = 10_000;
+
+/// So many domains of a process are named in one line of the log.
+const MOST_NAMED: usize = 4;
 
 /// How many locks of a dead owner are freed before somebody else has a turn.
 const LEASES_A_PIECE: usize = 8;
@@ -116,19 +120,18 @@ impl Fences {
 }
 
 impl Daemon {
-    /// The owner whose life this connection stood for: the one that made it itself, and holds
-    /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
-    pub fn ends_with(&self, connection: &Connection) -> Option<Pid> {
-        let pid = connection.session.owner()?.pid;
-        let is_peer = pid > 0 && pid == connection.peer.pid;
-        (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
+    /// The owner whose life this connection stood for: the one that made it itself, and whose process
+    /// holds something.
+    pub fn ends_with(&self, connection: &Connection) -> Option<OwnerKey> {
+        let owner = connection.own_owner()?;
+        self.keeper.table().holds(owner.pid).then_some(owner)
     }
 
     /// The owner that a connection which is over stood for, unless it is being fenced already, and
     /// its process.
     pub fn owner_left_with(&mut self, place: usize) -> Option<(Pid, Result<Process, Errno>)> {
         let connection = self.connections.get(place)?;
-        let pid = self.ends_with(connection)?;
+        let pid = self.ends_with(connection)?.pid;
         if let Some(fence) = self.fences.of(pid) {
             if !fence.process.is_dead() {
                 return None;
@@ -137,9 +140,60 @@ impl Daemon {
             self.fenced(pid);
         }
         let connection = self.connections.get(place)?;
-        let pid = self.ends_with(connection)?;
+        let owner = self.ends_with(connection)?;
         let process = process_of(connection, self.names_processes, &mut self.reserve);
-        Some((pid, process))
+        let is_dead = match &process {
+            Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
+            Err(errno) => matches!(errno, Errno::ESRCH | Errno::EINVAL),
+        };
+        if !is_dead && self.stands_for_others(owner) {
+            self.keep_for_others(owner);
+            return None;
+        }
+        Some((owner.pid, process))
+    }
+
+    /// Whether the process of an owner stands for other domains over connections that it made itself
+    /// and that go on.
+    pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
+        if !self.own_connections.has_other_domains(owner) {
+            return false;
+        }
+        // They may be of an earlier process that had the number, and that is dead while somebody else
+        // keeps them open. All connections are looked through only where there are some of the number.
+        let (names_processes, reserve) = (self.names_processes, &mut self.reserve);
+        let mut others = self.connections.iter().filter(|(_, connection)| {
+            let other = connection.own_owner();
+            connection.phase != Phase::Over
+                && other.is_some_and(|other| other.pid == owner.pid && other != owner)
+        });
+        others.any(|(_, connection)| {
+            let process = process_of(connection, names_processes, reserve);
+            process.is_ok_and(|process| !process.is_dead())
+        })
+    }
+
+    /// A connection is over whose process goes on standing for other domains.
+    fn keep_for_others(&self, owner: OwnerKey) {
+        let table = self.keeper.table();
+        let of_process = OwnerKey::of_process(owner.pid);
+        if table.held_by(owner) > 0 {
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "{} closed its connection while it holds locks. Its process stands for other domains, \
+                 too, and is left alone: the locks are kept until the domain gives them back or the \
+                 process is dead. If the domain has ended, restart the process",
+                domain_text(table, owner)
+            );
+        } else if table.held_by(of_process) > 0 {
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "A domain of process {pid} closed its connection, and of some locks of the process it \
+                 is not known which domain has them. The process stands for other domains, too, and is \
+                 left alone: the locks are kept until a domain of it gives them back or it is dead",
+                pid = owner.pid
+            );
+        }
     }
 
     /// The connection that stood for an owner is over: the owner is fenced, or its locks are free if
@@ -375,17 +429,36 @@ impl Daemon {
         true
     }
 
-    /// An owner as an operator reads it.
+    /// A process that holds something as an operator reads it: its domains.
     pub fn owner_text(&self, pid: Pid) -> String {
-        match self.keeper.table().owner(pid) {
-            Some(owner) => format!(
-                "Domain '{}' (uuid {}, pid {pid})",
-                Printable(&owner.name),
-                uuid_text(&owner.uuid)
-            ),
-            None => format!("Process {pid}"),
+        let table = self.keeper.table();
+        let named = table
+            .owners_of(pid)
+            .filter(|owner| owner.key().uuid.is_some());
+        let count = named.clone().count();
+        if let (1, Some(owner)) = (count, named.clone().next()) {
+            return domain_text(table, owner.key());
+        }
+        let named = named
+            .take(MOST_NAMED)
+            .map(|owner| Printable(&holder::owner(table, owner.key())).to_string());
+        let named: Vec<String> = named.collect();
+        match (named.is_empty(), count.saturating_sub(MOST_NAMED)) {
+            (true, _) => format!("Process {pid}"),
+            (false, 0) => format!("Process {pid} of {}", named.join(", ")),
+            (false, others) => format!("Process {pid} of {} and {others} more", named.join(", ")),
         }
     }
+}
+
+/// An owner as an operator reads it, at the start of a sentence.
+fn domain_text<L>(table: &Table<L>, owner: OwnerKey) -> String {
+    let text = holder::owner(table, owner);
+    let mut text = Printable(&text).to_string();
+    if let Some(first) = text.get_mut(..1) {
+        first.make_ascii_uppercase();
+    }
+    text
 }
 
 /// The process that made a connection. ESRCH or EINVAL if it has been reaped.

@@ -188,11 +188,11 @@ impl Daemon {
             state.lockspaces.sort();
             state.resources.sort_by_key(|resource| resource.descriptor);
             for resource in &mut state.resources {
-                resource.holders.sort_by_key(|(owner, _)| owner.pid);
+                resource.holders.sort_by_key(|(owner, _)| owner.key());
                 // Whoever registered last is what is shown of an owner.
                 for (owner, _) in &mut resource.holders {
                     owner.name = Vec::new().into();
-                    (owner.id, owner.uuid) = (0, [0; 16]);
+                    owner.id = u32::from(owner.id != 0);
                 }
             }
             state.fences.sort_by_key(|fence| fence.pid);
@@ -343,7 +343,7 @@ impl Daemon {
             };
             let holders = resource
                 .holders()
-                .filter_map(|(pid, times)| Some((table.owner(pid)?.clone(), times)))
+                .filter_map(|(owner, times)| Some((table.owner(owner)?.clone(), times)))
                 .collect();
             ResourceState {
                 lockspace: resource.lockspace().to_vec(),

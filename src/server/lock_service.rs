@@ -5,14 +5,15 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
+use super::holder;
 use crate::host::log::Printable;
 use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
-use crate::locks::table::{Mode, NotReleased, Owner, ResourceId};
+use crate::locks::table::{Mode, NotReleased, Owner};
 use crate::restart::event::Event;
 use crate::restart::ledger::Ledger;
-use crate::restart::state::{LockKindState, uuid_text};
+use crate::restart::state::LockKindState;
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
 
@@ -244,7 +245,7 @@ fn acquire(
         })?;
     // What is not written down would be lost in an upgrade: then it must not be granted.
     record(ledger, keeper, acquired, owner, place).map_err(|errno| {
-        let _ = keeper.release(place, owner.pid);
+        let _ = keeper.release(place, owner.key());
         let what = [
             b"Unable to record the lock on '",
             place.path().as_slice(),
@@ -296,7 +297,7 @@ fn release(
         return Err(no_lockspace(place));
     }
     keeper
-        .release(place, owner.pid)
+        .release(place, owner.key())
         .map_err(|reason| match reason {
             NotReleased::NotHeld => resource_error(place, b"' is not locked"),
             NotReleased::NotYours => {
@@ -305,8 +306,9 @@ fn release(
             }
         })?;
     let Place { lockspace, name } = place;
-    ledger.note(&Event::Released {
+    ledger.note(&Event::ReleasedBy {
         pid: owner.pid,
+        uuid: owner.uuid,
         lockspace,
         name,
     });
@@ -323,6 +325,11 @@ fn resource_error(place: Place<'_>, state: &[u8]) -> Error {
     Error::new(Code::ResourceBusy, Domain::Lockspace, detail)
 }
 
+/// Libvirt's words, and by whom behind them.
+fn is_locked(place: Place<'_>, by: &[u8]) -> Error {
+    resource_error(place, &[b"' is locked", by].concat())
+}
+
 /// The error of a refused call; where a system call failed, `what` was attempted.
 fn refused(
     keeper: &Keeper,
@@ -333,11 +340,11 @@ fn refused(
 ) -> Error {
     match refusal {
         Refusal::NoLockspace => no_lockspace(place),
-        Refusal::Busy => resource_error(place, b"' is locked"),
-        Refusal::HeldAs(holder) => {
-            let state = [b"' is locked", holder_text(keeper, holder).as_slice()].concat();
-            resource_error(place, &state)
-        }
+        Refusal::Held(id) => is_locked(place, &holder::of_resource(keeper.table(), id)),
+        Refusal::HeldAs(id) => is_locked(place, &holder::of_other_name(keeper.table(), id)),
+        Refusal::Own => is_locked(place, b": by virtlockd itself, whose pid file it is"),
+        Refusal::Taken(stranger) => is_locked(place, &holder::of_stranger(stranger)),
+        Refusal::Unsteady => is_locked(place, b": its file is replaced again and again"),
         Refusal::Leaves => {
             let detail = [
                 b"resource name '",
@@ -367,32 +374,6 @@ fn refused(
             Error::system(Domain::Lockspace, &what, errno)
         }
     }
-}
-
-/// Who holds a file that was asked for under another name, and under which.
-fn holder_text(keeper: &Keeper, holder: ResourceId) -> Vec<u8> {
-    let (Some(resource), Some(owner)) =
-        (keeper.table().get(holder), keeper.table().an_owner(holder))
-    else {
-        return Vec::new();
-    };
-    let place = Place {
-        lockspace: resource.lockspace(),
-        name: resource.name(),
-    };
-    [
-        b": domain '",
-        &*owner.name,
-        format!(
-            "' (uuid {}, pid {}) holds the same file as '",
-            uuid_text(&owner.uuid),
-            owner.pid
-        )
-        .as_bytes(),
-        &place.path(),
-        b"'",
-    ]
-    .concat()
 }
 
 #[cfg(test)]

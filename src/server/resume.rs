@@ -157,6 +157,9 @@ impl Daemon {
             let Some(connection) = self.connections.get(place) else {
                 continue;
             };
+            if let Some(owner) = connection.own_owner() {
+                self.own_connections.add(owner);
+            }
             let (service, id) = (connection.service, connection.id);
             if matches!(connection.phase, Phase::Refused(_)) {
                 self.wait_for_first_call(place, id);

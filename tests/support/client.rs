@@ -398,6 +398,36 @@ impl Reply {
         }
     }
 
+    /// The bytes of a reply of libvirt's daemon, as ours gives it: where it is libvirt's sentence that
+    /// something is locked, `by` stands behind it, in the message and in the detail.
+    pub fn with_holder(bytes: &[u8], by: &str) -> Vec<u8> {
+        const IS_LOCKED: &[u8] = b"' is locked";
+        let mut reader = Reader { bytes, at: 24 };
+        if reader.i32() != 1 {
+            return bytes.to_vec();
+        }
+        reader.at += 8;
+        let message = reader.optional_bytes().expect("an error has a message");
+        reader.at += 8;
+        let (_format, detail) = (reader.optional_bytes(), reader.optional_bytes());
+        let Some(detail) = detail.filter(|at| bytes[at.clone()].ends_with(IS_LOCKED)) else {
+            return bytes.to_vec();
+        };
+        let mut longer = bytes.to_vec();
+        // The later one first: the place of the other one stays.
+        for at in [detail, message] {
+            let text = [&bytes[at.clone()], by.as_bytes()].concat();
+            let padded = at.end.next_multiple_of(4);
+            let mut string = (text.len() as u32).to_be_bytes().to_vec();
+            string.extend_from_slice(&text);
+            string.resize(string.len().next_multiple_of(4), 0);
+            longer.splice(at.start - 4..padded, string);
+        }
+        let length = longer.len() as u32;
+        longer[..4].copy_from_slice(&length.to_be_bytes());
+        longer
+    }
+
     pub fn is_ok(&self) -> bool {
         matches!(self, Reply::Ok { .. })
     }
@@ -455,6 +485,17 @@ impl Reader<'_> {
         let text = String::from_utf8_lossy(&self.bytes[self.at..self.at + length]).into_owned();
         self.at += length.next_multiple_of(4);
         Some(text)
+    }
+
+    /// Where the bytes of an optional string are.
+    fn optional_bytes(&mut self) -> Option<std::ops::Range<usize>> {
+        if self.u32() == 0 {
+            return None;
+        }
+        let length = self.u32() as usize;
+        let start = self.at;
+        self.at += length.next_multiple_of(4);
+        Some(start..start + length)
     }
 }
 

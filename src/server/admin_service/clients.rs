@@ -121,11 +121,13 @@ pub fn close(daemon: &mut Daemon, place: usize, caller: &str) {
         connection.service.name(),
         connection.peer.pid
     );
-    match daemon.ends_with(connection) {
-        Some(pid) => tracing::warn!(
+    let ends = daemon.ends_with(connection);
+    // What is to be said of one whose process goes on is said where its connection ends.
+    match ends.filter(|owner| !daemon.stands_for_others(*owner)) {
+        Some(owner) => tracing::warn!(
             target: "admin.admin_server",
             "{client} is disconnected because {caller} asked for it. {} holds locks and is stopped \
-             with it", daemon.owner_text(pid)
+             with it", daemon.owner_text(owner.pid)
         ),
         None => tracing::info!(
             target: "admin.admin_server",

@@ -1,0 +1,150 @@
+//! Who has it: an owner, or somebody outside of the daemon, in the words of a refusal or of the log.
+//!
+//! Libvirt's words end where these begin, so that programs which look for those still find them. A
+//! domain's name may be any bytes: it is repeated as it came, as libvirt does, and the log escapes it.
+
+use crate::host::process;
+use crate::locks::lease::Stranger;
+use crate::locks::place::Place;
+use crate::locks::table::{OwnerKey, ResourceId, Table};
+use crate::restart::state::uuid_text;
+
+/// So much of a domain's name is repeated, bytes: it may be 64 KiB long, and each word of an error goes
+/// out twice.
+const LONGEST_NAME: usize = 256;
+
+/// The front of a name that is too long; between two characters, if it is UTF-8.
+fn cut(name: &[u8]) -> (&[u8], &'static str) {
+    let Some(front) = name.get(..LONGEST_NAME) else {
+        return (name, "");
+    };
+    if name.len() == LONGEST_NAME {
+        return (name, "");
+    }
+    let is_inside = |at: &usize| name.get(*at).is_some_and(|byte| byte & 0xc0 == 0x80);
+    let end = (LONGEST_NAME.saturating_sub(3)..=LONGEST_NAME)
+        .rev()
+        .find(|at| !is_inside(at));
+    let front = end.and_then(|end| name.get(..end)).unwrap_or(front);
+    (front, "...")
+}
+
+/// An owner with all that it is known by.
+pub fn owner<L>(table: &Table<L>, key: OwnerKey) -> Vec<u8> {
+    let (Some(uuid), Some(owner)) = (key.uuid, table.owner(key)) else {
+        return format!("a domain of process {}", key.pid).into_bytes();
+    };
+    let (name, dots) = cut(&owner.name);
+    let rest = format!("{dots}' (uuid {}, pid {})", uuid_text(&uuid), key.pid);
+    [b"domain '", name, rest.as_bytes()].concat()
+}
+
+/// One of the owners of a resource, and how many others there are.
+pub fn of_resource<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
+    let Some(resource) = table.get(id) else {
+        return Vec::new();
+    };
+    let Some(one) = resource.any_holder() else {
+        return Vec::new();
+    };
+    let mut text = [&b": by "[..], &owner(table, one)].concat();
+    let others = resource.holder_count().saturating_sub(1);
+    if others > 0 {
+        text.extend_from_slice(format!(" and {others} more").as_bytes());
+    }
+    text
+}
+
+/// One of the owners of a file that was asked for under another name, and under which they have it.
+pub fn of_other_name<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
+    let mut text = of_resource(table, id);
+    if let Some(resource) = table.get(id) {
+        let place = Place {
+            lockspace: resource.lockspace(),
+            name: resource.name(),
+        };
+        text.extend_from_slice(b", under another name of the same file: '");
+        text.extend_from_slice(&place.path());
+        text.push(b'\'');
+    }
+    text
+}
+
+/// Who has a lock that is not in the table.
+pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
+    match stranger {
+        Stranger::Process(pid) => {
+            let name = process::name(pid).unwrap_or_default();
+            if name == b"virtlockd" {
+                format!(": by another virtlockd, pid {pid}").into_bytes()
+            } else if name.is_empty() {
+                format!(": by a process that is not virtlockd, pid {pid}").into_bytes()
+            } else {
+                let start = format!(": by a process that is not virtlockd, pid {pid} (");
+                [start.as_bytes(), name.as_slice(), b")"].concat()
+            }
+        }
+        Stranger::ThisHost => b": by a process of this host that is not this virtlockd".to_vec(),
+        Stranger::Elsewhere => b": probably from another host".to_vec(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::file::FileIdentity;
+    use crate::locks::table::{Granted, Mode, Owner};
+
+    fn domain(name: &[u8], number: u8) -> Owner {
+        Owner {
+            pid: 7,
+            id: 1,
+            name: name.into(),
+            uuid: [number; 16],
+        }
+    }
+
+    fn held_by(owners: &[Owner]) -> String {
+        let mut table = Table::new();
+        let granted = Granted {
+            lockspace: b"",
+            name: b"/disk",
+            identity: FileIdentity {
+                device: 1,
+                inode: 1,
+            },
+            mode: Mode::Shared,
+            autocreate: false,
+            lease: (),
+        };
+        let id = table.grant(&owners[0], granted);
+        owners[1..].iter().for_each(|owner| table.join(id, owner));
+        String::from_utf8_lossy(&of_resource(&table, id)).into_owned()
+    }
+
+    #[test]
+    fn one_holder_is_named_and_the_others_are_counted() {
+        let uuid = "01010101-0101-0101-0101-010101010101";
+        let [a, b, c] = [domain(b"a", 1), domain(b"b", 2), domain(b"c", 3)];
+        let named = format!(": by domain 'a' (uuid {uuid}, pid 7)");
+        assert_eq!(held_by(&[a.clone()]), named);
+        assert_eq!(held_by(&[c, b, a]), format!("{named} and 2 more"));
+    }
+
+    #[test]
+    fn a_holder_of_whom_only_the_process_is_known_is_not_given_a_name() {
+        assert_eq!(held_by(&[Owner::unknown(7)]), ": by a domain of process 7");
+    }
+
+    #[test]
+    fn a_long_name_is_cut_between_two_characters() {
+        let text = held_by(&[domain("\u{e9}".repeat(30_000).as_bytes(), 1)]);
+        assert!(text.contains(&format!("'{}...'", "\u{e9}".repeat(128))));
+        let text = held_by(&[domain(format!("x{}", "\u{20ac}".repeat(200)).as_bytes(), 1)]);
+        assert!(text.contains(&format!("'x{}...'", "\u{20ac}".repeat(85))));
+        let whole = "y".repeat(LONGEST_NAME);
+        assert!(held_by(&[domain(whole.as_bytes(), 1)]).contains(&format!("'{whole}'")));
+        // No character at all: it is cut all the same.
+        assert!(held_by(&[domain(&[0x80; 300], 1)]).contains("...'"));
+    }
+}
