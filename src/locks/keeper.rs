@@ -2,7 +2,6 @@
 //! entered in the table. Nothing above this module opens, locks or removes a file.
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 
@@ -10,7 +9,7 @@ use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
 use super::table::{Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table};
-use crate::host::file::{self, FileIdentity};
+use crate::host::file::{self, FileIdentity, Lockable};
 use crate::host::{errno, pid_file};
 
 /// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
@@ -294,7 +293,7 @@ impl Keeper {
     }
 
     /// The parked descriptors of a held resource that is this file and has a POSIX lock.
-    fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<OwnedFd>> {
+    fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<Lockable>> {
         if self.process_locks == 0 {
             return None;
         }
@@ -302,7 +301,14 @@ impl Keeper {
             let held = self.table.get(*id);
             held.is_some_and(|held| matches!(held.lease.kind, LockKind::Process { .. }))
         };
-        let id = self.table.same_file(identity).find(is_process)?;
+        // What could not be asked which file it is may be any of these.
+        let id = if identity.is_known() {
+            self.table.same_file(identity).find(is_process)
+        } else {
+            let mut all = self.table.iter().map(|(id, _)| id);
+            all.find(is_process)
+        };
+        let id = id?;
         match &mut self.table.get_mut(id)?.lease.kind {
             LockKind::Process { parked } => Some(parked),
             LockKind::OpenFile => None,
@@ -404,10 +410,11 @@ mod tests {
             use std::os::unix::ffi::OsStrExt;
             file::open_existing(Start::Anywhere, path.as_os_str().as_bytes()).unwrap()
         };
-        let (first, second, outside) = (open(), open(), open());
+        let (mut first, mut second) = (Lockable::from(open()), Lockable::from(open()));
+        let outside = open();
         let identity = file::identity(&first).unwrap();
-        file::lock_process(&first, LockType::Read).unwrap();
-        file::lock_open_file(&second, LockType::Read).unwrap();
+        first.lock_process(LockType::Read).unwrap();
+        second.lock(LockType::Read).unwrap();
         let mut keeper = Keeper::new();
         let process = LockKind::Process { parked: Vec::new() };
         for (name, descriptor, kind) in [
