@@ -97,6 +97,8 @@ impl Daemon {
         }
         // Only locks of another program's making have to be looked at.
         let mut names = HashMap::default();
+        // One that cannot be asked which file it is may be any of the others.
+        let all_known = adopted.iter().all(|(_, _, identity)| identity.is_known());
         for (resource, _, identity) in &adopted {
             if resource.kind == LockKindState::Unknown {
                 let count = names.entry(*identity).or_insert(0u32);
@@ -104,7 +106,7 @@ impl Daemon {
             }
         }
         for (resource, descriptor, identity) in adopted {
-            let is_alone = names.get(&identity).is_none_or(|count| *count == 1);
+            let is_alone = all_known && names.get(&identity).is_none_or(|count| *count == 1);
             let mut descriptor = Lockable::inherited(descriptor);
             let kind = resume_kind(&resource, &mut descriptor, is_alone, inherited)?;
             let lease = Lease::resumed(descriptor, kind, resource.created);
