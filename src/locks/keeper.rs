@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use nix::errno::Errno;
 
-use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
+use super::lease::{Acquisition, AtEnd, Lease, LockKind, NotLocked, Refused};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
 use super::table::{Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table};
@@ -21,13 +21,12 @@ const MOST_LOCKSPACES: usize = 1024;
 pub struct Keeper {
     table: Table<Lease>,
     lockspaces: BTreeSet<Box<[u8]>>,
-    /// How many leases are POSIX locks: while there are any, files are looked at before they are
-    /// opened.
-    process_locks: usize,
+    /// The files that must not be opened and closed: those with POSIX locks, each as often as it is
+    /// held, and the daemon's own from when somebody wanted it. While there are any, files are looked at
+    /// before they are opened.
+    avoid: Vec<FileIdentity>,
     /// The daemon's pid file, which is nobody's resource, and its descriptor. It has a POSIX lock.
     pub own_file: Option<(FileIdentity, i32)>,
-    /// Somebody wanted it: from then on, files are looked at before they are opened.
-    own_file_is_wanted: bool,
     /// Descriptors were parked, of which the ledger does not know yet.
     has_parked: bool,
 }
@@ -150,15 +149,26 @@ impl Keeper {
             place,
             mode,
             autocreate,
-            care: self.care(),
+            avoid: &self.avoid,
         };
-        let (lease, identity) = match acquisition.run(|identity| self.is_held(identity)) {
+        let (lease, identity) = match acquisition.run() {
             Ok(locked) => locked,
             Err(refused) => {
                 self.keep_own_file(refused);
                 return Err(self.refusal(refused));
             }
         };
+        // Another name of a held file, which was locked because both are shared, or because they are two
+        // nodes of one block device.
+        if self.is_held(identity) {
+            let at_end = if lease.created {
+                AtEnd::Remove(mode)
+            } else {
+                AtEnd::Keep
+            };
+            lease.end(place, identity, at_end);
+            return Err(self.held_as(identity));
+        }
         let Place { lockspace, name } = place;
         let granted = Granted {
             lockspace,
@@ -178,14 +188,14 @@ impl Keeper {
     }
 
     /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
-    fn keep_own_file(&mut self, refused: Refused) {
+    fn keep_own_file(&mut self, refused: NotLocked) {
         let Some((own, descriptor)) = self.own_file else {
             return;
         };
-        if refused != Refused::Held(own) || self.care() == Care::LookFirst {
+        if refused.identity != Some(own) || refused.reason == Refused::Avoided {
             return;
         }
-        self.own_file_is_wanted = true;
+        self.avoid.push(own);
         if let Err(errno) = pid_file::lock_again(descriptor) {
             tracing::error!(
                 target: "locking.lock_daemon",
@@ -196,25 +206,22 @@ impl Keeper {
         }
     }
 
-    fn care(&self) -> Care {
-        if self.process_locks == 0 && !self.own_file_is_wanted {
-            Care::None
-        } else {
-            Care::LookFirst
-        }
-    }
-
-    fn refusal(&self, refused: Refused) -> Refusal {
-        match refused {
-            Refused::Busy => Refusal::Busy,
-            Refused::Held(identity) => self
-                .table
-                .find_file(identity)
-                .map_or(Refusal::Busy, Refusal::HeldAs),
+    fn refusal(&self, refused: NotLocked) -> Refusal {
+        match refused.reason {
+            Refused::Busy | Refused::Avoided => refused
+                .identity
+                .map_or(Refusal::Busy, |identity| self.held_as(identity)),
             Refused::Leaves => Refusal::Leaves,
             Refused::Open(errno) => Refusal::File(errno),
             Refused::Lock(errno) => Refusal::Lock(errno),
         }
+    }
+
+    /// The refusal of a file that somebody holds, perhaps under another name here.
+    fn held_as(&self, identity: FileIdentity) -> Refusal {
+        self.table
+            .find_file(identity)
+            .map_or(Refusal::Busy, Refusal::HeldAs)
     }
 
     /// Gives back one holding of `pid`. When this returns, the kernel has let go of what nobody
@@ -260,7 +267,7 @@ impl Keeper {
             return;
         };
         if matches!(adopted.lease.kind, LockKind::Process { .. }) {
-            self.process_locks = self.process_locks.saturating_add(1);
+            self.avoid.push(adopted.identity);
         }
         let id = self.table.grant(&first.0, adopted);
         for (owner, times) in
@@ -274,7 +281,10 @@ impl Keeper {
 
     fn end(&mut self, resource: Resource<Lease>) {
         if matches!(resource.lease.kind, LockKind::Process { .. }) {
-            self.process_locks = self.process_locks.saturating_sub(1);
+            let mut avoid = self.avoid.iter();
+            if let Some(place) = avoid.position(|file| *file == resource.identity) {
+                self.avoid.swap_remove(place);
+            }
         }
         // The same file is held under another name with a POSIX lock, which would go with ours, and
         // with any descriptor of the file that we close.
@@ -294,7 +304,7 @@ impl Keeper {
 
     /// The parked descriptors of a held resource that is this file and has a POSIX lock.
     fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<Lockable>> {
-        if self.process_locks == 0 {
+        if self.avoid.is_empty() {
             return None;
         }
         let is_process = |id: &ResourceId| {
@@ -351,7 +361,7 @@ impl Keeper {
         match place.reach(file::look_up) {
             Ok(found) => {
                 if self.is_held(found.identity) {
-                    return Err(self.refusal(Refused::Held(found.identity)));
+                    return Err(self.held_as(found.identity));
                 }
             }
             // A name of no file, or a link that leads out or nowhere: the name alone goes.

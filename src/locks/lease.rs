@@ -5,7 +5,7 @@
 //! of the file does not drop them, and a second open of it conflicts also within this process.
 //! Locks taken over from the C daemon may be POSIX locks and stay so, because there is no way to
 //! change the kind of an exclusive lock without a moment in which nobody has it. A POSIX lock is
-//! lost when *any* descriptor of its file is closed; see [`Care`].
+//! lost when *any* descriptor of its file is closed; see [`Acquisition::avoid`].
 //!
 //! A file that is or may be locked is a [`Lockable`]: whatever becomes of it, it is unlocked before it
 //! is closed.
@@ -42,22 +42,13 @@ pub struct Lease {
     pub created: bool,
 }
 
-/// How to open files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Care {
-    /// Opening and closing a file that is held harms nothing.
-    None,
-    /// Some held files have POSIX locks: find out which file it is before opening it.
-    LookFirst,
-}
-
 /// Why a file could not be locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// Another process or host has a lock on it.
     Busy,
-    /// It is a file that the table knows to be held.
-    Held(FileIdentity),
+    /// It is one of the files that were to be avoided: it has not been opened.
+    Avoided,
     /// Its name leaves the lockspace.
     Leaves,
     /// It could not be opened.
@@ -75,7 +66,25 @@ impl From<Unreachable> for Refused {
     }
 }
 
-/// A file to be opened and locked: decided on, not done yet.
+/// A refused file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotLocked {
+    /// Why.
+    pub reason: Refused,
+    /// Which file it is, if that is known: it may be held under another name.
+    pub identity: Option<FileIdentity>,
+}
+
+impl From<Refused> for NotLocked {
+    fn from(reason: Refused) -> NotLocked {
+        NotLocked {
+            reason,
+            identity: None,
+        }
+    }
+}
+
+/// A file to be opened and locked: decided on, not done yet. Plain data: whoever runs it needs no table.
 #[derive(Clone, Copy, Debug)]
 pub struct Acquisition<'a> {
     /// Which file.
@@ -84,8 +93,9 @@ pub struct Acquisition<'a> {
     pub mode: Mode,
     /// Whether to make it if it is missing.
     pub autocreate: bool,
-    /// How to open it.
-    pub care: Care,
+    /// Files that must not be opened, because closing one of them would drop a POSIX lock. While there are
+    /// any, it is found out which file it is before it is opened. There are none, most often.
+    pub avoid: &'a [FileIdentity],
 }
 
 /// How often a file may be replaced under our hands before we call it busy.
@@ -98,15 +108,15 @@ const STALE_ROUNDS: u32 = 4;
 /// Why one round did not end with a lock.
 enum Missed {
     /// It is over.
-    Refused(Refused),
+    Refused(NotLocked),
     /// The name leads to another file by now.
     Replaced,
     /// The next round may do better. If there is none, this is why.
     Stale(Refused),
 }
 
-impl From<Refused> for Missed {
-    fn from(refused: Refused) -> Missed {
+impl From<NotLocked> for Missed {
+    fn from(refused: NotLocked) -> Missed {
         Missed::Refused(refused)
     }
 }
@@ -118,22 +128,21 @@ fn is_mended_by_name(errno: Errno) -> bool {
 }
 
 impl Acquisition<'_> {
-    /// Opens and locks the file. `held` says of a file whether it is held under some name.
-    pub fn run(
-        &self,
-        held: impl Fn(FileIdentity) -> bool,
-    ) -> Result<(Lease, FileIdentity), Refused> {
+    /// Opens and locks the file. Whether it is held under another name is for the keeper to see, who
+    /// undoes it then.
+    pub fn run(&self) -> Result<(Lease, FileIdentity), NotLocked> {
         let mut made = None;
         let mut stale = 0;
         for _ in 0..ROUNDS {
-            match self.round(&held, &mut made, stale == STALE_ROUNDS) {
+            match self.round(&mut made, stale == STALE_ROUNDS) {
                 Ok(locked) => return Ok(locked),
                 Err(Missed::Replaced) => (),
                 Err(Missed::Stale(_)) if stale < STALE_ROUNDS => stale = stale.saturating_add(1),
-                Err(Missed::Refused(refused) | Missed::Stale(refused)) => return Err(refused),
+                Err(Missed::Stale(reason)) => return Err(reason.into()),
+                Err(Missed::Refused(refused)) => return Err(refused),
             }
         }
-        Err(Refused::Busy)
+        Err(Refused::Busy.into())
     }
 
     /// Opens and locks the file that the name leads to now. `made` is the file that this call made, in
@@ -141,13 +150,12 @@ impl Acquisition<'_> {
     /// what cannot be known is done without, or undone.
     fn round(
         &self,
-        held: impl Fn(FileIdentity) -> bool,
         made: &mut Option<FileIdentity>,
         is_last: bool,
     ) -> Result<(Lease, FileIdentity), Missed> {
-        let (descriptor, is_new) = self.open(&held).inspect_err(|refused| {
-            if let (Some(_), Refused::Open(errno)) = (*made, refused) {
-                self.left_behind(*errno);
+        let (descriptor, is_new) = self.open().inspect_err(|refused| {
+            if let (Some(_), Refused::Open(errno)) = (*made, refused.reason) {
+                self.left_behind(errno);
             }
         })?;
         let mut descriptor = Lockable::from(descriptor);
@@ -165,15 +173,12 @@ impl Acquisition<'_> {
                 if is_new {
                     self.left_behind(errno);
                 }
-                return Err(Refused::Open(errno).into());
+                return Err(NotLocked::from(Refused::Open(errno)).into());
             }
             Err(errno) => (FileIdentity::unknown(&descriptor), Some(errno)),
         };
         if is_new {
             *made = Some(identity);
-        }
-        if held(identity) {
-            return Err(Refused::Held(identity).into());
         }
         let created = *made == Some(identity);
         let lock_type = match self.mode {
@@ -189,9 +194,13 @@ impl Acquisition<'_> {
                 if created {
                     self.unmake(&mut descriptor, identity);
                 }
-                return Err(Missed::Refused(match errno {
+                let reason = match errno {
                     Errno::EAGAIN | Errno::EACCES => Refused::Busy,
                     errno => Refused::Lock(errno),
+                };
+                return Err(Missed::Refused(NotLocked {
+                    reason,
+                    identity: Some(identity),
                 }));
             }
         }
@@ -230,7 +239,7 @@ impl Acquisition<'_> {
     /// excludes every other one of the same file, whatever its name; but not that of another node of
     /// the same block device, nor may a file be made, removed, or closed while it may have a POSIX lock.
     fn needs_identity(&self, descriptor: &Lockable) -> bool {
-        self.autocreate || self.care == Care::LookFirst || file::is_block_device(descriptor)
+        self.autocreate || !self.avoid.is_empty() || file::is_block_device(descriptor)
     }
 
     /// Removes a file that was made for a lock which could not be had. Under a lock, because
@@ -256,10 +265,16 @@ impl Acquisition<'_> {
         );
     }
 
-    fn open(&self, held: impl Fn(FileIdentity) -> bool) -> Result<(OwnedFd, bool), Refused> {
-        if self.care == Care::LookFirst {
-            return self.look_and_open(held);
+    /// The opened file, and whether it was made.
+    fn open(&self) -> Result<(OwnedFd, bool), NotLocked> {
+        if !self.avoid.is_empty() {
+            return self.look_and_open();
         }
+        self.open_at_once()
+            .map_err(|reason| Refused::from(reason).into())
+    }
+
+    fn open_at_once(&self) -> Result<(OwnedFd, bool), Unreachable> {
         if !self.autocreate {
             return Ok((self.open_at_place(file::open_existing)?, false));
         }
@@ -277,7 +292,7 @@ impl Acquisition<'_> {
             Err(Unreachable::System(Errno::EEXIST)) => {
                 Ok((self.open_at_place(file::open_or_create)?, false))
             }
-            Err(reason) => Err(reason.into()),
+            Err(reason) => Err(reason),
         }
     }
 
@@ -301,11 +316,8 @@ impl Acquisition<'_> {
         self.mode == Mode::Shared && matches!(refused, Errno::EROFS | Errno::EACCES | Errno::EPERM)
     }
 
-    /// Opens a file only if it is known not to be held.
-    fn look_and_open(
-        &self,
-        held: impl Fn(FileIdentity) -> bool,
-    ) -> Result<(OwnedFd, bool), Refused> {
+    /// Opens a file only if it is known not to be one to be avoided.
+    fn look_and_open(&self) -> Result<(OwnedFd, bool), NotLocked> {
         for _ in 0..ROUNDS {
             let look = |start: Start<'_>, path: &[u8]| {
                 let handle = file::handle(start, path)?;
@@ -314,8 +326,11 @@ impl Acquisition<'_> {
             };
             match self.place.reach(look) {
                 Ok((handle, identity)) => {
-                    if held(identity) {
-                        return Err(Refused::Held(identity));
+                    if self.avoid.contains(&identity) {
+                        return Err(NotLocked {
+                            reason: Refused::Avoided,
+                            identity: Some(identity),
+                        });
                     }
                     let opened = match file::open_handle(&handle) {
                         Err(errno) if self.can_do_with_reading(errno) => {
@@ -325,20 +340,20 @@ impl Acquisition<'_> {
                     };
                     return opened
                         .map(|descriptor| (descriptor, false))
-                        .map_err(Refused::Open);
+                        .map_err(|errno| Refused::Open(errno).into());
                 }
                 Err(Unreachable::System(Errno::ENOENT)) if self.autocreate => (),
-                Err(reason) => return Err(reason.into()),
+                Err(reason) => return Err(Refused::from(reason).into()),
             }
             // Missing: nobody can hold it, and what is made here is new.
             match self.place.reach(file::create) {
                 // Made by somebody else just now: looked at like any other.
                 Err(Unreachable::System(Errno::EEXIST)) => (),
-                made => return Ok((made?, true)),
+                made => return Ok((made.map_err(Refused::from)?, true)),
             }
         }
         // A symbolic link that leads to nothing.
-        Err(Refused::Open(Errno::EEXIST))
+        Err(Refused::Open(Errno::EEXIST).into())
     }
 }
 
