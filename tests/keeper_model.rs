@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use proptest::prelude::*;
 use support::TempDir;
-use virtlockd::host::file::{self, Conflict, FileIdentity, LockType, Start};
+use virtlockd::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 use virtlockd::locks::keeper::{Acquired, Keeper, Refusal};
 use virtlockd::locks::lease;
 use virtlockd::locks::place::Place;
@@ -113,7 +113,7 @@ struct Row {
 /// A lock of somebody outside of the daemon.
 struct Stranger {
     /// Open as long as the lock lasts.
-    _descriptor: OwnedFd,
+    _descriptor: Lockable,
     mode: Mode,
     file: FileIdentity,
 }
@@ -496,7 +496,7 @@ impl World {
         if !fs::metadata(&path).is_ok_and(|found| found.is_file()) {
             return;
         }
-        let descriptor = open(&path);
+        let mut descriptor = Lockable::from(open(&path));
         let file = file::identity(&descriptor).unwrap();
         let held = self
             .rows
@@ -507,7 +507,7 @@ impl World {
         let is_free = held
             .chain(strangers.map(|lock| lock.mode))
             .all(|theirs| goes_with(mode, theirs));
-        let locked = file::lock_open_file(&descriptor, lock_type(mode));
+        let locked = descriptor.lock(lock_type(mode));
         assert_eq!(locked.is_ok(), is_free, "{locked:?}");
         if is_free {
             self.strangers.push(Stranger {

@@ -320,7 +320,7 @@ fn call(&[procedure, lockspace, name, flags]: &[u8; 4]) -> Vec<u8> {
 }
 
 /// A second open file of a locked file sees the lock.
-fn check_kernel(descriptor: &OwnedFd, mode: Mode) {
+fn check_kernel(descriptor: &impl AsRawFd, mode: Mode) {
     let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
     let second = file::open_existing(Start::Anywhere, path.as_bytes()).expect("a second open file");
     let sees = |kind| file::conflict(&second, kind).expect("ask for a lock");

@@ -1,7 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
-//! locks, told apart by device and inode.
+//! locks, unlocked before they are closed, told apart by device and inode.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -30,6 +30,21 @@ impl From<FileStat> for FileIdentity {
             device: stat.st_dev,
             inode: stat.st_ino,
         }
+    }
+}
+
+impl FileIdentity {
+    /// Stands for an open file that cannot be asked which one it is: no other has it.
+    pub fn unknown(file: &impl AsRawFd) -> FileIdentity {
+        FileIdentity {
+            device: u64::MAX,
+            inode: u64::try_from(file.as_raw_fd()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Whether it says which file it is.
+    pub fn is_known(&self) -> bool {
+        self.device != u64::MAX
     }
 }
 
@@ -153,6 +168,11 @@ pub fn open_existing(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
     open(start, path, OFlag::O_RDWR)
 }
 
+/// Opens a file for reading, which is all that a read lock needs.
+pub fn open_to_read(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open(start, path, OFlag::O_RDONLY)
+}
+
 /// Opens a file for reading and writing and makes it if it is missing.
 pub fn open_or_create(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
     open(start, path, OFlag::O_RDWR | OFlag::O_CREAT)
@@ -175,7 +195,8 @@ pub fn open_handle(handle: &OwnedFd) -> Result<OwnedFd, Errno> {
     open(Start::Anywhere, path.as_bytes(), OFlag::O_RDWR)
 }
 
-/// Another descriptor of an open file through which it can be read and not changed.
+/// Another descriptor of an open file, or of that behind a handle, through which it can be read and not
+/// changed.
 pub fn read_only(file: &OwnedFd) -> Result<OwnedFd, Errno> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     open(Start::Anywhere, path.as_bytes(), OFlag::O_RDONLY)
@@ -201,8 +222,17 @@ fn open_directory_beneath(start: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd,
 }
 
 /// Which file a descriptor is of.
-pub fn identity(file: &OwnedFd) -> Result<FileIdentity, Errno> {
+pub fn identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
     stat::fstat(file).map(FileIdentity::from)
+}
+
+/// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
+pub fn is_block_device(file: &impl AsRawFd) -> bool {
+    /// BLKGETSIZE64 of linux/fs.h: other files do not know it.
+    const SIZE_OF_BLOCK_DEVICE: libc::Ioctl = 0x8008_1272;
+    let mut bytes = 0u64;
+    // SAFETY: the call stores a 64 bit integer at the address, which is that of a living one.
+    unsafe { libc::ioctl(file.as_raw_fd(), SIZE_OF_BLOCK_DEVICE, &raw mut bytes) == 0 }
 }
 
 /// What a path leads to now.
@@ -236,7 +266,7 @@ pub enum Conflict {
     None,
     /// A POSIX record lock of this process.
     Process(i32),
-    /// An open-file-description lock: the kernel does not say whose.
+    /// An open-file-description lock, or one that a server keeps: the kernel does not say whose.
     OpenFile,
     /// One of a process that has no number here: on another host, or in another namespace.
     Elsewhere,
@@ -270,18 +300,112 @@ fn region(kind: LockType) -> libc::flock {
     }
 }
 
-/// Sets the open file's lock, or changes it. EAGAIN when somebody else's stands in the way.
-pub fn lock_open_file(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
+/// An open file that is locked, or may be. It is unlocked before it is closed, wherever that happens:
+/// a FUSE server may take a closed file for a locked one for ever, and a copy of the descriptor
+/// elsewhere keeps the lock. (Whoever is killed cannot unlock: then the kernel only closes.)
+#[derive(Debug)]
+pub struct Lockable {
+    descriptor: OwnedFd,
+    /// Whether there may be an open-file-description lock on it.
+    open_file: bool,
+    /// Whether there may be a POSIX lock of this process on it, to be given up with it.
+    process: bool,
+}
+
+impl From<OwnedFd> for Lockable {
+    /// A file that nobody has tried to lock through this descriptor.
+    fn from(descriptor: OwnedFd) -> Lockable {
+        Lockable {
+            descriptor,
+            open_file: false,
+            process: false,
+        }
+    }
+}
+
+impl Lockable {
+    /// A file that an earlier image of this process locked, in one way or the other.
+    pub fn inherited(descriptor: OwnedFd) -> Lockable {
+        Lockable {
+            descriptor,
+            open_file: true,
+            process: true,
+        }
+    }
+
+    /// Sets the open file's lock, or changes it. EAGAIN when somebody else's stands in the way.
+    pub fn lock(&mut self, kind: LockType) -> Result<(), Errno> {
+        let result = set_open_file(&self.descriptor, kind);
+        self.open_file = is_owed(self.open_file, kind, result);
+        result
+    }
+
+    /// Sets this process's POSIX lock on the file, or changes it.
+    pub fn lock_process(&mut self, kind: LockType) -> Result<(), Errno> {
+        let result = set_process(&self.descriptor, kind);
+        self.process = is_owed(self.process, kind, result);
+        result
+    }
+
+    /// The POSIX lock, if there is one, is not to be given up with this descriptor: there is none, or
+    /// it is another name's.
+    pub fn leave_process_lock(&mut self) {
+        self.process = false;
+    }
+
+    /// Lets go of every lock that there may be. What fails is tried once more when this is dropped.
+    pub fn unlock(&mut self) -> Result<(), Errno> {
+        let process = if self.process {
+            self.lock_process(LockType::Unlock)
+        } else {
+            Ok(())
+        };
+        if self.open_file {
+            self.lock(LockType::Unlock)?;
+        }
+        process
+    }
+}
+
+impl Drop for Lockable {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here; closing unlocks nearly everywhere.
+        let _ = self.unlock();
+    }
+}
+
+impl AsFd for Lockable {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+impl AsRawFd for Lockable {
+    fn as_raw_fd(&self) -> RawFd {
+        self.descriptor.as_raw_fd()
+    }
+}
+
+/// Whether there may be a lock after this attempt. What was refused was not granted; after any other
+/// failure a server may have granted it all the same, or yet may.
+fn is_owed(was: bool, kind: LockType, result: Result<(), Errno>) -> bool {
+    match (kind, result) {
+        (LockType::Unlock, Ok(())) => false,
+        (LockType::Unlock, Err(_)) | (_, Err(Errno::EAGAIN | Errno::EACCES)) => was,
+        (LockType::Read | LockType::Write, _) => true,
+    }
+}
+
+fn set_open_file(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
     fcntl::fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind))).map(drop)
 }
 
-/// Sets this process's POSIX lock on the file, or changes it.
-pub fn lock_process(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
+fn set_process(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
     fcntl::fcntl(file, FcntlArg::F_SETLK(&region(kind))).map(drop)
 }
 
 /// Who would stand in the way of this open file's lock.
-pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
+pub fn conflict(file: impl AsFd, kind: LockType) -> Result<Conflict, Errno> {
     let mut found = region(kind);
     fcntl::fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
     Ok(conflict_of(&found))
@@ -289,7 +413,7 @@ pub fn conflict(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
 
 /// Who would stand in the way of a POSIX lock of this process. The kernel says here whose lock it is
 /// also where F_OFD_GETLK says -1 of every lock: on FUSE and NFS (locks_translate_pid in fs/locks.c).
-pub fn holder(file: &OwnedFd, kind: LockType) -> Result<Conflict, Errno> {
+pub fn holder(file: impl AsFd, kind: LockType) -> Result<Conflict, Errno> {
     let mut found = region(kind);
     fcntl::fcntl(file, FcntlArg::F_GETLK(&mut found))?;
     Ok(conflict_of(&found))
@@ -416,22 +540,53 @@ mod tests {
         let scratch = Scratch::new("lock");
         let path = scratch.0.join("disk");
         std::fs::write(&path, "").unwrap();
-        let first = open_existing(Start::Anywhere, bytes(&path)).unwrap();
-        lock_open_file(&first, LockType::Write).unwrap();
+        let open = || Lockable::from(open_existing(Start::Anywhere, bytes(&path)).unwrap());
+        let mut first = open();
+        first.lock(LockType::Write).unwrap();
         for _ in 0..2 {
-            let second = open_existing(Start::Anywhere, bytes(&path)).unwrap();
-            assert_eq!(lock_open_file(&second, LockType::Read), Err(Errno::EAGAIN));
+            let mut second = open();
+            assert_eq!(second.lock(LockType::Read), Err(Errno::EAGAIN));
             assert_eq!(conflict(&second, LockType::Read), Ok(Conflict::OpenFile));
         }
-        lock_open_file(&first, LockType::Unlock).unwrap();
-        let second = open_existing(Start::Anywhere, bytes(&path)).unwrap();
+        first.unlock().unwrap();
+        let mut second = open();
         assert_eq!(conflict(&second, LockType::Write), Ok(Conflict::None));
-        lock_process(&second, LockType::Write).unwrap();
+        second.lock_process(LockType::Write).unwrap();
         let own_pid = i32::try_from(std::process::id()).unwrap();
         assert_eq!(
-            conflict(&second, LockType::Write),
+            conflict(&first, LockType::Write),
             Ok(Conflict::Process(own_pid))
         );
+    }
+
+    // Where a copy of the descriptor is left, closing alone does not unlock.
+    #[test]
+    fn a_file_that_was_or_may_have_been_locked_is_unlocked_before_it_is_closed() {
+        let scratch = Scratch::new("guard");
+        let path = scratch.0.join("disk");
+        std::fs::write(&path, "").unwrap();
+        let open = || open_existing(Start::Anywhere, bytes(&path)).unwrap();
+        let descriptor = open();
+        let copy = descriptor.try_clone().unwrap();
+        let outside = open();
+        let mut locked = Lockable::from(descriptor);
+        locked.lock(LockType::Write).unwrap();
+        assert_eq!(conflict(&outside, LockType::Read), Ok(Conflict::OpenFile));
+        drop(locked);
+        assert_eq!(conflict(&outside, LockType::Read), Ok(Conflict::None));
+
+        for (was, kind, result, owed) in [
+            (false, LockType::Write, Ok(()), true),
+            (false, LockType::Write, Err(Errno::EAGAIN), false),
+            (true, LockType::Write, Err(Errno::EAGAIN), true),
+            (false, LockType::Read, Err(Errno::EINTR), true),
+            (false, LockType::Write, Err(Errno::ETIMEDOUT), true),
+            (true, LockType::Unlock, Err(Errno::EIO), true),
+            (true, LockType::Unlock, Ok(()), false),
+        ] {
+            assert_eq!(is_owed(was, kind, result), owed, "{kind:?} {result:?}");
+        }
+        drop(copy);
     }
 
     #[test]

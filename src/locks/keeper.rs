@@ -2,17 +2,16 @@
 //! entered in the table. Nothing above this module opens, locks or removes a file.
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 
-use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused, Stranger};
+use super::lease::{Acquisition, AtEnd, Lease, LockKind, NotLocked, Refused, Stranger};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
 use super::table::{
     Decision, Granted, Mode, NotReleased, Owner, OwnerKey, Pid, Resource, ResourceId, Table,
 };
-use crate::host::file::{self, FileIdentity};
+use crate::host::file::{self, FileIdentity, Lockable};
 use crate::host::{errno, pid_file};
 
 /// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
@@ -24,13 +23,12 @@ const MOST_LOCKSPACES: usize = 1024;
 pub struct Keeper {
     table: Table<Lease>,
     lockspaces: BTreeSet<Box<[u8]>>,
-    /// How many leases are POSIX locks: while there are any, files are looked at before they are
-    /// opened.
-    process_locks: usize,
+    /// The files that must not be opened and closed: those with POSIX locks, each as often as it is
+    /// held, and the daemon's own from when somebody wanted it. While there are any, files are looked at
+    /// before they are opened.
+    avoid: Vec<FileIdentity>,
     /// The daemon's pid file, which is nobody's resource, and its descriptor. It has a POSIX lock.
     pub own_file: Option<(FileIdentity, i32)>,
-    /// Somebody wanted it: from then on, files are looked at before they are opened.
-    own_file_is_wanted: bool,
     /// Descriptors were parked, of which the ledger does not know yet.
     has_parked: bool,
 }
@@ -159,15 +157,26 @@ impl Keeper {
             place,
             mode,
             autocreate,
-            care: self.care(),
+            avoid: &self.avoid,
         };
-        let (lease, identity) = match acquisition.run(|identity| self.is_held(identity)) {
+        let (lease, identity) = match acquisition.run() {
             Ok(locked) => locked,
             Err(refused) => {
                 self.keep_own_file(refused);
                 return Err(self.refusal(refused));
             }
         };
+        // Another name of a held file, which was locked because both are shared, or because they are two
+        // nodes of one block device.
+        if let Some(refusal) = self.held_as(identity) {
+            let at_end = if lease.created {
+                AtEnd::Remove(mode)
+            } else {
+                AtEnd::Keep
+            };
+            lease.end(place, identity, at_end);
+            return Err(refusal);
+        }
         let Place { lockspace, name } = place;
         let granted = Granted {
             lockspace,
@@ -180,21 +189,15 @@ impl Keeper {
         Ok(Acquired::Granted(self.table.grant(owner, granted)))
     }
 
-    /// Whether a file is held under some name, or is the daemon's own.
-    fn is_held(&self, identity: FileIdentity) -> bool {
-        let is_own = self.own_file.is_some_and(|(own, _)| own == identity);
-        is_own || self.table.find_file(identity).is_some()
-    }
-
     /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
-    fn keep_own_file(&mut self, refused: Refused) {
+    fn keep_own_file(&mut self, refused: NotLocked) {
         let Some((own, descriptor)) = self.own_file else {
             return;
         };
-        if refused != Refused::Held(own) || self.care() == Care::LookFirst {
+        if refused.identity != Some(own) || refused.reason == Refused::Avoided {
             return;
         }
-        self.own_file_is_wanted = true;
+        self.avoid.push(own);
         if let Err(errno) = pid_file::lock_again(descriptor) {
             tracing::error!(
                 target: "locking.lock_daemon",
@@ -205,25 +208,24 @@ impl Keeper {
         }
     }
 
-    fn care(&self) -> Care {
-        if self.process_locks == 0 && !self.own_file_is_wanted {
-            Care::None
-        } else {
-            Care::LookFirst
-        }
-    }
-
-    fn refusal(&self, refused: Refused) -> Refusal {
-        match refused {
-            Refused::Taken(stranger) => Refusal::Taken(stranger),
+    fn refusal(&self, refused: NotLocked) -> Refusal {
+        let held_as = refused.identity.and_then(|identity| self.held_as(identity));
+        match refused.reason {
+            Refused::Taken(stranger) => held_as.unwrap_or(Refusal::Taken(stranger)),
+            Refused::Avoided => held_as.unwrap_or(Refusal::Unsteady),
             Refused::Unsteady => Refusal::Unsteady,
-            Refused::Held(identity) => self
-                .table
-                .find_file(identity)
-                .map_or(Refusal::Own, Refusal::HeldAs),
             Refused::Leaves => Refusal::Leaves,
             Refused::Open(errno) => Refusal::File(errno),
             Refused::Lock(errno) => Refusal::Lock(errno),
+        }
+    }
+
+    /// The refusal of a file that is held under another name here, or is the daemon's own.
+    fn held_as(&self, identity: FileIdentity) -> Option<Refusal> {
+        let is_own = || self.own_file.is_some_and(|(own, _)| own == identity);
+        match self.table.find_file(identity) {
+            Some(id) => Some(Refusal::HeldAs(id)),
+            None => is_own().then_some(Refusal::Own),
         }
     }
 
@@ -270,7 +272,7 @@ impl Keeper {
             return;
         };
         if matches!(adopted.lease.kind, LockKind::Process { .. }) {
-            self.process_locks = self.process_locks.saturating_add(1);
+            self.avoid.push(adopted.identity);
         }
         let id = self.table.grant(&first.0, adopted);
         for (owner, times) in
@@ -284,7 +286,10 @@ impl Keeper {
 
     fn end(&mut self, resource: Resource<Lease>) {
         if matches!(resource.lease.kind, LockKind::Process { .. }) {
-            self.process_locks = self.process_locks.saturating_sub(1);
+            let mut avoid = self.avoid.iter();
+            if let Some(place) = avoid.position(|file| *file == resource.identity) {
+                self.avoid.swap_remove(place);
+            }
         }
         // The same file is held under another name with a POSIX lock, which would go with ours, and
         // with any descriptor of the file that we close.
@@ -303,15 +308,22 @@ impl Keeper {
     }
 
     /// The parked descriptors of a held resource that is this file and has a POSIX lock.
-    fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<OwnedFd>> {
-        if self.process_locks == 0 {
+    fn process_lock_on(&mut self, identity: FileIdentity) -> Option<&mut Vec<Lockable>> {
+        if self.avoid.is_empty() {
             return None;
         }
         let is_process = |id: &ResourceId| {
             let held = self.table.get(*id);
             held.is_some_and(|held| matches!(held.lease.kind, LockKind::Process { .. }))
         };
-        let id = self.table.same_file(identity).find(is_process)?;
+        // What could not be asked which file it is may be any of these.
+        let id = if identity.is_known() {
+            self.table.same_file(identity).find(is_process)
+        } else {
+            let mut all = self.table.iter().map(|(id, _)| id);
+            all.find(is_process)
+        };
+        let id = id?;
         match &mut self.table.get_mut(id)?.lease.kind {
             LockKind::Process { parked } => Some(parked),
             LockKind::OpenFile => None,
@@ -353,8 +365,8 @@ impl Keeper {
         }
         match place.reach(file::look_up) {
             Ok(found) => {
-                if self.is_held(found.identity) {
-                    return Err(self.refusal(Refused::Held(found.identity)));
+                if let Some(refusal) = self.held_as(found.identity) {
+                    return Err(refusal);
                 }
             }
             // A name of no file, or a link that leads out or nowhere: the name alone goes.
@@ -413,10 +425,11 @@ mod tests {
             use std::os::unix::ffi::OsStrExt;
             file::open_existing(Start::Anywhere, path.as_os_str().as_bytes()).unwrap()
         };
-        let (first, second, outside) = (open(), open(), open());
+        let (mut first, mut second) = (Lockable::from(open()), Lockable::from(open()));
+        let outside = open();
         let identity = file::identity(&first).unwrap();
-        file::lock_process(&first, LockType::Read).unwrap();
-        file::lock_open_file(&second, LockType::Read).unwrap();
+        first.lock_process(LockType::Read).unwrap();
+        second.lock(LockType::Read).unwrap();
         let mut keeper = Keeper::new();
         let process = LockKind::Process { parked: Vec::new() };
         for (name, descriptor, kind) in [

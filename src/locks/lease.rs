@@ -5,7 +5,10 @@
 //! of the file does not drop them, and a second open of it conflicts also within this process.
 //! Locks taken over from the C daemon may be POSIX locks and stay so, because there is no way to
 //! change the kind of an exclusive lock without a moment in which nobody has it. A POSIX lock is
-//! lost when *any* descriptor of its file is closed; see [`Care`].
+//! lost when *any* descriptor of its file is closed; see [`Acquisition::avoid`].
+//!
+//! A file that is or may be locked is a [`Lockable`]: whatever becomes of it, it is unlocked before it
+//! is closed.
 
 use std::os::fd::OwnedFd;
 
@@ -14,7 +17,7 @@ use nix::errno::Errno;
 use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::errno;
-use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
+use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 
 /// What kind of lock a lease is.
 #[derive(Debug)]
@@ -24,7 +27,7 @@ pub enum LockKind {
     /// A POSIX record lock of this process.
     Process {
         /// Other descriptors of the same file, kept open because closing one would drop the lock.
-        parked: Vec<OwnedFd>,
+        parked: Vec<Lockable>,
     },
 }
 
@@ -32,20 +35,11 @@ pub enum LockKind {
 #[derive(Debug)]
 pub struct Lease {
     /// The locked file.
-    pub descriptor: OwnedFd,
+    pub descriptor: Lockable,
     /// How it is locked.
     pub kind: LockKind,
     /// Whether the daemon made the file for this lease.
     pub created: bool,
-}
-
-/// How to open files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Care {
-    /// Opening and closing a file that is held harms nothing.
-    None,
-    /// Some held files have POSIX locks: find out which file it is before opening it.
-    LookFirst,
 }
 
 /// Who has the lock that stands in the way of ours, as far as the kernel says.
@@ -61,8 +55,8 @@ pub enum Stranger {
 
 impl Stranger {
     /// Who kept us from locking a file. They may be gone by now.
-    fn of(descriptor: &OwnedFd, wanted: LockType) -> Stranger {
-        match file::holder(descriptor, wanted) {
+    fn of(file: &Lockable, wanted: LockType) -> Stranger {
+        match file::holder(file, wanted) {
             Ok(Conflict::Process(pid)) => Stranger::Process(pid),
             Ok(Conflict::OpenFile) => Stranger::ThisHost,
             Ok(Conflict::None | Conflict::Elsewhere) | Err(_) => Stranger::Elsewhere,
@@ -77,8 +71,8 @@ pub enum Refused {
     Taken(Stranger),
     /// Each time another file had its name before it was locked.
     Unsteady,
-    /// It is a file that the table knows to be held.
-    Held(FileIdentity),
+    /// It is one of the files that were to be avoided: it has not been opened.
+    Avoided,
     /// Its name leaves the lockspace.
     Leaves,
     /// It could not be opened.
@@ -96,7 +90,25 @@ impl From<Unreachable> for Refused {
     }
 }
 
-/// A file to be opened and locked: decided on, not done yet.
+/// A refused file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotLocked {
+    /// Why.
+    pub reason: Refused,
+    /// Which file it is, if that is known: it may be held under another name.
+    pub identity: Option<FileIdentity>,
+}
+
+impl From<Refused> for NotLocked {
+    fn from(reason: Refused) -> NotLocked {
+        NotLocked {
+            reason,
+            identity: None,
+        }
+    }
+}
+
+/// A file to be opened and locked: decided on, not done yet. Plain data: whoever runs it needs no table.
 #[derive(Clone, Copy, Debug)]
 pub struct Acquisition<'a> {
     /// Which file.
@@ -105,99 +117,197 @@ pub struct Acquisition<'a> {
     pub mode: Mode,
     /// Whether to make it if it is missing.
     pub autocreate: bool,
-    /// How to open it.
-    pub care: Care,
+    /// Files that must not be opened, because closing one of them would drop a POSIX lock. While there are
+    /// any, it is found out which file it is before it is opened. There are none, most often.
+    pub avoid: &'a [FileIdentity],
 }
 
 /// How often a file may be replaced under our hands before we call it busy.
 const ROUNDS: u32 = 32;
 
+/// How often a file is opened anew, by its name, when a call on the open one fails in a way that the
+/// name may mend: a network file system calls a file stale that was replaced elsewhere.
+const STALE_ROUNDS: u32 = 4;
+
+/// Why one round did not end with a lock.
+enum Missed {
+    /// It is over.
+    Refused(NotLocked),
+    /// The name leads to another file by now.
+    Replaced,
+    /// The next round may do better. If there is none, this is why.
+    Stale(Refused),
+}
+
+impl From<NotLocked> for Missed {
+    fn from(refused: NotLocked) -> Missed {
+        Missed::Refused(refused)
+    }
+}
+
+/// Whether opening a file anew, by its name, may mend what failed with the open one. (Where that cannot
+/// be done, it is tried once more with the same.)
+fn is_mended_by_name(errno: Errno) -> bool {
+    matches!(errno, Errno::ESTALE | Errno::EINTR)
+}
+
 impl Acquisition<'_> {
-    /// Opens and locks the file. `held` says of a file whether it is held under some name.
-    pub fn run(
+    /// Opens and locks the file. Whether it is held under another name is for the keeper to see, who
+    /// undoes it then.
+    pub fn run(&self) -> Result<(Lease, FileIdentity), NotLocked> {
+        let mut made = None;
+        let mut stale = 0;
+        for _ in 0..ROUNDS {
+            match self.round(&mut made, stale == STALE_ROUNDS) {
+                Ok(locked) => return Ok(locked),
+                Err(Missed::Replaced) => (),
+                Err(Missed::Stale(_)) if stale < STALE_ROUNDS => stale = stale.saturating_add(1),
+                Err(Missed::Stale(reason)) => return Err(reason.into()),
+                Err(Missed::Refused(refused)) => return Err(refused),
+            }
+        }
+        Err(Refused::Unsteady.into())
+    }
+
+    /// Opens and locks the file that the name leads to now. `made` is the file that this call made, in
+    /// this round or in one before, after which it could not be seen at its name. In the last round
+    /// what cannot be known is done without, or undone.
+    fn round(
         &self,
-        held: impl Fn(FileIdentity) -> bool,
-    ) -> Result<(Lease, FileIdentity), Refused> {
+        made: &mut Option<FileIdentity>,
+        is_last: bool,
+    ) -> Result<(Lease, FileIdentity), Missed> {
+        let (descriptor, is_new) = self.open().inspect_err(|refused| {
+            if let (Some(_), Refused::Open(errno)) = (*made, refused.reason) {
+                self.left_behind(errno);
+            }
+        })?;
+        let mut descriptor = Lockable::from(descriptor);
+        let identity = match file::identity(&descriptor) {
+            // Only its maker knows that a new file may be removed: that must not be forgotten.
+            Err(_) if is_new => file::identity(&descriptor),
+            result => result,
+        };
+        let (identity, unknown) = match identity {
+            Ok(identity) => (identity, None),
+            Err(errno) if is_mended_by_name(errno) && !is_last => {
+                return Err(Missed::Stale(Refused::Open(errno)));
+            }
+            Err(errno) if self.needs_identity(&descriptor) => {
+                if is_new {
+                    self.left_behind(errno);
+                }
+                return Err(NotLocked::from(Refused::Open(errno)).into());
+            }
+            Err(errno) => (FileIdentity::unknown(&descriptor), Some(errno)),
+        };
+        if is_new {
+            *made = Some(identity);
+        }
+        let created = *made == Some(identity);
         let lock_type = match self.mode {
             Mode::Exclusive => LockType::Write,
             Mode::Shared => LockType::Read,
         };
-        let mut made = None;
-        for round in 1..=ROUNDS {
-            let (descriptor, created) = self.open(&held)?;
-            let identity = match file::identity(&descriptor) {
-                Ok(identity) => identity,
-                Err(errno) if created => {
-                    self.unmake(&descriptor);
-                    return Err(Refused::Open(errno));
-                }
-                Err(errno) => return Err(Refused::Open(errno)),
-            };
-            if created {
-                made = Some(identity);
+        match descriptor.lock(lock_type) {
+            Ok(()) => (),
+            Err(errno) if is_mended_by_name(errno) && !is_last => {
+                return Err(Missed::Stale(Refused::Lock(errno)));
             }
-            if held(identity) {
-                return Err(Refused::Held(identity));
-            }
-            // In this round or in one before, after which it could not be seen at its name.
-            let created = made == Some(identity);
-            if let Err(errno) = file::lock_open_file(&descriptor, lock_type) {
-                let refused = match errno {
+            Err(errno) => {
+                let reason = match errno {
                     Errno::EAGAIN | Errno::EACCES => {
                         Refused::Taken(Stranger::of(&descriptor, lock_type))
                     }
                     errno => Refused::Lock(errno),
                 };
                 if created {
-                    self.unmake(&descriptor);
+                    self.unmake(&mut descriptor, identity);
                 }
-                return Err(refused);
-            }
-            let lease = Lease {
-                descriptor,
-                kind: LockKind::OpenFile,
-                created,
-            };
-            // The last owner of a made file removes it: between our open and our lock it may have
-            // gone, and then we hold a lock on a file that nobody else will ever find.
-            if !self.autocreate {
-                return Ok((lease, identity));
-            }
-            match leads_to(self.place, identity) {
-                Ok(true) => return Ok((lease, identity)),
-                Err(errno) if round == ROUNDS => {
-                    if created {
-                        self.unmake(&lease.descriptor);
-                    }
-                    return Err(Refused::Open(errno));
-                }
-                Ok(false) | Err(_) => (),
+                return Err(Missed::Refused(NotLocked {
+                    reason,
+                    identity: Some(identity),
+                }));
             }
         }
-        Err(Refused::Unsteady)
+        if let Some(reason) = unknown {
+            tracing::warn!(
+                target: "locking.lockspace",
+                "{} is locked, but which file it is could not be found out: {}. Another name of it is \
+                 known only by the lock",
+                String::from_utf8_lossy(&self.place.path()),
+                errno::text(reason)
+            );
+        }
+        // The last owner of a made file removes it: between our open and our lock it may have
+        // gone, and then we hold a lock on a file that nobody else will ever find.
+        if self.autocreate {
+            match leads_to(self.place, identity) {
+                Ok(true) => (),
+                Ok(false) => return Err(Missed::Replaced),
+                Err(errno) => {
+                    if created && is_last {
+                        self.unmake(&mut descriptor, identity);
+                    }
+                    return Err(Missed::Stale(Refused::Open(errno)));
+                }
+            }
+        }
+        let lease = Lease {
+            descriptor,
+            kind: LockKind::OpenFile,
+            created,
+        };
+        Ok((lease, identity))
+    }
+
+    /// Whether a file must not be locked without knowing which one it is. The lock on an open file
+    /// excludes every other one of the same file, whatever its name; but not that of another node of
+    /// the same block device, nor may a file be made, removed, or closed while it may have a POSIX lock.
+    fn needs_identity(&self, descriptor: &Lockable) -> bool {
+        self.autocreate || !self.avoid.is_empty() || file::is_block_device(descriptor)
     }
 
     /// Removes a file that was made for a lock which could not be had. Under a lock, because
     /// somebody else may have taken it meanwhile.
-    fn unmake(&self, descriptor: &OwnedFd) {
-        if let Ok(identity) = file::identity(descriptor)
-            && file::lock_open_file(descriptor, LockType::Write).is_ok()
-        {
-            remove(self.place, identity);
+    fn unmake(&self, descriptor: &mut Lockable, identity: FileIdentity) {
+        match descriptor.lock(LockType::Write) {
+            Ok(()) => remove(self.place, identity),
+            // It is theirs now.
+            Err(Errno::EAGAIN | Errno::EACCES) => (),
+            Err(errno) => self.left_behind(errno),
         }
     }
 
-    fn open(&self, held: impl Fn(FileIdentity) -> bool) -> Result<(OwnedFd, bool), Refused> {
-        if self.care == Care::LookFirst {
-            return self.look_and_open(held);
+    /// A file that was made for nothing stays: without a lock on it and without knowing that it is the
+    /// one at its name, it may be somebody else's by now.
+    fn left_behind(&self, reason: Errno) {
+        tracing::warn!(
+            target: "locking.lockspace",
+            "The lock file {} was made for a lock that could not be had, and stays, because nobody can \
+             tell whether it is in use: {}. Remove it when no guest uses it",
+            String::from_utf8_lossy(&self.place.path()),
+            errno::text(reason)
+        );
+    }
+
+    /// The opened file, and whether it was made.
+    fn open(&self) -> Result<(OwnedFd, bool), NotLocked> {
+        if !self.avoid.is_empty() {
+            return self.look_and_open();
         }
+        self.open_at_once()
+            .map_err(|reason| Refused::from(reason).into())
+    }
+
+    fn open_at_once(&self) -> Result<(OwnedFd, bool), Unreachable> {
         if !self.autocreate {
-            return Ok((self.place.reach(file::open_existing)?, false));
+            return Ok((self.open_at_place(file::open_existing)?, false));
         }
         // A disk is there, most often; a lock file is not. It matters who made a file: in the default
         // lockspace only that is ever removed, and one that was made for nothing goes at once.
         if self.place.is_default() {
-            match self.place.reach(file::open_existing) {
+            match self.open_at_place(file::open_existing) {
                 Err(Unreachable::System(Errno::ENOENT)) => (),
                 result => return Ok((result?, false)),
             }
@@ -206,40 +316,70 @@ impl Acquisition<'_> {
             Ok(descriptor) => Ok((descriptor, true)),
             // Made by somebody else, or a symbolic link that leads to nothing.
             Err(Unreachable::System(Errno::EEXIST)) => {
-                Ok((self.place.reach(file::open_or_create)?, false))
+                Ok((self.open_at_place(file::open_or_create)?, false))
             }
-            Err(reason) => Err(reason.into()),
+            Err(reason) => Err(reason),
         }
     }
 
-    /// Opens a file only if it is known not to be held.
-    fn look_and_open(
+    /// Opens the file at the place, for writing if that can be.
+    fn open_at_place(
         &self,
-        held: impl Fn(FileIdentity) -> bool,
-    ) -> Result<(OwnedFd, bool), Refused> {
+        open: impl Fn(Start<'_>, &[u8]) -> Result<OwnedFd, Errno>,
+    ) -> Result<OwnedFd, Unreachable> {
+        match self.place.reach(open) {
+            Err(Unreachable::System(errno)) if self.can_do_with_reading(errno) => self
+                .place
+                .reach(file::open_to_read)
+                .map_err(|_| Unreachable::System(errno)),
+            result => result,
+        }
+    }
+
+    /// Whether reading may be allowed where writing is not, and is enough: a shared disk on a medium
+    /// that cannot be written.
+    fn can_do_with_reading(&self, refused: Errno) -> bool {
+        self.mode == Mode::Shared && matches!(refused, Errno::EROFS | Errno::EACCES | Errno::EPERM)
+    }
+
+    /// Opens a file only if it is known not to be one to be avoided.
+    fn look_and_open(&self) -> Result<(OwnedFd, bool), NotLocked> {
         for _ in 0..ROUNDS {
-            match self.place.reach(file::handle) {
-                Ok(handle) => {
-                    let identity = file::identity(&handle).map_err(Refused::Open)?;
-                    if held(identity) {
-                        return Err(Refused::Held(identity));
+            let look = |start: Start<'_>, path: &[u8]| {
+                let handle = file::handle(start, path)?;
+                let identity = file::identity(&handle)?;
+                Ok((handle, identity))
+            };
+            match self.place.reach(look) {
+                Ok((handle, identity)) => {
+                    if self.avoid.contains(&identity) {
+                        return Err(NotLocked {
+                            reason: Refused::Avoided,
+                            identity: Some(identity),
+                        });
                     }
-                    return file::open_handle(&handle)
+                    let opened = match file::open_handle(&handle) {
+                        Err(errno) if self.can_do_with_reading(errno) => {
+                            file::read_only(&handle).map_err(|_| errno)
+                        }
+                        result => result,
+                    };
+                    return opened
                         .map(|descriptor| (descriptor, false))
-                        .map_err(Refused::Open);
+                        .map_err(|errno| Refused::Open(errno).into());
                 }
                 Err(Unreachable::System(Errno::ENOENT)) if self.autocreate => (),
-                Err(reason) => return Err(reason.into()),
+                Err(reason) => return Err(Refused::from(reason).into()),
             }
             // Missing: nobody can hold it, and what is made here is new.
             match self.place.reach(file::create) {
                 // Made by somebody else just now: looked at like any other.
                 Err(Unreachable::System(Errno::EEXIST)) => (),
-                made => return Ok((made?, true)),
+                made => return Ok((made.map_err(Refused::from)?, true)),
             }
         }
         // A symbolic link that leads to nothing.
-        Err(Refused::Open(Errno::EEXIST))
+        Err(Refused::Open(Errno::EEXIST).into())
     }
 }
 
@@ -247,8 +387,9 @@ impl Acquisition<'_> {
 fn leads_to(place: Place<'_>, identity: FileIdentity) -> Result<bool, Errno> {
     match place.reach(file::look_up) {
         Ok(found) => Ok(found.identity == identity),
-        Err(Unreachable::System(errno)) if errno::may_pass(errno) => Err(errno),
-        Err(_) => Ok(false),
+        Err(Unreachable::Leaves) => Ok(false),
+        Err(Unreachable::System(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)) => Ok(false),
+        Err(Unreachable::System(errno)) => Err(errno),
     }
 }
 
@@ -257,7 +398,7 @@ fn leads_to(place: Place<'_>, identity: FileIdentity) -> Result<bool, Errno> {
 pub enum Found {
     /// An open-file-description lock.
     OpenFile,
-    /// A POSIX record lock of this process.
+    /// A POSIX record lock of this process, and perhaps one of the other kind.
     Process,
     /// None: somebody else has it by now.
     Lost,
@@ -266,25 +407,42 @@ pub enum Found {
 /// Finds out what kind of lock is on an inherited file, and makes a shared POSIX lock one of our
 /// own kind: both kinds can be held at once, so there is no moment without a lock. `is_alone` says
 /// that no other held resource is the same file, whose POSIX lock would go too.
-pub fn adopt(descriptor: &OwnedFd, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
+///
+/// Where a server keeps the locks, the kernel does not say whose lock stands in the way. Then one that
+/// stands in the way of the open file and not of this process is this process's own.
+pub fn adopt(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
+    let found = look_at_lock(file, mode, is_alone)?;
+    if found != Found::Process {
+        file.leave_process_lock();
+    }
+    Ok(found)
+}
+
+fn look_at_lock(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
     let own_pid = nix::unistd::getpid().as_raw();
     let wanted = match mode {
         Mode::Exclusive => LockType::Write,
         Mode::Shared => LockType::Read,
     };
-    let in_the_way = file::conflict(descriptor, LockType::Write)?;
+    let in_the_way = file::conflict(&*file, LockType::Write)?;
     if in_the_way == Conflict::Process(own_pid) && !(mode == Mode::Shared && is_alone) {
         return Ok(Found::Process);
     }
-    match file::lock_open_file(descriptor, wanted) {
-        // Either it was locked so already, or it is now.
-        Ok(()) => {
-            if mode == Mode::Shared && is_alone {
-                file::lock_process(descriptor, LockType::Unlock)?;
-            }
+    match file.lock(wanted) {
+        // It was locked so already, or it is now. Shared, it may have both kinds.
+        Ok(()) if mode == Mode::Exclusive || in_the_way == Conflict::None => Ok(Found::OpenFile),
+        Ok(()) if is_alone => {
+            file.lock_process(LockType::Unlock)?;
             Ok(Found::OpenFile)
         }
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(Found::Lost),
+        Ok(()) => Ok(Found::Process),
+        // To lock it once more changes nothing where the write lock that is in the way is ours.
+        Err(Errno::EAGAIN | Errno::EACCES) => match file.lock_process(LockType::Write) {
+            Ok(()) => Ok(Found::Process),
+            // EBADF: it is open for reading, so there never was such a lock.
+            Err(Errno::EAGAIN | Errno::EACCES | Errno::EBADF) => Ok(Found::Lost),
+            Err(errno) => Err(errno),
+        },
         Err(errno) => Err(errno),
     }
 }
@@ -299,50 +457,73 @@ pub enum AtEnd {
 }
 
 impl Lease {
-    /// Removes the file if that is asked for, then unlocks and closes it: FUSE file systems do not
-    /// reliably unlock on close alone.
-    pub fn end(self, place: Place<'_>, identity: FileIdentity, at_end: AtEnd) {
+    /// A lease of an earlier image of this process, whose lock is of this kind.
+    pub fn resumed(mut descriptor: Lockable, kind: LockKind, created: bool) -> Lease {
+        if matches!(kind, LockKind::OpenFile) {
+            descriptor.leave_process_lock();
+        }
+        Lease {
+            descriptor,
+            kind,
+            created,
+        }
+    }
+
+    /// Removes the file if that is asked for, then unlocks and closes it.
+    pub fn end(mut self, place: Place<'_>, identity: FileIdentity, at_end: AtEnd) {
         if let AtEnd::Remove(mode) = at_end
             && self.is_last(mode)
         {
             remove(place, identity);
         }
-        // Nothing can be done about a failure here, and closing unlocks all the same.
-        let _ = match self.kind {
-            LockKind::OpenFile => file::lock_open_file(&self.descriptor, LockType::Unlock),
-            LockKind::Process { .. } => file::lock_process(&self.descriptor, LockType::Unlock),
-        };
+        if let Err(errno) = self.descriptor.unlock() {
+            tracing::warn!(
+                target: "locking.lockspace",
+                "The lock on {} could not be given back before its file was closed: {}. If it stays \
+                 locked, its server has to be told",
+                String::from_utf8_lossy(&place.path()),
+                errno::text(errno)
+            );
+        }
     }
 
     /// Gives the lock up and its descriptors away: the file has a POSIX lock under another name, and
     /// none of them must be closed while that is held.
-    pub fn park(self) -> Vec<OwnedFd> {
-        match self.kind {
-            LockKind::OpenFile => {
-                // As in `end`: it stands in nobody's way for longer than it must.
-                let _ = file::lock_open_file(&self.descriptor, LockType::Unlock);
-                vec![self.descriptor]
-            }
-            LockKind::Process { mut parked } => {
-                parked.push(self.descriptor);
-                parked
-            }
-        }
+    pub fn park(mut self) -> Vec<Lockable> {
+        self.descriptor.leave_process_lock();
+        // As in `end`: it stands in nobody's way for longer than it must.
+        let _ = self.descriptor.unlock();
+        let mut parked = match self.kind {
+            LockKind::OpenFile => Vec::new(),
+            LockKind::Process { parked } => parked,
+        };
+        parked.push(self.descriptor);
+        parked
     }
 
     /// Whether nobody on another host or in another daemon shares the lock: then it can be made
     /// exclusive.
-    fn is_last(&self, mode: Mode) -> bool {
-        let upgraded = match (mode, &self.kind) {
-            (Mode::Exclusive, _) => return true,
-            (Mode::Shared, LockKind::OpenFile) => {
-                file::lock_open_file(&self.descriptor, LockType::Write)
-            }
-            (Mode::Shared, LockKind::Process { .. }) => {
-                file::lock_process(&self.descriptor, LockType::Write)
-            }
+    fn is_last(&mut self, mode: Mode) -> bool {
+        if mode == Mode::Exclusive {
+            return true;
+        }
+        let upgraded = match self.upgrade() {
+            Err(errno) if is_mended_by_name(errno) => self.upgrade(),
+            result => result,
         };
         upgraded.is_ok()
+    }
+
+    /// Makes a shared lock exclusive.
+    fn upgrade(&mut self) -> Result<(), Errno> {
+        match &self.kind {
+            LockKind::OpenFile => self.descriptor.lock(LockType::Write),
+            LockKind::Process { .. } => {
+                // A lock of the other kind, if it has both, would stand in its way.
+                let _ = self.descriptor.lock(LockType::Unlock);
+                self.descriptor.lock_process(LockType::Write)
+            }
+        }
     }
 }
 

@@ -13,6 +13,10 @@ use crate::host::file::{self, Start};
 /// The longest path that the kernel takes, with the zero byte at its end.
 const PATH_MAX: usize = libc::PATH_MAX as usize;
 
+/// How often a name is followed again that led to a file which is no more: on a network file system
+/// what the kernel remembers of a name may be stale.
+const STALE_ROUNDS: u32 = 4;
+
 /// A resource's file, named as in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place<'a> {
@@ -53,8 +57,21 @@ impl<'a> Place<'a> {
     }
 
     /// Hands `work` the place to start from and the path to follow. Where the path is below a
-    /// directory, EXDEV from `work` means that it left it.
+    /// directory, EXDEV from `work` means that it left it. After ESTALE all is done once more.
     pub fn reach<T>(
+        &self,
+        work: impl Fn(Start<'_>, &[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Unreachable> {
+        for _ in 0..STALE_ROUNDS {
+            match self.reach_once(&work) {
+                Err(Unreachable::System(Errno::ESTALE)) => (),
+                result => return result,
+            }
+        }
+        self.reach_once(&work)
+    }
+
+    fn reach_once<T>(
         &self,
         work: impl Fn(Start<'_>, &[u8]) -> Result<T, Errno>,
     ) -> Result<T, Unreachable> {

@@ -1,7 +1,7 @@
 //! Going on where an earlier image of the process stopped: its state becomes this daemon, and the
 //! descriptors that it left open become its sockets, locks and fenced processes.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use super::daemon::Daemon;
 use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::descriptors::Inherited;
-use crate::host::file::FileIdentity;
+use crate::host::file::{FileIdentity, Lockable};
 use crate::host::log::Printable;
 use crate::host::patience::patiently;
 use crate::host::process::Process;
@@ -90,13 +90,15 @@ impl Daemon {
                         what(),
                         errno::text(reason)
                     );
-                    no_identity(&descriptor)
+                    FileIdentity::unknown(&descriptor)
                 }),
             };
             adopted.push((resource, descriptor, identity));
         }
         // Only locks of another program's making have to be looked at.
         let mut names = HashMap::default();
+        // One that cannot be asked which file it is may be any of the others.
+        let all_known = adopted.iter().all(|(_, _, identity)| identity.is_known());
         for (resource, _, identity) in &adopted {
             if resource.kind == LockKindState::Unknown {
                 let count = names.entry(*identity).or_insert(0u32);
@@ -104,13 +106,10 @@ impl Daemon {
             }
         }
         for (resource, descriptor, identity) in adopted {
-            let is_alone = names.get(&identity).is_none_or(|count| *count == 1);
-            let kind = resume_kind(&resource, &descriptor, is_alone, inherited)?;
-            let lease = Lease {
-                descriptor,
-                kind,
-                created: resource.created,
-            };
+            let is_alone = all_known && names.get(&identity).is_none_or(|count| *count == 1);
+            let mut descriptor = Lockable::inherited(descriptor);
+            let kind = resume_kind(&resource, &mut descriptor, is_alone, inherited)?;
+            let lease = Lease::resumed(descriptor, kind, resource.created);
             let granted = Granted {
                 lockspace: &resource.lockspace,
                 name: &resource.name,
@@ -263,17 +262,9 @@ pub fn resume_listeners(
     listeners.iter().map(resume).collect()
 }
 
-/// Stands for a file that cannot be asked which one it is: no other has it.
-fn no_identity(descriptor: &OwnedFd) -> FileIdentity {
-    FileIdentity {
-        device: u64::MAX,
-        inode: u64::try_from(descriptor.as_raw_fd()).unwrap_or(u64::MAX),
-    }
-}
-
 fn resume_kind(
     resource: &ResourceState,
-    descriptor: &OwnedFd,
+    descriptor: &mut Lockable,
     is_alone: bool,
     inherited: &mut Inherited,
 ) -> Result<LockKind, String> {
@@ -298,7 +289,7 @@ fn resume_kind(
             let parked: Result<_, String> = resource
                 .parked
                 .iter()
-                .map(|number| adopt(*number, "a file", inherited))
+                .map(|number| adopt(*number, "a file", inherited).map(Lockable::from))
                 .collect();
             Ok(LockKind::Process { parked: parked? })
         }
@@ -331,11 +322,12 @@ fn not_open(number: i32, what: &str, reason: Errno) -> String {
 mod tests {
     use super::*;
     use crate::locks::table::Mode;
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn a_file_whose_lock_cannot_be_looked_at_is_kept_with_the_care_of_a_posix_lock() {
         // The kernel answers no question about locks on such a descriptor.
-        let descriptor = file::open_directory(b"/").unwrap();
+        let mut descriptor = Lockable::inherited(file::open_directory(b"/").unwrap());
         let resource = ResourceState {
             lockspace: Vec::new(),
             name: b"/stale".to_vec(),
@@ -349,7 +341,7 @@ mod tests {
             holders: Vec::new(),
         };
         let mut none = Inherited::of(&[]).unwrap();
-        let kind = resume_kind(&resource, &descriptor, true, &mut none).unwrap();
+        let kind = resume_kind(&resource, &mut descriptor, true, &mut none).unwrap();
         assert!(matches!(kind, LockKind::Process { .. }));
     }
 }

@@ -9,6 +9,7 @@
 pub mod client;
 pub mod daemon;
 pub mod faults;
+pub mod fuse;
 pub mod libvirt;
 pub mod namespace;
 pub mod owner;
