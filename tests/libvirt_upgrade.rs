@@ -535,25 +535,26 @@ fn a_daemon_in_the_background_stays_the_same_process() {
 
 /// A process that has open what a document speaks of, and then becomes our daemon: descriptor 10
 /// and 11 listen, 12 is the test's connection, 13 is the disk, exclusively locked as libvirt does
-/// it, 14 another one, shared.
+/// it, 14 another one, shared. The last word gives some of them other numbers.
 const FORERUNNER: &str = r#"
 import fcntl, os, socket, sys
+numbers = {int(a): int(b) for a, b in (pair.split('=') for pair in sys.argv[4].split())}
 def keep(number, what):
-    os.dup2(what, number)
-    os.set_inheritable(number, True)
+    os.dup2(what, numbers.get(number, number))
+    os.close(what)
 for number, path in [(10, sys.argv[2]), (11, sys.argv[3])]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(5)
     keep(number, listener.detach())
-listener = socket.socket(fileno=os.dup(10))
+listener = socket.socket(fileno=os.dup(numbers.get(10, 10)))
 keep(12, listener.accept()[0].detach())
 listener.close()
 for number in (10, 11, 12):
-    os.set_blocking(number, False)
+    os.set_blocking(numbers.get(number, number), False)
 for number, path, kind in [(13, '/run/disk', fcntl.LOCK_EX), (14, '/run/shared', fcntl.LOCK_SH)]:
     keep(number, os.open(path, os.O_RDWR))
-    fcntl.lockf(number, kind, 1, 0)
+    fcntl.lockf(numbers.get(number, number), kind, 1, 0)
 text = open('/run/document', 'rb').read().replace(b'@PID@', str(os.getpid()).encode())
 open('/run/virtlockd-restart-exec.json', 'wb').write(text)
 os.closerange(15, 100)
@@ -607,6 +608,15 @@ struct Outcome {
 
 impl Outcome {
     fn of(text: impl FnOnce(i32) -> Vec<u8>) -> Outcome {
+        Outcome::with(&[], text)
+    }
+
+    /// Some descriptors have other numbers than [`FORERUNNER`] says.
+    fn with(numbers: &[(i32, i32)], text: impl FnOnce(i32) -> Vec<u8>) -> Outcome {
+        let numbers: Vec<String> = numbers
+            .iter()
+            .map(|(usual, number)| format!("{usual}={number}"))
+            .collect();
         let host = Host::new();
         host.disk("disk");
         host.disk("shared");
@@ -619,7 +629,14 @@ impl Outcome {
         let daemon = Daemon::spawn(
             Path::new("/usr/bin/python3"),
             &host.namespace,
-            &["-c", FORERUNNER, PROGRAM, LOCK_SOCKET, ADMIN_SOCKET],
+            &[
+                "-c",
+                FORERUNNER,
+                PROGRAM,
+                LOCK_SOCKET,
+                ADMIN_SOCKET,
+                &numbers.join(" "),
+            ],
             &[("LIBVIRT_DEBUG", "2"), ("LIBVIRT_LOG_OUTPUTS", "2:stderr")],
         );
         let socket = host.path(LOCK_SOCKET);
@@ -645,7 +662,13 @@ impl Outcome {
 
     /// The locks, the connection and the sockets have been taken over.
     #[track_caller]
-    fn expect_taken_over(mut self) {
+    fn expect_taken_over(self) {
+        self.expect_taken_over_with(|| ());
+    }
+
+    /// As [`Outcome::expect_taken_over`], and this holds at the end.
+    #[track_caller]
+    fn expect_taken_over_with(mut self, holds: impl FnOnce()) {
         self.client.ping();
         self.host.assert_held("/run/disk");
         assert!(lock_probe(&self.host.path("/run/shared")).is_some());
@@ -663,6 +686,7 @@ impl Outcome {
         }
         self.host.assert_free("/run/shared");
         assert_eq!(self.daemon.stop().code(), Some(0));
+        holds();
     }
 
     /// Nothing has been taken over: exit 3, with this in the log.
@@ -805,6 +829,55 @@ fn a_stray_start_leaves_the_document_of_a_running_daemon_alone() {
         assert_eq!(left, text);
     }
     daemon.client().ping();
+}
+
+/// What a daemon has that was started with standard input, output and error closed: in turn sockets and
+/// disks have their numbers.
+#[test]
+fn a_descriptor_0_1_or_2_of_libvirts_daemon_is_taken_over_and_nothing_is_written_to_it() {
+    if !require_root() {
+        return;
+    }
+    for numbers in [
+        &[(10, 0), (11, 1), (12, 2)][..],
+        &[(12, 0), (10, 1), (13, 2)],
+        &[(13, 0), (14, 1), (10, 2)],
+        &[(14, 2)],
+    ] {
+        let mut outcome = Outcome::with(numbers, |guest| {
+            let mut document = document(guest);
+            let number = |usual: i32| {
+                let found = numbers.iter().find(|(from, _)| *from == usual);
+                json!(found.map_or(usual, |(_, number)| *number))
+            };
+            let servers = &mut document["daemon"]["servers"];
+            servers["admin"]["services"][0]["socks"][0]["fd"] = number(11);
+            let server = &mut servers["virtlockd"];
+            server["services"][0]["socks"][0]["fd"] = number(10);
+            server["clients"][0]["sock"]["fd"] = number(12);
+            for (place, usual) in [(0, 13), (1, 14)] {
+                document["defaultLockspace"]["resources"][place]["fd"] = number(usual);
+            }
+            document.to_string().into_bytes()
+        });
+        outcome.client.ping();
+        // What the daemon says of this goes to standard error, if it is one.
+        let again = outcome.client.call(&acquire("", "/run/disk", 0));
+        again.expect_error(87, 51);
+        upgrade(&outcome.daemon);
+        outcome.client.ping();
+        outcome.host.assert_held("/run/disk");
+        let disks = ["/run/disk", "/run/shared"].map(|disk| outcome.host.path(disk));
+        outcome.expect_taken_over_with(|| {
+            for disk in &disks {
+                assert_eq!(
+                    std::fs::read(disk).expect("read a disk"),
+                    b"",
+                    "{numbers:?}"
+                );
+            }
+        });
+    }
 }
 
 #[test]

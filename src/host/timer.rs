@@ -54,18 +54,22 @@ impl Timer {
         }
     }
 
-    /// Sets the timer to `deadline`, or unsets it. Costs nothing if it is set so already.
-    pub fn set(&mut self, deadline: Option<Moment>) {
+    /// Sets the timer to `deadline`, or unsets it. Costs nothing if it is set so already. Where the host
+    /// refuses that, which is told once, the poll has to be told from now on.
+    pub fn set(&mut self, deadline: Option<Moment>) -> Result<(), Refusal> {
         if self.set_to == deadline {
-            return;
+            return Ok(());
         }
+        self.set_to = deadline;
         if let Way::Descriptor(descriptor) = &mut self.way
             && let Err(reason) = set(descriptor, deadline)
         {
             let what = "a timer cannot be set (timerfd_settime)";
-            self.way = Way::Poll(Refusal { what, reason });
+            let refusal = Refusal { what, reason };
+            self.way = Way::Poll(refusal);
+            return Err(refusal);
         }
-        self.set_to = deadline;
+        Ok(())
     }
 
     /// How long the poll may wait at most; `None` where the descriptor will wake it.
@@ -135,11 +139,11 @@ mod tests {
             (timer.longest_wait(), timer.went_off_unheard()),
             (None, false)
         );
-        timer.set(Some(Moment::now().plus_ms(60_000)));
+        timer.set(Some(Moment::now().plus_ms(60_000))).unwrap();
         let wait = timer.longest_wait().unwrap();
         assert!(wait > Duration::from_secs(50) && wait <= Duration::from_secs(60));
         assert!(!timer.went_off_unheard());
-        timer.set(Some(Moment::now()));
+        timer.set(Some(Moment::now())).unwrap();
         assert_eq!(timer.longest_wait(), Some(Duration::ZERO));
         assert!(timer.went_off_unheard());
         timer.clear();

@@ -218,7 +218,9 @@ impl Reactor {
         let mut events = Events::with_capacity(EVENTS);
         while self.daemon.state != State::Ended {
             self.daemon.watch_idleness();
-            self.timer.set(self.daemon.deadlines.first());
+            if let Err(refusal) = self.timer.set(self.daemon.deadlines.first()) {
+                tracing::warn!("{refusal}. Deadlines are kept without one");
+            }
             let wait = if self.has_work() {
                 Some(Duration::ZERO)
             } else {
