@@ -12,9 +12,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
-use nix::errno::Errno;
-
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
 
 /// The longest configuration file, in bytes: libvirt's limit.
 const FILE_BYTES_MAX: u64 = 10 * 1024 * 1024;

@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 
+use super::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2, setsid};
 use nix::{fcntl::OFlag, libc};
@@ -95,8 +96,8 @@ fn exit_child(status: i32) -> ! {
 
 fn wait_for_status(child: Pid, mut read_end: File) -> io::Result<Started> {
     let status = loop {
-        match waitpid(child, None) {
-            Err(nix::errno::Errno::EINTR) => {}
+        match waitpid(child, None).map_err(Errno::from) {
+            Err(Errno::EINTR) => {}
             other => break other?,
         }
     };

@@ -5,12 +5,12 @@ use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap, munmap};
 use nix::sys::stat::fstat;
 
+use super::errno::Errno;
 use super::patience::patiently;
 
 /// The file and its mapping.
@@ -95,12 +95,12 @@ fn map(
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let flags = MapFlags::MAP_SHARED | how;
     // SAFETY: the kernel chooses the address, so nothing that is mapped already is replaced.
-    unsafe { mmap(None, size, protection, flags, descriptor, 0) }
+    Ok(unsafe { mmap(None, size, protection, flags, descriptor, 0) }?)
 }
 
 fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Errno> {
     let length = i64::try_from(size.get()).map_err(|_| Errno::EFBIG)?;
-    fallocate(descriptor, FallocateFlags::empty(), 0, length)
+    Ok(fallocate(descriptor, FallocateFlags::empty(), 0, length)?)
 }
 
 /// The content of a memory file that was passed on, whatever its file offset.
@@ -112,7 +112,7 @@ pub fn read(descriptor: &OwnedFd) -> Result<Vec<u8>, Errno> {
         && !rest.is_empty()
     {
         let offset = i64::try_from(filled).map_err(|_| Errno::EFBIG)?;
-        match nix::sys::uio::pread(descriptor, rest, offset) {
+        match nix::sys::uio::pread(descriptor, rest, offset).map_err(Errno::from) {
             Ok(0) => break,
             Ok(count) => filled = filled.saturating_add(count),
             Err(Errno::EINTR) => (),

@@ -11,10 +11,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::errno;
+use super::errno::{self, Errno};
 use super::file::FileIdentity;
 
 /// A pid file that this process holds.
@@ -152,7 +151,8 @@ fn is_at(path: &Path, held: &std::fs::Metadata) -> bool {
 }
 
 fn lock(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    fcntl(file, FcntlArg::F_SETLK(&first_byte())).map(drop)
+    fcntl(file, FcntlArg::F_SETLK(&first_byte()))?;
+    Ok(())
 }
 
 fn first_byte() -> libc::flock {

@@ -4,9 +4,10 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
-use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::errno::Errno;
 
 /// The signals that the daemon acts on.
 const HANDLED: [Signal; 5] = [
@@ -29,7 +30,7 @@ fn blocked() -> SigSet {
 
 /// Blocks the daemon's signals. The first thing that main does.
 pub fn block() -> Result<(), Errno> {
-    blocked().thread_block()
+    Ok(blocked().thread_block()?)
 }
 
 /// Signals of which a program that takes over must not die before it is ready for them.
@@ -48,7 +49,7 @@ pub fn unblock() -> Result<(), Errno> {
     if end.into_iter().any(|signal| pending.contains(signal)) {
         return Err(Errno::EINTR);
     }
-    blocked().thread_unblock()
+    Ok(blocked().thread_unblock()?)
 }
 
 /// As it was before [`unblock`].
@@ -60,7 +61,8 @@ pub fn block_again() -> Result<(), Errno> {
 fn handle(handler: SigHandler) -> Result<(), Errno> {
     HARMLESS.into_iter().try_for_each(|which| {
         // SAFETY: ignoring a signal and the default action run no code of this program.
-        unsafe { signal(which, handler) }.map(drop)
+        unsafe { signal(which, handler) }?;
+        Ok(())
     })
 }
 
@@ -92,7 +94,7 @@ impl Signals {
     /// The next pending signal, if any.
     pub fn next(&self) -> Option<Signal> {
         let information = loop {
-            match self.descriptor.read_signal() {
+            match self.descriptor.read_signal().map_err(Errno::from) {
                 // Nobody would come back for it: the reactor is told of a signal once.
                 Err(Errno::EINTR) => (),
                 result => break result.ok()??,

@@ -2,11 +2,11 @@
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
-use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::clock::Moment;
+use super::errno::Errno;
 
 /// The timer.
 #[derive(Debug)]

@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
-
 use super::lease::{Acquisition, AtEnd, Care, Lease, LockKind, Refused};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
 use super::table::{Decision, Granted, Mode, NotReleased, Owner, Pid, Resource, ResourceId, Table};
 use crate::host::file::{self, FileIdentity};
-use crate::host::{errno, pid_file};
+use crate::host::{
+    errno::{self, Errno},
+    pid_file,
+};
 
 /// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
 /// memory of its path.

@@ -5,9 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use nix::errno::Errno;
-
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
 
 /// Why there is no lockspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

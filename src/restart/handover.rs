@@ -330,6 +330,6 @@ fn execute(
     format!(
         "{} cannot be executed: {}",
         program.to_string_lossy(),
-        errno::text(reason)
+        errno::text(reason.into())
     )
 }

@@ -9,7 +9,6 @@ use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
 use mio::unix::SourceFd;
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use slab::Slab;
 
@@ -19,6 +18,7 @@ use super::daemon::{Daemon, State};
 use super::deadlines::Deadline;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::errno::Errno;
 use crate::host::log::Printable;
 use crate::host::{process, stream};
 use crate::restart::event::Event;

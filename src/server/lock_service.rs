@@ -3,8 +3,7 @@
 
 use std::os::fd::AsRawFd;
 
-use nix::errno::Errno;
-
+use crate::host::errno::Errno;
 use crate::host::log::Printable;
 use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;
