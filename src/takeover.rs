@@ -12,11 +12,13 @@ use virtlockd::cli::{self, Options, Outcome};
 use virtlockd::config::Config;
 use virtlockd::exit::{ExitCode, StartError};
 use virtlockd::host::descriptors::{self, Inherited};
+use virtlockd::host::errno::{self, Errno};
 use virtlockd::host::log::{self, Level, Printable, SettingError, Settings};
 use virtlockd::host::paths::Paths;
 use virtlockd::host::pid_file::PidFile;
 use virtlockd::host::process::Process;
-use virtlockd::host::{environment, errno, listen};
+use virtlockd::host::whole_file::{self, Unread};
+use virtlockd::host::{environment, listen};
 use virtlockd::restart::handover::{CommandLine, HANDOVER_VARIABLE, READABLE};
 use virtlockd::restart::ledger::{self, Ledger};
 use virtlockd::restart::libvirt_json::{self, Unusable};
@@ -164,16 +166,12 @@ pub fn go_on_regardless(failed: &Failed) {
     );
 }
 
-fn read_document(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
-    let length = match std::fs::metadata(path) {
-        Ok(found) => found.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    if length > DOCUMENT_LIMIT {
-        return Err(std::io::Error::from_raw_os_error(libc::EFBIG));
+fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Unread> {
+    match whole_file::read(path, DOCUMENT_LIMIT) {
+        Ok(document) => Ok(Some(document)),
+        Err(Unread::Open(Errno::ENOENT)) => Ok(None),
+        Err(reason) => Err(reason),
     }
-    std::fs::read(path).map(Some)
 }
 
 /// Goes on for a predecessor of this program. Options and configuration were looked at before the

@@ -390,6 +390,11 @@ fn a_successor_that_refuses_the_configuration_does_not_get_to_run() {
     std::fs::remove_file(&config).expect("remove the configuration");
     let reason = scene.refuses();
     assert!(reason.contains(CONFIG), "{reason}");
+    // Nor does it wait for one that nobody writes.
+    nix::unistd::mkfifo(&config, nix::sys::stat::Mode::S_IRWXU).expect("make a FIFO");
+    let reason = scene.refuses();
+    assert!(reason.contains("It is a FIFO"), "{reason}");
+    std::fs::remove_file(&config).expect("remove the FIFO");
     std::fs::write(&config, "max_clients = 20\n").expect("mend the configuration");
     scene.recovers();
 }

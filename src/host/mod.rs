@@ -22,3 +22,4 @@ pub mod process;
 pub mod signals;
 pub mod stream;
 pub mod timer;
+pub mod whole_file;
