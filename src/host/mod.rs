@@ -9,6 +9,7 @@ pub mod environment;
 pub mod errno;
 pub mod file;
 pub mod heap;
+pub mod leash;
 pub mod limits;
 pub mod listen;
 pub mod log;
