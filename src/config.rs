@@ -7,14 +7,13 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use foldhash::HashMap;
-use nix::errno::Errno;
 
-use crate::host::errno;
+use crate::host::errno::Errno;
+use crate::host::whole_file::{self, Unread};
 
 /// The longest configuration file, in bytes: libvirt's limit.
 const FILE_BYTES_MAX: u64 = 10 * 1024 * 1024;
@@ -48,8 +47,7 @@ pub struct ConfigError {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Problem {
-    Open(Errno),
-    Read(Errno),
+    Unread(Unread),
     Syntax { line: u32, text: &'static str },
     Overflow { line: u32 },
     NotUnsigned { key: &'static str },
@@ -62,12 +60,10 @@ impl fmt::Display for ConfigError {
         let file = &self.file_name;
         write!(out, "Can't load config file: ")?;
         match &self.problem {
-            Problem::Open(error) => {
-                write!(out, "Failed to open file '{file}': {}", errno::text(*error))
+            Problem::Unread(reason @ Unread::Open(_)) => {
+                write!(out, "Failed to open file '{file}': {reason}")
             }
-            Problem::Read(error) => {
-                write!(out, "Failed to read file '{file}': {}", errno::text(*error))
-            }
+            Problem::Unread(reason) => write!(out, "Failed to read file '{file}': {reason}"),
             Problem::Syntax { line, text } => {
                 write!(
                     out,
@@ -106,23 +102,13 @@ impl std::error::Error for ConfigError {}
 /// then everything has its default.
 pub fn load(path: &Path, explicit: bool) -> Result<Config, ConfigError> {
     let file_name = path.to_string_lossy();
-    let failed = |problem| ConfigError {
-        file_name: file_name.clone().into_owned(),
-        problem,
-    };
-    let file = match std::fs::File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !explicit => {
-            return Ok(Config::default());
-        }
-        Err(error) => return Err(failed(Problem::Open(errno::of(&error)))),
-    };
-    let mut bytes = Vec::new();
-    let one_too_many = FILE_BYTES_MAX.saturating_add(1);
-    match file.take(one_too_many).read_to_end(&mut bytes) {
-        Ok(count) if count as u64 > FILE_BYTES_MAX => Err(failed(Problem::Read(Errno::EOVERFLOW))),
-        Ok(_) => parse(&file_name, &bytes),
-        Err(error) => Err(failed(Problem::Read(errno::of(&error)))),
+    match whole_file::read(path, FILE_BYTES_MAX) {
+        Ok(bytes) => parse(&file_name, &bytes),
+        Err(Unread::Open(Errno::ENOENT)) if !explicit => Ok(Config::default()),
+        Err(reason) => Err(ConfigError {
+            file_name: file_name.into_owned(),
+            problem: Problem::Unread(reason),
+        }),
     }
 }
 

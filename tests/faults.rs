@@ -32,7 +32,7 @@ use support::faults::{self, ESSENTIAL, FAILING, Fault, Kernel, LEFT_ALONE};
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner, runs};
 use support::random::Random;
-use support::upgrade::{image, refusals};
+use support::upgrade::{Disturbed, image, refusals};
 use support::{DEADLINE, lock_probe, wait_for, wait_until};
 
 /// Where strace writes to, inside the namespace.
@@ -84,6 +84,64 @@ fn whatever_system_call_fails_no_lock_is_lost_and_none_is_left() {
     });
     std::panic::set_hook(quiet);
     outcomes.into_inner().expect("the outcomes").report();
+}
+
+/// NFS and FUSE let numbers out that the kernel means for itself; whoever reads them must be able to
+/// look them up.
+#[test]
+fn an_error_number_without_a_name_is_told_as_it_is() {
+    if !support::require_root() || !support::require_strace() {
+        return;
+    }
+    if daemon::c_daemon().is_some_and(|path| path == daemon::program()) {
+        return support::skip("libvirt's own daemon makes other system calls");
+    }
+    let namespace = Namespace::new();
+    let daemon = Daemon::start(&namespace, &[], &[]);
+    std::fs::write(namespace.path("/run/disk"), "").expect("write a disk");
+    let mut client = daemon.client();
+    client.call(&register_as("guest", 4242)).expect_ok();
+    client.call(&new_lockspace("/run/leases")).expect_ok();
+    client
+        .call(&create_resource("/run/leases", "old"))
+        .expect_ok();
+    let cases = [
+        ("openat", 512, acquire("", "/run/disk", 0)),
+        ("fcntl", 524, acquire("", "/run/disk", 0)),
+        ("openat2", 528, acquire("/run/leases", "new", AUTOCREATE)),
+        ("openat2", 512, create_resource("/run/leases", "new")),
+        ("unlinkat", 524, delete_resource("/run/leases", "old")),
+        ("mkdir", 528, new_lockspace("/run/more")),
+    ];
+    for (system_call, number, call) in cases {
+        let disturbed = Disturbed::with(&daemon, system_call, &format!("error={number}"));
+        let reply = client.call(&call);
+        drop(disturbed);
+        let error = reply.error();
+        let text = format!("Unknown error {number}");
+        assert_eq!(error.int1, number, "{system_call}: {error:?}");
+        assert!(error.message.ends_with(&text), "{system_call}: {error:?}");
+    }
+    let mut admin = daemon.admin_client();
+    let disturbed = Disturbed::with(&daemon, "openat", "error=512");
+    let mut payload = Vec::new();
+    put_u32(&mut payload, 1);
+    put_string(&mut payload, format!("1:file:{LOG_FILE}").as_bytes());
+    put_u32(&mut payload, 0);
+    admin.send(&frame(
+        ADMIN_PROGRAM,
+        1,
+        SET_LOG_OUTPUTS,
+        CALL,
+        1,
+        0,
+        &payload,
+    ));
+    let reply = Reply::parse(&admin.receive());
+    drop(disturbed);
+    let error = reply.error();
+    assert_eq!(error.int1, 512, "{error:?}");
+    assert!(error.message.ends_with("Unknown error 512"), "{error:?}");
 }
 
 /// All calls of one name, failing with one error.

@@ -17,9 +17,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use proptest::prelude::*;
 use support::TempDir;
+use virtlockd::host::errno::Errno;
 use virtlockd::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 use virtlockd::locks::keeper::{Acquired, Keeper, Refusal};
 use virtlockd::locks::lease;
@@ -178,7 +178,7 @@ fn lock_type(mode: Mode) -> LockType {
 
 fn open(path: &Path) -> OwnedFd {
     file::open_existing(Start::Anywhere, path.as_os_str().as_bytes())
-        .unwrap_or_else(|errno| panic!("open {}: {errno}", path.display()))
+        .unwrap_or_else(|errno| panic!("open {}: {errno:?}", path.display()))
 }
 
 fn identity_of(metadata: &fs::Metadata) -> FileIdentity {

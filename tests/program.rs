@@ -866,6 +866,86 @@ fn a_configuration_file_that_cannot_be_read_ends_the_start() {
     );
 }
 
+/// What stands in the place of a file that is to be read, and what is said of it.
+const NOT_TO_BE_READ: [(&str, &str); 5] = [
+    ("mkfifo", "It is a FIFO, and only a regular file is read"),
+    ("zeros", "It is a device, and only a regular file is read"),
+    ("socket", "It is a socket, and only a regular file is read"),
+    ("endless", "It is longer than 10485760 bytes"),
+    ("directory", "Is a directory"),
+];
+
+/// Puts one of [`NOT_TO_BE_READ`] in the place of a file.
+fn put(what: &str, path: &Path) {
+    let _ = std::fs::remove_file(path);
+    match what {
+        "mkfifo" => nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).expect("make a FIFO"),
+        "zeros" => std::os::unix::fs::symlink("/dev/zero", path).expect("link a device"),
+        "socket" => drop(UnixListener::bind(path).expect("make a socket")),
+        "endless" => std::fs::File::create(path)
+            .and_then(|file| file.set_len(1 << 40))
+            .expect("make a file of nothing but a hole"),
+        _ => std::fs::create_dir(path).expect("make a directory"),
+    }
+}
+
+#[test]
+fn a_start_and_sighup_never_wait_for_a_configuration_that_is_no_file_with_an_end() {
+    if !require_root() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let file = "/run/test.conf";
+    let path = namespace.path(file);
+    // A link to a file counts as the file.
+    std::fs::write(namespace.path("/run/real.conf"), "max_clients = 1\n").expect("write it");
+    std::os::unix::fs::symlink("real.conf", &path).expect("link the configuration");
+    let daemon = Daemon::start(&namespace, &["-f", file], &[]);
+    let mut guest = daemon.client();
+    guest.call(&register(4711)).expect_ok();
+    for (what, reason) in NOT_TO_BE_READ {
+        put(what, &path);
+        let error =
+            format!("Can't load config file: Failed to read file '{file}': {reason}: {file}");
+        let mut other = Daemon::spawn(&program(), &namespace, &["-f", file], &[]);
+        assert_eq!(other.wait_end().code(), Some(1), "{what}");
+        assert_eq!(plain(&other.stderr()), format!("{error}\n"), "{what}");
+
+        let logged = daemon.stderr().len();
+        daemon.signal(Signal::SIGHUP);
+        wait_until(DEADLINE, "the refusal of the configuration", || {
+            daemon.stderr()[logged..].contains(&error)
+        });
+        guest.ping();
+        let log = daemon.stderr();
+        let errors = log[logged..]
+            .lines()
+            .filter(|line| line.contains(": error :"));
+        assert_eq!(errors.count(), 1, "{log}");
+        let second = daemon.client().call(&register(4712));
+        assert!(!second.is_ok(), "{what}: the limit of before is gone");
+    }
+}
+
+#[test]
+fn a_start_never_waits_for_a_state_document_that_is_no_file_with_an_end() {
+    if !require_root() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let document = "/run/virtlockd-restart-exec.json";
+    for (what, reason) in NOT_TO_BE_READ {
+        put(what, &namespace.path(document));
+        let mut daemon = Daemon::spawn(&program(), &namespace, &[], &[]);
+        assert!(!daemon.wait_end().success(), "{what}");
+        let said = plain(&daemon.stderr());
+        // A document may be longer than a configuration.
+        let reason = reason.replace("10485760", "268435456");
+        let error = format!("Failed to read file '{document}': {reason}\n");
+        assert!(said.ends_with(&error), "{what}: {said}");
+    }
+}
+
 #[test]
 fn nobody_can_have_the_pid_file_locked_or_deleted() {
     if !require_root() {

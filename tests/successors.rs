@@ -3,6 +3,7 @@
 
 mod support;
 
+use nix::sys::signal::Signal;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -68,7 +69,7 @@ impl Scene {
     /// The daemon looks at a successor that hangs: the pid of that one.
     fn looks_at_a_sleeper(&mut self) -> i32 {
         self.host.install_script("exec sleep 1000");
-        self.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+        self.daemon.signal(Signal::SIGUSR1);
         support::wait_for(DEADLINE, "the successor to sleep", || {
             let pid = children(&self.daemon).trim().to_owned();
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
@@ -223,7 +224,7 @@ fn a_hanging_successor_stops_nobody_and_is_given_up_after_ten_seconds() {
     });
     let descriptors = scene.daemon.descriptors();
     let begun = Instant::now();
-    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+    scene.daemon.signal(Signal::SIGUSR1);
     wait_until(DEADLINE, "the successor to run", || {
         !children(&scene.daemon).is_empty()
     });
@@ -257,6 +258,67 @@ fn the_end_of_the_daemon_leaves_no_successor_behind() {
     });
 }
 
+/// The processes of the group of a successor that is looked at, once there are this many.
+fn group(daemon: &Daemon, count: usize) -> Vec<i32> {
+    support::wait_for(DEADLINE, "the successor and what it starts", || {
+        let leader: i32 = children(daemon).trim().parse().ok()?;
+        let is_in_it = |pid: &i32| {
+            let pid = nix::unistd::Pid::from_raw(*pid);
+            let group = nix::unistd::getpgid(Some(pid));
+            group.is_ok_and(|group| group.as_raw() == leader)
+        };
+        let processes = std::fs::read_dir("/proc").expect("list all processes");
+        let found: Vec<i32> = processes
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(is_in_it)
+            .collect();
+        (found.len() == count).then_some(found)
+    })
+}
+
+#[test]
+fn a_daemon_that_is_killed_leaves_no_successor_behind_nor_what_that_one_started() {
+    if !require_root() {
+        return;
+    }
+    for how in [Signal::SIGKILL, Signal::SIGTERM] {
+        let scene = Scene::new();
+        scene.host.install_script("sleep 1000 & sleep 1000; exit");
+        scene.daemon.signal(Signal::SIGUSR1);
+        let successors = group(&scene.daemon, 3);
+        scene.daemon.signal(how);
+        wait_until(DEADLINE, "the successor to be dead", || {
+            !successors.iter().any(|pid| support::owner::runs(*pid))
+        });
+    }
+}
+
+#[test]
+fn what_a_successor_leaves_running_ends_when_it_has_been_looked_at() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene
+        .host
+        .install_script("sleep 1000 & while [ ! -e /run/go ]; do sleep 0.01; done; exit 1");
+    scene.daemon.signal(Signal::SIGUSR1);
+    let sleeper = support::wait_for(DEADLINE, "the one that stays", || {
+        let all = group(&scene.daemon, 3);
+        let name = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+        let is_it = |pid: &i32| name(pid).is_ok_and(|name| name == "sleep\x001000\0");
+        all.into_iter().find(is_it)
+    });
+    std::fs::write(scene.host.path("/run/go"), "").expect("let it end");
+    wait_until(DEADLINE, "the refusal", || {
+        !refusals(&scene.daemon).is_empty()
+    });
+    wait_until(DEADLINE, "the one that stayed to be dead", || {
+        !support::owner::runs(sleeper)
+    });
+    scene.recovers();
+}
+
 #[test]
 fn a_right_successor_is_found_although_one_before_it_hung() {
     if !require_root() {
@@ -266,7 +328,7 @@ fn a_right_successor_is_found_although_one_before_it_hung() {
     scene.looks_at_a_sleeper();
     let before = support::upgrade::image(scene.daemon.pid());
     scene.host.install(&daemon::program());
-    scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+    scene.daemon.signal(Signal::SIGUSR1);
     support::upgrade::wait_for_successor(scene.daemon.pid(), &before);
     scene.serves();
     wait_until(DEADLINE, "the one that hung to be reaped", || {
@@ -328,7 +390,7 @@ fn a_successor_that_is_looked_at_gets_no_descriptor_that_was_taken_over() {
     assert_eq!(open, [""; 0], "clients and locks");
     scene.serves();
     let sleeper = nix::unistd::Pid::from_raw(sleeper);
-    nix::sys::signal::kill(sleeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(sleeper, Signal::SIGKILL).unwrap();
     scene.recovers();
 }
 
@@ -390,6 +452,11 @@ fn a_successor_that_refuses_the_configuration_does_not_get_to_run() {
     std::fs::remove_file(&config).expect("remove the configuration");
     let reason = scene.refuses();
     assert!(reason.contains(CONFIG), "{reason}");
+    // Nor does it wait for one that nobody writes.
+    nix::unistd::mkfifo(&config, nix::sys::stat::Mode::S_IRWXU).expect("make a FIFO");
+    let reason = scene.refuses();
+    assert!(reason.contains("It is a FIFO"), "{reason}");
+    std::fs::remove_file(&config).expect("remove the FIFO");
     std::fs::write(&config, "max_clients = 20\n").expect("mend the configuration");
     scene.recovers();
 }
@@ -460,7 +527,7 @@ fn at_the_limit_of_descriptors_an_upgrade_works_or_is_refused() {
     for number in limits {
         let seen = refusals(&scene.daemon).len();
         limit(&scene.daemon, &format!("--nofile={number}:"));
-        scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+        scene.daemon.signal(Signal::SIGUSR1);
         wait_until(DEADLINE, "the upgrade, or its refusal", || {
             support::upgrade::image(scene.daemon.pid()) != before
                 || refusals(&scene.daemon).len() > seen
@@ -507,7 +574,7 @@ fn an_upgrade_to_a_program_that_is_not_there_can_be_asked_for_a_thousand_times()
     scene.refuses();
     let descriptors = scene.daemon.descriptors();
     for _ in 0..1000 {
-        scene.daemon.signal(nix::sys::signal::Signal::SIGUSR1);
+        scene.daemon.signal(Signal::SIGUSR1);
         scene.helper.call(&register(scene.guest.pid())).expect_ok();
     }
     scene.daemon.wait_until_asleep();

@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 
+use super::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2, setsid};
 use nix::{fcntl::OFlag, libc};
@@ -46,10 +47,10 @@ impl StatusPipe {
 ///
 /// Must be called while the process has a single thread. An error is the parent's: no daemon runs.
 pub fn into_background() -> io::Result<Background> {
-    let (read_end, write_end) = pipe2(OFlag::O_CLOEXEC)?;
+    let (read_end, write_end) = pipe2(OFlag::O_CLOEXEC).map_err(Errno::from)?;
     // SAFETY: the process has a single thread, so the child finds every lock of the C library and of
     // the allocator free.
-    match unsafe { fork() }? {
+    match unsafe { fork() }.map_err(Errno::from)? {
         ForkResult::Parent { child } => {
             drop(write_end);
             Ok(Background::Parent(wait_for_status(
@@ -74,14 +75,14 @@ fn become_daemon() -> io::Result<()> {
         .read(true)
         .write(true)
         .open("/dev/null")?;
-    nix::unistd::dup2_stdin(&nothing)?;
-    nix::unistd::dup2_stdout(&nothing)?;
-    nix::unistd::dup2_stderr(&nothing)?;
+    nix::unistd::dup2_stdin(&nothing).map_err(Errno::from)?;
+    nix::unistd::dup2_stdout(&nothing).map_err(Errno::from)?;
+    nix::unistd::dup2_stderr(&nothing).map_err(Errno::from)?;
     // A session of its own, and then a process that does not lead it and so can never get a
     // terminal back.
-    setsid()?;
+    setsid().map_err(Errno::from)?;
     // SAFETY: a process just forked has a single thread.
-    match unsafe { fork() }? {
+    match unsafe { fork() }.map_err(Errno::from)? {
         ForkResult::Parent { .. } => exit_child(libc::EXIT_SUCCESS),
         ForkResult::Child => Ok(()),
     }
@@ -95,8 +96,8 @@ fn exit_child(status: i32) -> ! {
 
 fn wait_for_status(child: Pid, mut read_end: File) -> io::Result<Started> {
     let status = loop {
-        match waitpid(child, None) {
-            Err(nix::errno::Errno::EINTR) => {}
+        match waitpid(child, None).map_err(Errno::from) {
+            Err(Errno::EINTR) => {}
             other => break other?,
         }
     };

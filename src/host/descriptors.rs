@@ -2,8 +2,9 @@
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::errno::Errno;
 
 /// How many descriptors are looked at with one call: far fewer than any limit of open files, which
 /// is what poll(2) allows.

@@ -3,10 +3,11 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use nix::errno::Errno;
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::{self, FileStat, Mode, SFlag};
 use nix::unistd::{self, UnlinkatFlags};
+
+use super::errno::Errno;
 
 /// Which file it is, whatever its name (stat(2)). A block device may have several nodes, which all
 /// lead to the same disk: it is told by its own number.
@@ -89,7 +90,7 @@ fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
         flags |= OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     }
     match start {
-        Start::Anywhere => fcntl::open(path, flags, MODE),
+        Start::Anywhere => fcntl::open(path, flags, MODE).map_err(Errno::from),
         Start::Beneath(directory) => {
             let mode = if flags.contains(OFlag::O_CREAT) {
                 MODE
@@ -103,7 +104,7 @@ fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
             // EAGAIN: something was renamed meanwhile, and the kernel could not be sure.
             let mut tries = 0u8;
             loop {
-                match fcntl::openat2(directory, path, how) {
+                match fcntl::openat2(directory, path, how).map_err(Errno::from) {
                     Err(Errno::EAGAIN) if tries < 16 => tries = tries.saturating_add(1),
                     // Linux before 5.6 has no such call, and a security policy may not know it.
                     Err(Errno::ENOSYS | Errno::EPERM | Errno::EACCES) => {
@@ -223,7 +224,7 @@ fn open_directory_beneath(start: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd,
 
 /// Which file a descriptor is of.
 pub fn identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
-    stat::fstat(file).map(FileIdentity::from)
+    Ok(stat::fstat(file)?.into())
 }
 
 /// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
@@ -238,23 +239,29 @@ pub fn is_block_device(file: &impl AsRawFd) -> bool {
 /// What a path leads to now.
 pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> {
     match start {
-        Start::Anywhere => stat::stat(path).map(information),
-        Start::Beneath(_) => stat::fstat(handle(start, path)?).map(information),
+        Start::Anywhere => Ok(information(stat::stat(path)?)),
+        Start::Beneath(_) => Ok(information(stat::fstat(handle(start, path)?)?)),
     }
 }
 
 /// Removes a name. Of a symbolic link, the link.
 pub fn unlink(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
     match start {
-        Start::Anywhere => unistd::unlink(path),
+        Start::Anywhere => Ok(unistd::unlink(path)?),
         Start::Beneath(directory) => {
             let split = path.iter().rposition(|byte| *byte == b'/');
             let (parent, name) = match split.and_then(|at| path.split_at_checked(at)) {
-                None => return unistd::unlinkat(directory, path, UnlinkatFlags::NoRemoveDir),
+                None => {
+                    return Ok(unistd::unlinkat(
+                        directory,
+                        path,
+                        UnlinkatFlags::NoRemoveDir,
+                    )?);
+                }
                 Some((parent, name)) => (parent, name.strip_prefix(b"/").unwrap_or(name)),
             };
             let parent = open_directory_beneath(directory, parent)?;
-            unistd::unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir)
+            Ok(unistd::unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir)?)
         }
     }
 }
@@ -397,11 +404,13 @@ fn is_owed(was: bool, kind: LockType, result: Result<(), Errno>) -> bool {
 }
 
 fn set_open_file(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
-    fcntl::fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind))).map(drop)
+    fcntl::fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind)))?;
+    Ok(())
 }
 
 fn set_process(file: &OwnedFd, kind: LockType) -> Result<(), Errno> {
-    fcntl::fcntl(file, FcntlArg::F_SETLK(&region(kind))).map(drop)
+    fcntl::fcntl(file, FcntlArg::F_SETLK(&region(kind)))?;
+    Ok(())
 }
 
 /// Who would stand in the way of this open file's lock.
@@ -596,8 +605,8 @@ mod tests {
                 .unwrap();
         unistd::write(&memory, b"state").unwrap();
         let shown = read_only(&memory).unwrap();
-        assert_eq!(unistd::write(&shown, b"x"), Err(Errno::EBADF));
-        assert_eq!(unistd::ftruncate(&shown, 0), Err(Errno::EINVAL));
+        assert_eq!(unistd::write(&shown, b"x"), Err(nix::Error::EBADF));
+        assert_eq!(unistd::ftruncate(&shown, 0), Err(nix::Error::EINVAL));
         let mut content = [0; 8];
         assert_eq!(unistd::read(&shown, &mut content), Ok(5));
     }

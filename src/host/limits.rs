@@ -1,8 +1,9 @@
 //! The limit of open files. Every running machine keeps one connection open, so the daemon takes
 //! what its host allows it.
 
-use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::errno::Errno;
 
 /// Raises the soft limit of open files to the hard limit and returns it. The soft limit of most
 /// hosts is 1024 for the sake of programs that use select(2), which this one does not.

@@ -13,13 +13,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, listen,
     socket,
 };
 use nix::sys::stat::{Mode, umask};
 
+use super::errno::Errno;
 use super::paths::Paths;
 use super::{environment, errno};
 
@@ -153,7 +153,7 @@ impl Listener {
     /// Makes a socket at `path` that only this user can connect to (mode 0700). `inherited` are
     /// paths whose listener is known to be no other daemon.
     fn at(path: &Path, inherited: &[PathBuf]) -> Result<Self, ListenError> {
-        let address = UnixAddr::new(path).map_err(|error| match error {
+        let address = UnixAddr::new(path).map_err(|error| match error.into() {
             Errno::ENAMETOOLONG => ListenError::PathTooLong(path.to_path_buf()),
             error => ListenError::Bind(path.to_path_buf(), error),
         })?;
@@ -171,7 +171,7 @@ impl Listener {
         // What cannot be removed (a directory) is what bind reports.
         let _ = std::fs::remove_file(path);
         let before = umask(Mode::S_IRWXG | Mode::S_IRWXO);
-        let bound = bind(socket.as_raw_fd(), &address);
+        let bound = bind(socket.as_raw_fd(), &address).map_err(Errno::from);
         umask(before);
         bound.map_err(|error| ListenError::Bind(path.to_path_buf(), error))?;
         let listening = widen_backlog(&socket);
@@ -191,7 +191,7 @@ impl Listener {
     /// An activation socket.
     fn inherited(socket: OwnedFd) -> Result<Self, ListenError> {
         getsockname::<UnixAddr>(socket.as_raw_fd())
-            .map_err(|error| ListenError::Inherited("get local socket name", error))?;
+            .map_err(|error| ListenError::Inherited("get local socket name", error.into()))?;
         set_flags(&socket).map_err(|error| ListenError::Inherited("set up socket", error))?;
         widen_backlog(&socket)
             .map_err(|error| ListenError::Inherited("listen on socket", error))?;
@@ -221,19 +221,20 @@ pub fn remove_socket(path: &Path) {
 /// (net.core.somaxconn): after a restart of the host all its machines connect at once, and a client
 /// that finds the queue full fails at once or waits.
 pub fn widen_backlog(socket: &OwnedFd) -> Result<(), Errno> {
-    listen(socket, Backlog::MAXALLOWABLE)
+    Ok(listen(socket, Backlog::MAXALLOWABLE)?)
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Unix, SockType::Stream, flags, None)
+    Ok(socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
 }
 
 fn set_flags(socket: &OwnedFd) -> Result<(), Errno> {
     use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
     fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     let status = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    fcntl(socket, FcntlArg::F_SETFL(status | OFlag::O_NONBLOCK)).map(drop)
+    fcntl(socket, FcntlArg::F_SETFL(status | OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// Whether somebody listens at an address.
@@ -252,7 +253,7 @@ fn presence(address: &UnixAddr) -> Presence {
         Ok(probe) => probe,
         Err(error) => return Presence::Unclear(error),
     };
-    match connect(probe.as_raw_fd(), address) {
+    match connect(probe.as_raw_fd(), address).map_err(Errno::from) {
         // EAGAIN: its queue is full. EPROTOTYPE: it is a socket of another type, but alive.
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Presence::Somebody,
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Presence::Nobody,
@@ -278,7 +279,7 @@ fn lock_directory(path: &Path) -> Option<File> {
         let result = unsafe { libc::flock(directory.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
         match Errno::result(result) {
             Ok(_) => return Some(directory),
-            Err(Errno::EWOULDBLOCK) => std::thread::sleep(PAUSE),
+            Err(Errno::EAGAIN) => std::thread::sleep(PAUSE),
             Err(Errno::EINTR) => (),
             Err(_) => return None,
         }
@@ -354,7 +355,7 @@ impl Activation {
         for (descriptor, kind) in (FIRST_DESCRIPTOR..).zip(kinds) {
             // Only an open descriptor may be owned.
             getsockname::<UnixAddr>(descriptor)
-                .map_err(|error| ListenError::Inherited("get local socket name", error))?;
+                .map_err(|error| ListenError::Inherited("get local socket name", error.into()))?;
             // SAFETY: it is open, and by the contract of this function nobody else's.
             let listener = Listener::inherited(unsafe { OwnedFd::from_raw_fd(descriptor) })?;
             match kind {
@@ -534,7 +535,7 @@ mod tests {
         let waiting: Vec<OwnedFd> = (0..3).map(|_| new_socket().unwrap()).collect();
         let full = waiting
             .iter()
-            .any(|one| connect(one.as_raw_fd(), &address) == Err(Errno::EAGAIN));
+            .any(|one| connect(one.as_raw_fd(), &address) == Err(nix::Error::EAGAIN));
         assert!(full, "the queue of the test is not full");
         assert_eq!(presence_at(&path), Presence::Somebody);
         std::fs::remove_file(&path).unwrap();

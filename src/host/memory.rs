@@ -8,13 +8,12 @@ use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap, munmap};
 use nix::sys::stat::fstat;
 
-use super::errno;
+use super::errno::{self, Errno};
 use super::patience::{patiently, while_it_may_pass};
 use super::refusal::Refusal;
 
@@ -206,7 +205,7 @@ fn map(
 fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Refusal> {
     i64::try_from(size.get())
         .map_err(|_| Errno::EFBIG)
-        .and_then(|length| fallocate(descriptor, FallocateFlags::empty(), 0, length))
+        .and_then(|length| Ok(fallocate(descriptor, FallocateFlags::empty(), 0, length)?))
         .map_err(Refusal::of(
             "a memory file cannot be given its pages (fallocate)",
         ))
@@ -221,7 +220,7 @@ pub fn read(descriptor: &OwnedFd) -> Result<Vec<u8>, Errno> {
         && !rest.is_empty()
     {
         let offset = i64::try_from(filled).map_err(|_| Errno::EFBIG)?;
-        match nix::sys::uio::pread(descriptor, rest, offset) {
+        match nix::sys::uio::pread(descriptor, rest, offset).map_err(Errno::from) {
             Ok(0) => break,
             Ok(count) => filled = filled.saturating_add(count),
             Err(Errno::EINTR) => (),

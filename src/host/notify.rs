@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
-use nix::errno::Errno;
+use super::errno::{self, Errno};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, sendto, socket};
 use nix::time::{ClockId, clock_gettime};
 
@@ -38,8 +38,9 @@ fn tell(message: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
     };
-    if let Err(error) = send(&name, message) {
-        tracing::debug!("the service manager at {name:?} was not told '{message}': {error}");
+    if let Err(reason) = send(&name, message) {
+        let reason = errno::text(reason);
+        tracing::debug!("the service manager at {name:?} was not told '{message}': {reason}");
     }
 }
 
@@ -53,5 +54,6 @@ fn send(name: &OsStr, message: &str) -> Result<(), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let sender = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    sendto(sender.as_raw_fd(), message.as_bytes(), &address, flags).map(drop)
+    sendto(sender.as_raw_fd(), message.as_bytes(), &address, flags)?;
+    Ok(())
 }

@@ -5,11 +5,10 @@ use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, stat, umask};
 use nix::unistd::{Uid, User};
 
-use super::errno;
+use super::errno::{self, Errno};
 
 /// The default paths of one user.
 #[derive(Clone, Debug, PartialEq, Eq)]

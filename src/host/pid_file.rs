@@ -11,11 +11,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{FileStat, fstat, stat};
 
-use super::errno;
+use super::errno::{self, Errno};
 use super::file::FileIdentity;
 
 /// A pid file that this process holds.
@@ -71,7 +70,8 @@ impl PidFile {
             lock(file.as_fd()).map_err(|error| failed("acquire pid file", error))?;
             // The daemon before may have removed the file between the two calls: then this lock is
             // on a file that nobody else will find.
-            let held = fstat(&file).map_err(|error| failed("check status of pid file", error))?;
+            let held =
+                fstat(&file).map_err(|error| failed("check status of pid file", error.into()))?;
             if is_at(path, &held) {
                 break file;
             }
@@ -150,7 +150,8 @@ fn is_at(path: &Path, held: &FileStat) -> bool {
 }
 
 fn lock(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    fcntl(file, FcntlArg::F_SETLK(&first_byte())).map(drop)
+    fcntl(file, FcntlArg::F_SETLK(&first_byte()))?;
+    Ok(())
 }
 
 fn first_byte() -> libc::flock {

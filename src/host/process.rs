@@ -3,9 +3,10 @@
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
+
+use super::errno::Errno;
 
 /// A process that cannot be confused with a later one of the same number.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Process {
     pub fn is_dead(&self) -> bool {
         let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         loop {
-            match poll(&mut polled, PollTimeout::ZERO) {
+            match poll(&mut polled, PollTimeout::ZERO).map_err(Errno::from) {
                 Err(Errno::EINTR) => (),
                 result => return result == Ok(1),
             }
@@ -81,7 +82,7 @@ pub fn reap_children() -> bool {
     use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
     let any = nix::unistd::Pid::from_raw(-1);
     loop {
-        match waitpid(any, Some(WaitPidFlag::WNOHANG)) {
+        match waitpid(any, Some(WaitPidFlag::WNOHANG)).map_err(Errno::from) {
             Ok(WaitStatus::StillAlive) => return true,
             Ok(_) | Err(Errno::EINTR) => (),
             Err(_) => return false,

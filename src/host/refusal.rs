@@ -3,9 +3,7 @@
 
 use std::fmt;
 
-use nix::errno::Errno;
-
-use super::errno;
+use super::errno::{self, Errno};
 
 /// Something that could not be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +31,12 @@ pub struct Refused(Errno);
 impl From<Errno> for Refused {
     fn from(reason: Errno) -> Refused {
         Refused(reason)
+    }
+}
+
+impl From<nix::errno::Errno> for Refused {
+    fn from(named: nix::errno::Errno) -> Refused {
+        Refused(named.into())
     }
 }
 

@@ -6,10 +6,10 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::errno::Errno;
 use super::refusal::Refusal;
 
 /// The signals that the daemon acts on.
@@ -33,7 +33,7 @@ fn blocked() -> SigSet {
 
 /// Blocks the daemon's signals. The first thing that main does.
 pub fn block() -> Result<(), Errno> {
-    blocked().thread_block()
+    Ok(blocked().thread_block()?)
 }
 
 /// Signals of which a program that takes over must not die before it is ready for them.
@@ -52,7 +52,7 @@ pub fn unblock() -> Result<(), Errno> {
     if end.into_iter().any(|signal| pending.contains(signal)) {
         return Err(Errno::EINTR);
     }
-    blocked().thread_unblock()
+    Ok(blocked().thread_unblock()?)
 }
 
 /// As it was before [`unblock`].
@@ -64,7 +64,8 @@ pub fn block_again() -> Result<(), Errno> {
 fn handle(handler: SigHandler) -> Result<(), Errno> {
     HARMLESS.into_iter().try_for_each(|which| {
         // SAFETY: ignoring a signal and the default action run no code of this program.
-        unsafe { signal(which, handler) }.map(drop)
+        unsafe { signal(which, handler) }?;
+        Ok(())
     })
 }
 
@@ -119,7 +120,7 @@ impl Signals {
             return next_pending();
         };
         let information = loop {
-            match descriptor.read_signal() {
+            match descriptor.read_signal().map_err(Errno::from) {
                 // Nobody would come back for it: the reactor is told of a signal once.
                 Err(Errno::EINTR) => (),
                 result => break result.ok()??,

@@ -3,10 +3,9 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags, SockFlag, sockopt};
 
-use super::errno;
+use super::errno::{self, Errno};
 use super::patience::patiently;
 use super::process::Process;
 
@@ -78,7 +77,8 @@ pub fn selinux_context(socket: &OwnedFd) -> Option<Vec<u8>> {
 /// The process at the other end, whatever became of its number since (SO_PEERPIDFD, Linux 6.5).
 /// ESRCH or EINVAL when it has been reaped, ENOPROTOOPT on an older kernel.
 pub fn peer_process(socket: &OwnedFd) -> Result<Process, Errno> {
-    socket::getsockopt(socket, sockopt::PeerPidfd).map(Process::from_pidfd)
+    let pidfd = socket::getsockopt(socket, sockopt::PeerPidfd)?;
+    Ok(Process::from_pidfd(pidfd))
 }
 
 /// Whether this kernel knows SO_PEERPIDFD (ENOPROTOOPT: it does not). Takes three descriptors for a
@@ -185,11 +185,8 @@ fn close_passed(message: &libc::msghdr) -> bool {
 
 /// Writes what the socket takes now.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
-    socket::send(
-        socket.as_raw_fd(),
-        bytes,
-        MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-    )
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    Ok(socket::send(socket.as_raw_fd(), bytes, flags)?)
 }
 
 #[cfg(test)]

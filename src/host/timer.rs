@@ -4,11 +4,11 @@
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::clock::Moment;
+use super::errno::Errno;
 use super::refusal::Refusal;
 
 /// The timer.
@@ -112,7 +112,7 @@ impl Timer {
 
 fn set(descriptor: &mut TimerFd, deadline: Option<Moment>) -> Result<(), Errno> {
     let Some(Moment(nanoseconds)) = deadline else {
-        return descriptor.unset();
+        return Ok(descriptor.unset()?);
     };
     // All zero would mean "unset"; the moment of boot is long past anyway.
     let nanoseconds = nanoseconds.max(1);
@@ -120,10 +120,8 @@ fn set(descriptor: &mut TimerFd, deadline: Option<Moment>) -> Result<(), Errno> 
         i64::try_from(nanoseconds / 1_000_000_000).unwrap_or(i64::MAX),
         i64::try_from(nanoseconds % 1_000_000_000).unwrap_or(0),
     );
-    descriptor.set(
-        Expiration::OneShot(at),
-        TimerSetTimeFlags::TFD_TIMER_ABSTIME,
-    )
+    let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME;
+    Ok(descriptor.set(Expiration::OneShot(at), flags)?)
 }
 
 #[cfg(test)]

@@ -2,8 +2,6 @@
 //! ledger in a memory file) or the C daemon's (its state document). How it is gone on from is told in
 //! [`super::go_on`].
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -12,9 +10,11 @@ use super::plan::Plan;
 use super::way_back::WayBack;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors;
+use crate::host::environment;
+use crate::host::errno::{self, Errno};
 use crate::host::paths::Paths;
 use crate::host::process::Process;
-use crate::host::{environment, errno};
+use crate::host::whole_file::{self, Unread};
 use crate::restart::handover::HANDOVER_VARIABLE;
 use crate::restart::ledger::Ledger;
 use crate::restart::libvirt_json::{self, Unusable};
@@ -148,19 +148,10 @@ pub fn go_on_regardless(failed: &Failed) {
     );
 }
 
-/// Asks for nothing but the bytes: a policy may refuse to say how many there are.
-fn read_document(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let mut document = Vec::new();
-    let read = file
-        .take(DOCUMENT_LIMIT.saturating_add(1))
-        .read_to_end(&mut document)?;
-    if read as u64 > DOCUMENT_LIMIT {
-        return Err(std::io::Error::from_raw_os_error(libc::EFBIG));
+fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Unread> {
+    match whole_file::read(path, DOCUMENT_LIMIT) {
+        Ok(document) => Ok(Some(document)),
+        Err(Unread::Open(Errno::ENOENT)) => Ok(None),
+        Err(reason) => Err(reason),
     }
-    Ok(Some(document))
 }

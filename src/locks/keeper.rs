@@ -3,16 +3,15 @@
 
 use std::collections::BTreeSet;
 
-use nix::errno::Errno;
-
 use super::lease::{Acquisition, AtEnd, Lease, LockKind, NotLocked, Refused, Stranger};
 use super::lockspace::{self, NotMade};
 use super::place::{Place, Unreachable};
 use super::table::{
     Decision, Granted, Mode, NotReleased, Owner, OwnerKey, Pid, Resource, ResourceId, Table,
 };
+use crate::host::errno::{self, Errno};
 use crate::host::file::{self, FileIdentity, Lockable};
-use crate::host::{errno, pid_file};
+use crate::host::pid_file;
 
 /// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
 /// memory of its path.

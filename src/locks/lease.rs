@@ -12,11 +12,9 @@
 
 use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
-
 use super::place::{Place, Unreachable};
 use super::table::Mode;
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 
 /// What kind of lock a lease is.

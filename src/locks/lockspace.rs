@@ -5,9 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use nix::errno::Errno;
-
-use crate::host::{errno, paths};
+use crate::host::errno::{self, Errno};
+use crate::host::paths;
 
 /// Why there is no lockspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,7 @@
 
 use std::os::fd::AsFd;
 
-use nix::errno::Errno;
-
+use crate::host::errno::Errno;
 use crate::host::file::{self, Start};
 
 /// The longest path that the kernel takes, with the zero byte at its end.

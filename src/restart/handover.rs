@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use crate::host::leash::{Collar, Leash};
 use crate::host::process::Process;
 use crate::host::refusal::Refusal;
 use crate::host::{descriptors, environment, errno, file, signals};
@@ -130,6 +131,8 @@ pub struct Check {
     process: Process,
     /// It is not shown the ledger, because of this: only a successor that needs none may take over.
     without_ledger: Option<Refusal>,
+    /// `None` once it is killed. What it started goes with it, and all of it with this daemon.
+    leash: Option<Leash>,
 }
 
 /// Why a daemon without a ledger that can be passed on has no successor of this kind.
@@ -164,6 +167,11 @@ impl Check {
             let reason = errno::text(errno::of(&error));
             format!("{} cannot be watched: {reason}", path.display())
         })?;
+        let untied = |reason| {
+            let reason = errno::text(reason);
+            format!("{} might outlive this daemon: {reason}", path.display())
+        };
+        let collar = Collar::new().map_err(untied)?;
         let (name, words) = match command_line.words.split_first() {
             Some((name, words)) => (name.as_os_str(), words),
             None => (OsStr::new("virtlockd"), [].as_slice()),
@@ -177,18 +185,27 @@ impl Check {
             .stdin(Stdio::from(shown))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            .process_group(0)
             .spawn()
             .map_err(|error| {
                 let reason = errno::text(errno::of(&error));
                 format!("{} cannot be started: {reason}", path.display())
             })?;
-        drop(room);
         let pid = i32::try_from(child.id()).map_err(|_| "its process id is too great")?;
+        let leash = match collar.tie(pid) {
+            Ok(leash) => Some(leash),
+            Err(reason) => {
+                end(child);
+                return Err(untied(reason));
+            }
+        };
+        drop(room);
         match Process::open_any(pid) {
             Ok(process) => Ok(Check {
                 child,
                 process,
                 without_ledger: ledger.err(),
+                leash,
             }),
             Err(reason) => {
                 end(child);
@@ -252,6 +269,8 @@ impl Check {
     /// Kills a successor that takes too long. It is over when the kernel is done with it, which may
     /// take a while: then it is to be reaped with [`Check::reap`].
     pub fn kill(&mut self) {
+        self.leash = None;
+        // It may have closed all that it does not know.
         let _ = self.child.kill();
     }
 
@@ -361,6 +380,6 @@ fn execute(
     format!(
         "{} cannot be executed: {}",
         program.to_string_lossy(),
-        errno::text(reason)
+        errno::text(reason.into())
     )
 }

@@ -21,11 +21,11 @@ use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 
 use bincode::error::EncodeError;
-use nix::errno::Errno;
 
 use super::event::{Event, events};
 use super::replay::Replay;
 use super::state::State;
+use crate::host::errno::Errno;
 use crate::host::memory::{self, Memory};
 use crate::host::refusal::Refusal;
 

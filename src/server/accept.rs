@@ -6,8 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::errno::Errno;
-
 use super::connection::{Connection, NoRoom, Phase, Service};
 use super::daemon::Daemon;
 use super::deadlines::Deadline;
@@ -17,7 +15,10 @@ use crate::host::clock::Moment;
 use crate::host::log::Printable;
 use crate::host::process::Process;
 use crate::host::stream::Peer;
-use crate::host::{errno, process, stream};
+use crate::host::{
+    errno::{self, Errno},
+    process, stream,
+};
 use crate::wire::error::Error;
 
 /// How many refused clients may be waiting for their refusal at a time.

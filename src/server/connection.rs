@@ -3,11 +3,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::errno::Errno;
-
 use super::conversation::Conversation;
 use super::dispatch::ENOUGH_OUTPUT;
 use super::lock_service::Session;
+use crate::host::errno::Errno;
 use crate::host::stream::{self, Peer};
 
 pub use crate::restart::state::Service;

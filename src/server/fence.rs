@@ -10,7 +10,6 @@ use std::os::fd::AsRawFd;
 
 use foldhash::HashMap;
 use mio::unix::SourceFd;
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use slab::Slab;
 
@@ -21,6 +20,7 @@ use super::deadlines::Deadline;
 use super::holder;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::errno::Errno;
 use crate::host::log::Printable;
 use crate::host::{process, stream};
 use crate::restart::event::Event;
@@ -144,7 +144,7 @@ impl Daemon {
         let process = process_of(connection, self.names_processes, &mut self.reserve);
         let is_dead = match &process {
             Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
-            Err(errno) => matches!(errno, Errno::ESRCH | Errno::EINVAL),
+            Err(errno) => matches!(*errno, Errno::ESRCH | Errno::EINVAL),
         };
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);

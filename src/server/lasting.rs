@@ -5,8 +5,6 @@ use std::ffi::OsStr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
-use nix::errno::Errno;
-
 use super::accept::Listener;
 use super::connection::{Connection, Phase, Service};
 use super::conversation::{Conversation, Pending};
@@ -15,7 +13,7 @@ use super::deadlines::Deadline;
 use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::clock::Moment;
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
 use crate::host::log;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::table::Pid;

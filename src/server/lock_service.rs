@@ -3,9 +3,8 @@
 
 use std::os::fd::AsRawFd;
 
-use nix::errno::Errno;
-
 use super::holder;
+use crate::host::errno::Errno;
 use crate::host::log::Printable;
 use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;

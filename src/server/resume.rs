@@ -6,7 +6,6 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use foldhash::HashMap;
-use nix::errno::Errno;
 
 use super::accept::Listener;
 use super::connection::{Connection, NoRoom, Phase, Service};
@@ -19,7 +18,10 @@ use crate::host::file::{FileIdentity, Lockable};
 use crate::host::log::Printable;
 use crate::host::patience::patiently;
 use crate::host::process::Process;
-use crate::host::{errno, file, process, stream};
+use crate::host::{
+    errno::{self, Errno},
+    file, process, stream,
+};
 use crate::locks::lease::{self, Found, Lease, LockKind};
 use crate::locks::table::Granted;
 use crate::restart::event::Event;

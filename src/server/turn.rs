@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use mio::Interest;
 use mio::unix::SourceFd;
-use nix::errno::Errno;
 
 use super::connection::{Appetite, Connection, Phase, Sent, Service};
 use super::conversation::{Conversation, Flow, Taken};
@@ -16,6 +15,7 @@ use super::deadlines::Deadline;
 use super::dispatch;
 use super::token::Source;
 use crate::host::clock::Moment;
+use crate::host::errno::Errno;
 use crate::host::stream;
 use crate::wire::{frame, lock};
 

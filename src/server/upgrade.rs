@@ -370,7 +370,7 @@ impl Daemon {
     }
 }
 
-fn cannot_write(reason: nix::errno::Errno) -> String {
+fn cannot_write(reason: crate::host::errno::Errno) -> String {
     format!(
         "the state cannot be written: {}",
         crate::host::errno::text(reason)

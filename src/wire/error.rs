@@ -2,8 +2,7 @@
 
 use super::frame::{self, Header};
 use super::xdr::{DecodeError, Decoder, Encoder};
-use crate::host::errno;
-use nix::errno::Errno;
+use crate::host::errno::{self, Errno};
 
 /// The longest string of an error object, bytes.
 pub const STRING_LIMIT: u32 = 4_194_304;
@@ -129,7 +128,7 @@ impl Error {
     /// A system call failed: `what` was attempted, the kernel's text follows it.
     pub fn system(domain: Domain, what: &[u8], errno: Errno) -> Error {
         let detail = [what, b": ", errno::text(errno).as_bytes()].concat();
-        let shape = Shape::System(errno as i32);
+        let shape = Shape::System(errno.number());
         Error {
             code: Code::SystemError,
             domain,

@@ -9,6 +9,7 @@ use super::level::Level;
 use super::line::Record;
 use super::settings::{OutputSetting, SettingError, Target};
 use super::stream::Stream;
+use crate::host::errno::Errno;
 
 /// The sockets of the host's log services.
 #[derive(Clone, Debug)]
@@ -161,7 +162,10 @@ fn open_error(setting: &OutputSetting, error: &io::Error) -> SettingError {
         _ => format!("the socket of log output '{setting}'"),
     };
     // A path with a zero byte is refused before the system is asked, hence without an errno.
-    SettingError::Open(what, error.raw_os_error().unwrap_or(libc::EINVAL))
+    SettingError::Open(
+        what,
+        error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
+    )
 }
 
 #[cfg(test)]
@@ -249,6 +253,6 @@ mod tests {
             error.to_string(),
             "failed to open /nonexist/x: No such file or directory"
         );
-        assert_eq!(error.errno(), Some(libc::ENOENT));
+        assert_eq!(error.errno(), Some(Errno::ENOENT));
     }
 }

@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 use super::level::Level;
+use crate::host::errno::{self, Errno};
 
 /// Where an output writes, with the name that tells two of one kind apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ pub enum SettingError {
     /// The setting of this name is not UTF-8.
     NotUtf8(&'static str),
     /// An output cannot be opened: what it is, and the errno.
-    Open(String, i32),
+    Open(String, Errno),
 }
 
 impl SettingError {
@@ -69,16 +70,15 @@ impl SettingError {
             }
             SettingError::Output(text) | SettingError::Filter(text) => text.clone(),
             SettingError::NotUtf8(name) => format!("{name} is not UTF-8 text"),
-            SettingError::Open(what, errno) => format!(
-                "failed to open {what}: {}",
-                nix::errno::Errno::from_raw(*errno).desc()
-            ),
+            SettingError::Open(what, errno) => {
+                format!("failed to open {what}: {}", errno::text(*errno))
+            }
         }
     }
 
     /// The errno, if a system call failed; such an error is libvirt's code 38 (system error),
     /// every other one code 8 (invalid argument).
-    pub fn errno(&self) -> Option<i32> {
+    pub fn errno(&self) -> Option<Errno> {
         match self {
             SettingError::Open(_, errno) => Some(*errno),
             _ => None,

@@ -8,11 +8,12 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{Mode, SFlag, fstat};
+
+use crate::host::errno::Errno;
 
 /// What a pipe takes at once when poll(2) says that it can be written to (PIPE_BUF).
 const POLLED_WRITE_BYTES: usize = 4096;
@@ -166,24 +167,24 @@ impl Stream {
     }
 
     fn write_some(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        match &self.channel {
-            Channel::Own(file) => nix::unistd::write(file, bytes),
-            Channel::SharedFile(file) => nix::unistd::write(file, bytes),
+        Ok(match &self.channel {
+            Channel::Own(file) => nix::unistd::write(file, bytes)?,
+            Channel::SharedFile(file) => nix::unistd::write(file, bytes)?,
             Channel::Socket(socket) => send(
                 socket.as_raw_fd(),
                 bytes,
                 MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-            ),
+            )?,
             Channel::Polled(descriptor) => {
                 let mut polled = [PollFd::new(descriptor.as_fd(), PollFlags::POLLOUT)];
                 if poll(&mut polled, PollTimeout::ZERO)? == 0 {
                     return Err(Errno::EAGAIN);
                 }
                 let some = bytes.get(..POLLED_WRITE_BYTES).unwrap_or(bytes);
-                nix::unistd::write(descriptor, some)
+                nix::unistd::write(descriptor, some)?
             }
-            Channel::Unread(_) | Channel::Nowhere => Err(Errno::ENXIO),
-        }
+            Channel::Unread(_) | Channel::Nowhere => return Err(Errno::ENXIO),
+        })
     }
 }
 

@@ -3,8 +3,6 @@
 
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-
 use crate::host::log::{self, SettingError, setting_text};
 use crate::wire::admin::Answer;
 use crate::wire::error::{Code, Domain, Error};
@@ -55,7 +53,7 @@ fn refusal(error: SettingError) -> Error {
     match error {
         SettingError::Open(what, errno) => {
             let what = format!("failed to open {what}");
-            Error::system(Domain::None, what.as_bytes(), Errno::from_raw(errno))
+            Error::system(Domain::None, what.as_bytes(), errno)
         }
         error => Error::new(Code::InvalidArgument, Domain::None, error.detail()),
     }

@@ -2,8 +2,7 @@
 
 use std::fmt::Display;
 
-use nix::errno::Errno;
-
+use crate::host::errno::Errno;
 use crate::server::connection::Service;
 use crate::server::daemon::Daemon;
 use crate::wire::admin::{Answer, Parameter, Value};
