@@ -5,6 +5,7 @@ mod support;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use std::time::{Duration, Instant};
 use support::client::{
     AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, SHARED, SYSTEM_ERROR, acquire,
     create_lockspace, delete_resource, register_as, release,
@@ -13,7 +14,7 @@ use support::daemon::{self, Daemon};
 use support::fuse::{Habits, Operation, Share, Trouble};
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner};
-use support::upgrade::{Host, upgrade};
+use support::upgrade::{Disturbed, Host, upgrade};
 use support::{DEADLINE, foreign_lock, lock_probe, require_root, skip, wait_until};
 
 /// Every time that this is asked for.
@@ -482,6 +483,96 @@ fn a_disk_that_cannot_be_asked_which_file_it_is_is_locked_all_the_same() {
 }
 
 #[test]
+fn a_disk_that_may_have_a_posix_lock_is_not_opened_before_it_is_known() {
+    let habits = Habits {
+        drops_on_flush: true,
+        ..Habits::tenacious()
+    };
+    let Some((host, share, daemon)) = theirs_with(habits) else {
+        return;
+    };
+    share.put("x");
+    let (held, second) = (share.path("x"), share.path("./x"));
+    let mut guest = Owner::register(daemon.lock_socket(), "guest", OnTerm::Die);
+    guest.call(&acquire("", &held, 0)).expect_ok();
+    host.install(&daemon::program());
+    upgrade(&daemon);
+    let trouble = Trouble::Fails(Errno::EIO);
+    share.trouble(Operation::GetAttributes, trouble, FOR_EVER);
+    let reply = guest.call(&acquire("", &second, 0));
+    let text = reply.expect_error(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
+    assert!(
+        text.ends_with("/run/share/./x: Input/output error"),
+        "{text}"
+    );
+    share.mend(Operation::GetAttributes);
+    share.wait_locks(&["x write"], "another name was refused");
+    guest.call(&release("", &held)).expect_ok();
+    share.wait_locks(&[], "given back");
+}
+
+#[test]
+fn a_block_device_is_not_locked_without_knowing_which_one_it_is() {
+    if !require_root() || !support::require_strace() {
+        return;
+    }
+    let namespace = Namespace::new();
+    std::fs::write(namespace.path("/run/image"), [0; 4096]).expect("write an image");
+    let output = namespace
+        .command("losetup")
+        .args(["-f", "--show", "/run/image"])
+        .output()
+        .expect("run losetup");
+    if !output.status.success() {
+        return skip("needs a loop device");
+    }
+    let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let detached = Detached(&namespace, &device);
+    let daemon = Daemon::start(&namespace, &[], &[]);
+    let mut client = daemon.client();
+    client.call(&register_as("guest", 4242)).expect_ok();
+    let disturbed = Disturbed::with(&daemon, "fstat,newfstatat", "error=EIO:when=1+");
+    // Two nodes of one device do not exclude each other by their locks; two names of a file do.
+    client.call(&acquire("", "/run/image", 0)).expect_ok();
+    let reply = client.call(&acquire("", &device, 0));
+    let text = reply.expect_error(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
+    let expected = format!("resource {device}: Input/output error");
+    assert!(text.ends_with(&expected), "{text}");
+    drop(disturbed);
+    client.call(&acquire("", &device, 0)).expect_ok();
+    drop((daemon, detached));
+}
+
+/// A loop device that is given back.
+struct Detached<'a>(&'a Namespace, &'a str);
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        let mut command = self.0.command("losetup");
+        let _ = command.args(["-d", self.1]).status();
+    }
+}
+
+#[test]
+fn a_call_on_a_share_is_answered_when_the_server_has_done_it() {
+    let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+        return;
+    };
+    scene.share.put("x");
+    let (take, give) = scene.calls(&Way::disk(0));
+    let time = Duration::from_millis(50);
+    for operation in [Operation::Open, Operation::Lock, Operation::Unlock] {
+        scene.share.trouble(operation, Trouble::Takes(time), 1);
+        let start = Instant::now();
+        scene.client.call(&take).expect_ok();
+        scene.share.wait_locks(&["x write"], "granted");
+        scene.client.call(&give).expect_ok();
+        assert_eq!(scene.share.locks(), Vec::<String>::new(), "given back");
+        assert!(start.elapsed() >= time, "{operation:?} took no time");
+    }
+}
+
+#[test]
 fn a_disk_on_a_medium_that_cannot_be_written_is_locked_shared_and_not_exclusively() {
     if !require_root() {
         return;
@@ -542,9 +633,10 @@ fn a_shared_lock_through_a_file_open_for_reading_goes_to_libvirts_daemon_and_com
     };
     run(&["mkdir", "/run/medium"]);
     run(&["mount", "-t", "tmpfs", "medium", "/run/medium"]);
-    run(&["touch", "/run/medium/disk"]);
+    run(&["touch", "/run/medium/disk", "/run/medium/other"]);
     run(&["mount", "-o", "remount,ro", "/run/medium"]);
     let disk = "/run/medium/disk";
+    let process_lock = host.disk("process-lock");
     let daemon = host.start(&[], &[]);
     let mut guest = Owner::register(daemon.lock_socket(), "guest", OnTerm::Die);
     guest.call(&acquire("", disk, SHARED)).expect_ok();
@@ -553,8 +645,17 @@ fn a_shared_lock_through_a_file_open_for_reading_goes_to_libvirts_daemon_and_com
         upgrade(&daemon);
         let seen = lock_probe(&host.path(disk));
         assert!(seen.is_some_and(|lock| !lock.exclusive), "{seen:?}");
+        if *program == theirs {
+            guest.call(&acquire("", &process_lock, 0)).expect_ok();
+        }
     }
     assert!(!daemon.stderr().contains("was lost"));
+    // Files are looked at before they are opened by now, and this one can be read, too.
+    let other = "/run/medium/other";
+    guest.call(&acquire("", other, SHARED)).expect_ok();
+    assert!(lock_probe(&host.path(other)).is_some_and(|lock| !lock.exclusive));
+    guest.call(&release("", other)).expect_ok();
+    host.assert_held(&process_lock);
     guest.call(&release("", disk)).expect_ok();
     host.wait_free(disk);
     daemon.signal(Signal::SIGTERM);

@@ -8,7 +8,10 @@
 //! lost when *any* descriptor of its file is closed; see [`Acquisition::avoid`].
 //!
 //! A file that is or may be locked is a [`Lockable`]: whatever becomes of it, it is unlocked before it
-//! is closed.
+//! is closed. Where a server keeps the lock of an open file until it is told to let go, two things cannot be
+//! helped. A killed daemon's locks stay there: the kernel closes files and unlocks none. And libvirt's daemon,
+//! which only closes, does not release what it was handed: an exclusive lock can be made one of its own kind
+//! only over a moment in which it is none or shared, and then another host may have the file.
 
 use std::os::fd::OwnedFd;
 
