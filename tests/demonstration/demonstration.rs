@@ -8,6 +8,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use virtlockd::wire::error;
 use virtlockd::wire::frame::{HEADER, LONGEST, STATUS_OK, Split, split};
 use virtlockd::wire::lock::{Call, Target};
@@ -105,7 +107,7 @@ fn show(program: &str) {
     println!("   the kernel says: {}", kernel_lock());
 
     println!("3. The daemon replaces itself (SIGUSR1), keeping locks and clients:");
-    signal("USR1", daemon.id());
+    signal(Signal::SIGUSR1, daemon.id());
     let environment = format!("/proc/{}/environ", daemon.id());
     wait_until("its successor runs", || {
         std::fs::read(&environment)
@@ -126,7 +128,7 @@ fn show(program: &str) {
     println!(
         "5. The daemon ends; who still holds a lock is fenced, so that nobody writes unguarded:"
     );
-    signal("TERM", daemon.id());
+    signal(Signal::SIGTERM, daemon.id());
     daemon.wait().expect("its end");
     for guest in [&mut second, &mut third] {
         let _ = guest.child.kill();
@@ -148,14 +150,9 @@ fn kernel_lock() -> String {
         })
 }
 
-fn signal(name: &str, pid: u32) {
-    let status = Command::new("kill")
-        .args([format!("-{name}"), pid.to_string()])
-        .status();
-    assert!(
-        status.is_ok_and(|status| status.success()),
-        "kill -{name} {pid}"
-    );
+fn signal(signal: Signal, pid: u32) {
+    let pid = i32::try_from(pid).expect("a pid");
+    kill(Pid::from_raw(pid), signal).expect("the process is there");
 }
 
 fn wait_until(what: &str, condition: impl Fn() -> bool) {
