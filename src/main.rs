@@ -23,8 +23,8 @@ use std::process;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, StartError};
-use virtlockd::host::log::{self, SettingError};
 use virtlockd::host::{errno, signals};
+use virtlockd::log::{self, SettingError};
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
 /// Why the program ends before its time.

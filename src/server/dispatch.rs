@@ -6,7 +6,7 @@ use super::connection::{Connection, NoRoom, Phase, Service};
 use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::lock_service::{self, Context, Session};
-use crate::host::log::Printable;
+use crate::log::Printable;
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;

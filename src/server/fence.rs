@@ -19,8 +19,8 @@ use super::deadlines::Deadline;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::errno::Errno;
-use crate::host::log::Printable;
 use crate::host::{process, stream};
+use crate::log::Printable;
 use crate::restart::event::Event;
 use crate::restart::state::uuid_text;
 

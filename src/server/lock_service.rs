@@ -4,11 +4,11 @@
 use std::os::fd::AsRawFd;
 
 use crate::host::errno::Errno;
-use crate::host::log::Printable;
 use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, ResourceId};
+use crate::log::Printable;
 use crate::restart::event::Event;
 use crate::restart::ledger::Ledger;
 use crate::restart::state::{LockKindState, uuid_text};

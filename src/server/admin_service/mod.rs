@@ -13,7 +13,7 @@ use super::connection::Service;
 use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::dispatch;
-use crate::host::log::Printable;
+use crate::log::Printable;
 use crate::wire::admin::{self, Answer, Call, Procedure};
 use crate::wire::error::{self, Code, Domain, Error};
 use crate::wire::frame::Header;
