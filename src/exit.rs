@@ -2,7 +2,7 @@
 //! carries one of them to `main`, the only place that prints it.
 #![forbid(unsafe_code)]
 
-use crate::host::log::SettingError;
+use crate::log::SettingError;
 
 /// The exit codes of the daemon. The numbers are libvirt's; the ones that this program has no use
 /// for are left out. A start in the background passes the number to the waiting parent as one byte.

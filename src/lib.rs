@@ -10,6 +10,7 @@
 //! * [`restart`]: the state that outlives a process image, and how it is passed on.
 //! * [`locks`]: who holds what. It knows owners and files; sockets and bytes are not its business.
 //! * [`wire`]: bytes to messages and back. No input or output, no state.
+//! * [`log`]: libvirt's log settings and lines, on top of `tracing`.
 //! * [`host`]: what a Unix daemon owes its host. The only place with `unsafe`.
 
 #![cfg_attr(
@@ -30,6 +31,7 @@ pub mod exit;
 pub mod host;
 pub mod life;
 pub mod locks;
+pub mod log;
 pub mod restart;
 pub mod server;
 pub mod wire;

@@ -19,9 +19,9 @@ use std::process;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, Failed, StartError};
-use virtlockd::host::log;
 use virtlockd::host::{errno, signals};
 use virtlockd::life::{rehearsal, start};
+use virtlockd::log;
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
 fn main() -> process::ExitCode {

@@ -12,7 +12,7 @@ use support::daemon::{Daemon, program};
 use support::namespace::Namespace;
 use support::{DEADLINE, TempDir, require_root, wait_until};
 use tracing::{error, info, warn};
-use virtlockd::host::log;
+use virtlockd::log;
 
 const JOURNAL: &str = "/run/systemd/journal/socket";
 

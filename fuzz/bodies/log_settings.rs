@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use virtlockd::host::log::{
+use virtlockd::log::{
     filters_setting, format_outputs, outputs_setting, parse_filters, parse_outputs,
     restore_outputs, setting_text,
 };

@@ -1,4 +1,5 @@
-//! The monotonic clock, as a number that keeps its meaning in the next image of the process.
+//! The monotonic clock, as a number that keeps its meaning in the next image of the process; and the
+//! calendar.
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -42,4 +43,27 @@ impl Moment {
     pub fn ms_since(self, earlier: Moment) -> u64 {
         self.0.saturating_sub(earlier.0) / 1_000_000
     }
+}
+
+/// The calendar date of a second since 1970, at Greenwich; the epoch's if the C library cannot tell.
+pub fn utc(seconds: i64) -> libc::tm {
+    broken_down(seconds, libc::gmtime_r)
+}
+
+/// As [`utc`], in the zone of the host.
+pub fn local(seconds: i64) -> libc::tm {
+    broken_down(seconds, libc::localtime_r)
+}
+
+type Convert = unsafe extern "C" fn(*const libc::time_t, *mut libc::tm) -> *mut libc::tm;
+
+fn broken_down(seconds: i64, convert: Convert) -> libc::tm {
+    // SAFETY: tm is plain data for which all zeros is a valid value (a null tm_zone included).
+    let mut date: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are valid for the call, and the callers pass gmtime_r or localtime_r.
+    if unsafe { convert(&seconds, &mut date) }.is_null() {
+        date.tm_year = 70;
+        date.tm_mday = 1;
+    }
+    date
 }

@@ -18,6 +18,14 @@ pub fn keep_on_exec(number: RawFd, is_kept: bool) -> Result<(), Errno> {
     Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags) }).map(drop)
 }
 
+/// Descriptor 2, whatever it means at the moment.
+pub fn stderr() -> BorrowedFd<'static> {
+    // SAFETY: descriptor 2 is open for the whole life of the process: the Rust runtime opens
+    // /dev/null there if it is closed at the start, and going to the background only puts another
+    // file in its place.
+    unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) }
+}
+
 /// Takes over one descriptor that the previous image of this process left open under `number`.
 /// EBADF if it is not open. Each number is to be adopted once.
 pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {

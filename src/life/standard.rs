@@ -6,7 +6,7 @@
 use std::os::fd::RawFd;
 
 use crate::host::descriptors;
-use crate::host::log;
+use crate::log;
 use crate::restart::state::State;
 
 /// The last of the three.

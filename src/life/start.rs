@@ -11,9 +11,10 @@ use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::exit::{ExitCode, Failed, StartError, status_text};
 use crate::host::daemonize::{self, Background, Started};
+use crate::host::errno;
 use crate::host::listen::Activation;
 use crate::host::paths::Paths;
-use crate::host::{errno, log};
+use crate::log;
 use crate::restart::handover::CommandLine;
 use crate::restart::state::State;
 

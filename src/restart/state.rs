@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::clock::Moment;
 use crate::host::file::FileIdentity;
-use crate::host::log::Printable;
 use crate::host::stream::Peer;
 use crate::locks::table::{Mode, Owner, Pid};
+use crate::log::Printable;
 
 /// Which of the two servers: each has its sockets, its clients and its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -240,7 +240,7 @@ pub struct LogState {
     /// As libvirt writes them.
     pub filters: String,
     /// As libvirt writes them, with the paths as
-    /// [`outputs_setting`](crate::host::log::outputs_setting) does.
+    /// [`outputs_setting`](crate::log::outputs_setting) does.
     pub outputs: String,
     /// What is used when there are no outputs, written in the same way.
     pub default_output: String,

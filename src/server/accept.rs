@@ -12,13 +12,13 @@ use super::deadlines::Deadline;
 use super::dispatch;
 use super::token::Source;
 use crate::host::clock::Moment;
-use crate::host::log::Printable;
 use crate::host::process::Process;
 use crate::host::stream::Peer;
 use crate::host::{
     errno::{self, Errno},
     process, stream,
 };
+use crate::log::Printable;
 use crate::wire::error::Error;
 
 /// How many refused clients may be waiting for their refusal at a time.

@@ -21,8 +21,8 @@ use super::holder;
 use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::errno::Errno;
-use crate::host::log::Printable;
 use crate::host::{process, stream};
+use crate::log::Printable;
 use crate::restart::event::Event;
 
 use crate::host::process::Process;

@@ -14,9 +14,9 @@ use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
-use crate::host::log;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::table::Pid;
+use crate::log;
 use crate::restart::event::Event;
 use crate::restart::ledger::Ledger;
 use crate::restart::state::{

@@ -5,11 +5,11 @@ use std::os::fd::AsRawFd;
 
 use super::holder;
 use crate::host::errno::Errno;
-use crate::host::log::Printable;
 use crate::locks::keeper::{Acquired, Keeper, Refusal};
 use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner};
+use crate::log::Printable;
 use crate::restart::event::Event;
 use crate::restart::ledger::Ledger;
 use crate::restart::state::LockKindState;

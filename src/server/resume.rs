@@ -15,7 +15,6 @@ use super::fence::{Fence, Stage};
 use super::lock_service::Session;
 use crate::host::descriptors::Inherited;
 use crate::host::file::{FileIdentity, Lockable};
-use crate::host::log::Printable;
 use crate::host::patience::patiently;
 use crate::host::process::Process;
 use crate::host::{
@@ -24,6 +23,7 @@ use crate::host::{
 };
 use crate::locks::lease::{self, Found, Lease, LockKind};
 use crate::locks::table::Granted;
+use crate::log::Printable;
 use crate::restart::event::Event;
 use crate::restart::state::{
     ClientState, ListenerState, LockKindState, PollState, ResourceState, State, Traffic,

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::host::log::{self, SettingError, setting_text};
+use crate::log::{self, SettingError, setting_text};
 use crate::wire::admin::Answer;
 use crate::wire::error::{Code, Domain, Error};
 

@@ -4,9 +4,9 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::level::{Level, parse_level};
+use super::level::Level;
 use super::settings::{
-    FilterSetting, OutputSetting, SettingError, Target, parse_filters, parse_outputs,
+    FilterSetting, OutputSetting, SettingError, Target, parse_filters, parse_level, parse_outputs,
 };
 
 /// Everything that decides what is logged and where.

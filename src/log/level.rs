@@ -1,6 +1,4 @@
-//! The four levels of libvirt's logs, and how a level is written in a setting.
-
-use super::settings::SettingError;
+//! The four levels of libvirt's logs.
 
 /// How grave a log line is. The numbers are those of libvirt's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,47 +65,6 @@ impl Level {
             tracing::Level::WARN => Level::Warning,
             tracing::Level::INFO => Level::Info,
             tracing::Level::DEBUG | tracing::Level::TRACE => Level::Debug,
-        }
-    }
-}
-
-/// Reads the value of `LIBVIRT_DEBUG`: a number from 1 to 4 or one of the four words, nothing around it.
-///
-/// # Errors
-/// [`SettingError::Level`] for everything else.
-pub fn parse_level(text: &str) -> Result<Level, SettingError> {
-    match text {
-        "1" | "debug" => Ok(Level::Debug),
-        "2" | "info" => Ok(Level::Info),
-        "3" | "warning" => Ok(Level::Warning),
-        "4" | "error" => Ok(Level::Error),
-        _ => Err(SettingError::Level(text.to_owned())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_level_is_a_number_or_a_word() {
-        for level in [Level::Debug, Level::Info, Level::Warning, Level::Error] {
-            assert_eq!(parse_level(&level.number().to_string()), Ok(level));
-            assert_eq!(parse_level(level.word()), Ok(level));
-            assert_eq!(Level::from_number(level.number()), Some(level));
-        }
-    }
-
-    #[test]
-    fn anything_else_is_refused_with_libvirts_sentence() {
-        for text in ["", "0", "5", "01", " 1", "1 ", "Debug", "warn", "err"] {
-            let error = parse_level(text).expect_err(text);
-            assert_eq!(
-                error.to_string(),
-                format!(
-                    "invalid argument: Failed to set logging priority, argument '{text}' is invalid"
-                )
-            );
         }
     }
 }

@@ -8,6 +8,7 @@
 //! * `line`: a record and its layout.
 //! * `stream`, `datagram`, `output`: where lines go.
 //! * `logger`, `subscriber`: the state, and the way from an event to it.
+#![forbid(unsafe_code)]
 
 mod datagram;
 mod level;
@@ -27,12 +28,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-pub use level::{Level, parse_level};
+pub use level::Level;
 pub use line::Printable;
 pub use resolve::{Configured, Environment, RunMode, Settings, resolve};
 pub use settings::{
     FilterSetting, OutputSetting, SettingError, Target, filters_setting, format_filters,
-    format_outputs, outputs_setting, parse_filters, parse_outputs, restore_outputs, setting_text,
+    format_outputs, outputs_setting, parse_filters, parse_level, parse_outputs, restore_outputs,
+    setting_text,
 };
 
 use logger::Logger;

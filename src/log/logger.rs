@@ -1,7 +1,6 @@
 //! The state of the log: filters, levels and open outputs, and how they are exchanged while the
 //! daemon runs. The new outputs are open before the old ones go, so no line falls between them.
 
-use std::ffi::CString;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::level::Level;
@@ -9,6 +8,7 @@ use super::line::Record;
 use super::output::{Output, Services};
 use super::resolve::Settings;
 use super::settings::{FilterSetting, OutputSetting, SettingError};
+use crate::host::text;
 
 /// Takes records, and decides which are wanted and where they go.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ impl Logger {
         let wanted = state
             .filters
             .iter()
-            .find(|filter| matches(&filter.pattern, category))
+            .find(|filter| text::matches(&filter.pattern, category))
             .map_or(state.level, |filter| filter.level);
         level >= wanted && level >= state.least_output_level()
     }
@@ -164,34 +164,4 @@ fn open_outputs(
         .into_iter()
         .map(|setting| Output::open(setting, services))
         .collect()
-}
-
-/// Patterns mean what fnmatch(3) takes them for. This is asked once per place in the code, when
-/// the filters change.
-fn matches(pattern: &str, category: &str) -> bool {
-    let (Ok(pattern), Ok(category)) = (CString::new(pattern), CString::new(category)) else {
-        return false;
-    };
-    // SAFETY: both are strings that end with a zero byte and live through the call.
-    unsafe { libc::fnmatch(pattern.as_ptr(), category.as_ptr(), 0) == 0 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patterns_match_as_fnmatch_does() {
-        for (pattern, category, expected) in [
-            ("*locking*", "locking.lock_daemon", true),
-            ("*lock_d*", "locking.lock_daemon", true),
-            ("*rpc*", "locking.lock_daemon", false),
-            ("*x*[a-c]*", "rpc.xy.b", true),
-            ("*n?t*", "rpc.netserver", true),
-            ("*[*", "a[b", true),
-            ("*+*", "a", false),
-        ] {
-            assert_eq!(matches(pattern, category), expected, "{pattern} {category}");
-        }
-    }
 }

@@ -190,7 +190,7 @@ mod tests {
         });
         let log = std::fs::read_to_string(directory.join("log")).expect("log");
         let end = format!(
-            " {}: error : host::log::subscriber::tests:{line} : no 1 owner=\"vm\"",
+            " {}: error : log::subscriber::tests:{line} : no 1 owner=\"vm\"",
             std::process::id()
         );
         assert_eq!(log.lines().count(), 3);

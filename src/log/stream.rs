@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
+use crate::host::descriptors;
 use crate::host::errno::Errno;
 
 /// What a pipe takes at once when poll(2) says that it can be written to (PIPE_BUF).
@@ -63,10 +64,7 @@ impl Stream {
                 rest: Vec::new(),
             };
         }
-        // SAFETY: descriptor 2 is open for the whole life of the process: the Rust runtime opens
-        // /dev/null there if it is closed at the start, and going to the background only puts
-        // another file in its place.
-        Stream::over(unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) })
+        Stream::over(descriptors::stderr())
     }
 
     /// A descriptor that others share.

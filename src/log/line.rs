@@ -5,6 +5,7 @@ use std::fmt::{self, Write as _};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::level::Level;
+use crate::host::clock;
 
 /// The longest text in bytes. The admin program takes strings of 4 MiB, which no log wants, and a
 /// datagram of the journal must stay below its socket's buffer (212,992 bytes).
@@ -144,7 +145,7 @@ fn is_plain(character: char) -> bool {
 fn utc(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
-    let date = broken_down(seconds, libc::gmtime_r);
+    let date = clock::utc(seconds);
     format!(
         "{:04}-{:02}-{:02} {:02}:{:02}:{:02}.{:03}+0000",
         i64::from(date.tm_year).saturating_add(1900),
@@ -164,7 +165,7 @@ pub fn syslog_time(time: SystemTime) -> String {
     ];
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
-    let date = broken_down(seconds, libc::localtime_r);
+    let date = clock::local(seconds);
     let month = usize::try_from(date.tm_mon)
         .ok()
         .and_then(|month| MONTHS.get(month))
@@ -173,20 +174,6 @@ pub fn syslog_time(time: SystemTime) -> String {
         "{month} {:2} {:02}:{:02}:{:02}",
         date.tm_mday, date.tm_hour, date.tm_min, date.tm_sec
     )
-}
-
-type Convert = unsafe extern "C" fn(*const libc::time_t, *mut libc::tm) -> *mut libc::tm;
-
-/// The calendar date of a second; the epoch's if the C library cannot tell.
-fn broken_down(seconds: i64, convert: Convert) -> libc::tm {
-    // SAFETY: tm is plain data for which all zeros is a valid value (a null tm_zone included).
-    let mut date: libc::tm = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are valid for the call, and the callers pass gmtime_r or localtime_r.
-    if unsafe { convert(&seconds, &mut date) }.is_null() {
-        date.tm_year = 70;
-        date.tm_mday = 1;
-    }
-    date
 }
 
 #[cfg(test)]

@@ -95,6 +95,20 @@ impl fmt::Display for SettingError {
     }
 }
 
+/// Reads the value of `LIBVIRT_DEBUG`: a number from 1 to 4 or one of the four words, nothing around it.
+///
+/// # Errors
+/// [`SettingError::Level`] for everything else.
+pub fn parse_level(text: &str) -> Result<Level, SettingError> {
+    match text {
+        "1" | "debug" => Ok(Level::Debug),
+        "2" | "info" => Ok(Level::Info),
+        "3" | "warning" => Ok(Level::Warning),
+        "4" | "error" => Ok(Level::Error),
+        _ => Err(SettingError::Level(text.to_owned())),
+    }
+}
+
 impl std::error::Error for SettingError {}
 
 /// Bytes from outside (a file, the environment, the admin socket) as the text of the setting `name`.
@@ -320,6 +334,28 @@ fn absolute(path: &str, directory: &Path) -> PathBuf {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_level_is_a_number_or_a_word() {
+        for level in [Level::Debug, Level::Info, Level::Warning, Level::Error] {
+            assert_eq!(parse_level(&level.number().to_string()), Ok(level));
+            assert_eq!(parse_level(level.word()), Ok(level));
+            assert_eq!(Level::from_number(level.number()), Some(level));
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused_with_libvirts_sentence() {
+        for text in ["", "0", "5", "01", " 1", "1 ", "Debug", "warn", "err"] {
+            let error = parse_level(text).expect_err(text);
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "invalid argument: Failed to set logging priority, argument '{text}' is invalid"
+                )
+            );
+        }
+    }
 
     fn outputs(text: &str) -> Result<String, String> {
         parse_outputs(text, Path::new("/base/dir"))
