@@ -7,7 +7,7 @@ use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::lock_service::{self, Context, Session};
 use crate::log::Printable;
-use crate::wire::error::{Code, Domain, Error};
+use crate::wire::error::{Error, rpc, undecodable, unknown_procedure};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;
 use crate::wire::lock::{self, Call, Procedure, Target};
@@ -92,21 +92,6 @@ fn check_program(service: Service, header: Header) -> Result<(), Error> {
         )));
     }
     Ok(())
-}
-
-/// An error of the framing and dispatching itself.
-pub fn rpc(detail: impl Into<Vec<u8>>) -> Error {
-    Error::new(Code::Rpc, Domain::Rpc, detail)
-}
-
-/// The error for a procedure number that means nothing.
-pub fn unknown_procedure(number: i32) -> Error {
-    rpc(format!("unknown procedure: {number}"))
-}
-
-/// The error for arguments that do not decode.
-pub fn undecodable() -> Error {
-    rpc("Unable to decode message payload")
 }
 
 fn lock_call(

@@ -204,6 +204,21 @@ impl Error {
     }
 }
 
+/// An error of the framing and dispatching itself.
+pub fn rpc(detail: impl Into<Vec<u8>>) -> Error {
+    Error::new(Code::Rpc, Domain::Rpc, detail)
+}
+
+/// The error for a procedure number that means nothing.
+pub fn unknown_procedure(number: i32) -> Error {
+    rpc(format!("unknown procedure: {number}"))
+}
+
+/// The error for arguments that do not decode.
+pub fn undecodable() -> Error {
+    rpc("Unable to decode message payload")
+}
+
 const LEVEL_ERROR: i32 = 2;
 
 /// An error object as a client sees it, with every field that can be present.

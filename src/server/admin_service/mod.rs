@@ -15,7 +15,7 @@ use super::daemon::Daemon;
 use super::dispatch;
 use crate::log::Printable;
 use crate::wire::admin::{self, Answer, Call, Procedure};
-use crate::wire::error::{self, Code, Domain, Error};
+use crate::wire::error::{self, Code, Domain, Error, undecodable, unknown_procedure};
 use crate::wire::frame::Header;
 
 /// How much of an error's text goes into a line of the log, bytes. A client may put megabytes in.
@@ -47,9 +47,9 @@ pub fn dispatch(
     out: &mut Vec<u8>,
 ) -> Flow {
     let result = match Procedure::from_number(header.procedure) {
-        None => Err(dispatch::unknown_procedure(header.procedure)),
+        None => Err(unknown_procedure(header.procedure)),
         Some(procedure) => match admin::decode(procedure, payload) {
-            Err(_) => Err(dispatch::undecodable()),
+            Err(_) => Err(undecodable()),
             Ok(call) => serve(daemon, place, &call),
         },
     };
