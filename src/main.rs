@@ -19,11 +19,10 @@ mod takeover;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::process;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, StartError};
-use virtlockd::host::{errno, signals};
+use virtlockd::host::{errno, process, signals};
 use virtlockd::log::{self, SettingError};
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
@@ -47,9 +46,10 @@ impl From<SettingError> for Failed {
     }
 }
 
-fn main() -> process::ExitCode {
+fn main() -> std::process::ExitCode {
     // Before anything else: a signal must find either nobody or the reactor.
     let blocked = signals::block();
+    process::set_started();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let outcome = cli::parse(&arguments, nix::unistd::geteuid().is_root());
     if let Outcome::Exit {

@@ -13,6 +13,7 @@ use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
+use crate::host::process;
 
 /// What kind of lock a lease is.
 #[derive(Debug)]
@@ -238,7 +239,7 @@ pub enum Found {
 /// own kind: both kinds can be held at once, so there is no moment without a lock. `is_alone` says
 /// that no other held resource is the same file, whose POSIX lock would go too.
 pub fn adopt(descriptor: &OwnedFd, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
-    let own_pid = nix::unistd::getpid().as_raw();
+    let own_pid = process::started().cast_signed();
     let wanted = match mode {
         Mode::Exclusive => LockType::Write,
         Mode::Shared => LockType::Read,
