@@ -15,18 +15,18 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::process;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, Failed, StartError};
-use virtlockd::host::{errno, signals};
+use virtlockd::host::{errno, process, signals};
 use virtlockd::life::{rehearsal, start};
 use virtlockd::log;
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
-fn main() -> process::ExitCode {
+fn main() -> std::process::ExitCode {
     // Before anything else: a signal must find either nobody or the reactor.
     let blocked = signals::block();
+    process::set_started();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let outcome = cli::parse(&arguments, nix::unistd::geteuid().is_root());
     if let Outcome::Exit {

@@ -1,4 +1,4 @@
-//! The protocol a second time, written from its description alone (`wire.md`): frames, arguments,
+//! The protocol a second time, written from its description and not from the code: frames, arguments,
 //! results and error objects. The code under test must not vouch for itself. It is slow and copies
 //! everything, but it is short enough to be checked by reading.
 

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 
 use super::errno::Errno;
+use super::process;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe2, setsid};
 use nix::{fcntl::OFlag, libc};
@@ -84,7 +85,10 @@ fn become_daemon() -> io::Result<()> {
     // SAFETY: a process just forked has a single thread.
     match unsafe { fork() }.map_err(Errno::from)? {
         ForkResult::Parent { .. } => exit_child(libc::EXIT_SUCCESS),
-        ForkResult::Child => Ok(()),
+        ForkResult::Child => {
+            process::set_started();
+            Ok(())
+        }
     }
 }
 

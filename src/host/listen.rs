@@ -21,7 +21,7 @@ use nix::sys::stat::{Mode, umask};
 
 use super::errno::Errno;
 use super::paths::Paths;
-use super::{environment, errno};
+use super::{environment, errno, process};
 
 /// The sockets that the daemon accepts clients on. An activated daemon may have several of a kind,
 /// or none.
@@ -332,7 +332,7 @@ impl Activation {
             pid.as_deref(),
             count.as_deref(),
             names.as_deref(),
-            std::process::id(),
+            process::started(),
         ) {
             Plan::Ignore => Self::None,
             Plan::Unusable { reason, count } => Self::Unusable {

@@ -16,6 +16,7 @@ use nix::sys::stat::{FileStat, fstat, stat};
 
 use super::errno::{self, Errno};
 use super::file::FileIdentity;
+use super::process;
 
 /// A pid file that this process holds.
 #[derive(Debug)]
@@ -79,7 +80,7 @@ impl PidFile {
         file.set_len(0)
             .map_err(|error| failed("truncate pid file", errno::of(&error)))?;
         (&file)
-            .write_all(std::process::id().to_string().as_bytes())
+            .write_all(process::started().to_string().as_bytes())
             .map_err(|error| failed("write to pid file", errno::of(&error)))?;
         Ok(Self {
             file,

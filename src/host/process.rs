@@ -1,12 +1,31 @@
 //! Other processes, through pidfds: a pidfd means one process for ever, whatever happens to its
-//! number (pidfd_open(2)).
+//! number (pidfd_open(2)). And the number of our own.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::errno::Errno;
+
+/// The number of the process that is the daemon to everybody outside; 0 until somebody has said so.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// From here on this process is the daemon: main says so first thing, and the process in the background
+/// again. A child that works for the daemon keeps the number that it was told.
+pub fn set_started() {
+    STARTED.store(std::process::id(), Ordering::Relaxed);
+}
+
+/// The number of the process that was started: the one in the pid file, in the log, in the service
+/// manager's hands, and the owner of the POSIX locks.
+pub fn started() -> u32 {
+    match STARTED.load(Ordering::Relaxed) {
+        0 => std::process::id(),
+        number => number,
+    }
+}
 
 /// A process that cannot be confused with a later one of the same number.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use crate::host::descriptors;
 use crate::host::environment;
 use crate::host::errno::{self, Errno};
 use crate::host::paths::Paths;
-use crate::host::process::Process;
+use crate::host::process::{self, Process};
 use crate::host::whole_file::{self, Unread};
 use crate::restart::handover::HANDOVER_VARIABLE;
 use crate::restart::ledger::Ledger;
@@ -29,7 +29,7 @@ pub fn take_ledger() -> Option<Result<(State, Ledger), StartError>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.
-    if pid != std::process::id().to_string() {
+    if pid != process::started().to_string() {
         return None;
     }
     let descriptor: OwnedFd = match descriptor.parse().ok().map(descriptors::adopt) {
@@ -47,7 +47,7 @@ pub fn awaited(paths: &Paths) -> Option<State> {
 }
 
 fn read(document: &[u8], paths: &Paths) -> Result<State, Unusable> {
-    libvirt_json::read(document, std::process::id(), |service| {
+    libvirt_json::read(document, process::started(), |service| {
         let path = match service {
             Service::Lock => &paths.lock_socket,
             Service::Admin => &paths.admin_socket,
@@ -80,7 +80,7 @@ pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State>, S
             tracing::warn!(
                 "Found restart exec file with old magic {magic} vs wanted {}: it is left alone, \
                  because process {magic} runs",
-                std::process::id()
+                process::started()
             );
             Ok(None)
         }
@@ -95,13 +95,13 @@ pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State>, S
         Err(Unusable::Foreign(magic)) => {
             tracing::warn!(
                 "Found restart exec file with old magic {magic} vs wanted {}: it is removed",
-                std::process::id()
+                process::started()
             );
             let _ = std::fs::remove_file(path);
             Ok(None)
         }
         Err(Unusable::Damaged(reason)) => {
-            let is_for_us = libvirt_json::is_of(&document, std::process::id());
+            let is_for_us = libvirt_json::is_of(&document, process::started());
             // The program that wrote it may know better.
             let damaged = if is_for_us {
                 way_back.execute(&reason)

@@ -19,6 +19,7 @@ use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
+use crate::host::process;
 
 /// What kind of lock a lease is.
 #[derive(Debug)]
@@ -420,7 +421,7 @@ pub fn adopt(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, E
 }
 
 fn look_at_lock(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, Errno> {
-    let own_pid = nix::unistd::getpid().as_raw();
+    let own_pid = process::started().cast_signed();
     let wanted = match mode {
         Mode::Exclusive => LockType::Write,
         Mode::Shared => LockType::Read,

@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::level::Level;
-use crate::host::clock;
+use crate::host::{clock, process};
 
 /// The longest text in bytes. The admin program takes strings of 4 MiB, which no log wants, and a
 /// datagram of the journal must stay below its socket's buffer (212,992 bytes).
@@ -49,7 +49,7 @@ impl Record<'_> {
 
     /// The line without its time and line end, as syslog gets it.
     pub fn body(&self) -> String {
-        let mut body = format!("{}: {} : ", std::process::id(), self.level.word());
+        let mut body = format!("{}: {} : ", process::started(), self.level.word());
         if let Some(place) = self.place {
             // Writing to a String cannot fail.
             let _ = write!(body, "{}:{} : ", place.module, place.line);

@@ -1,5 +1,4 @@
-//! The C daemon's state document: what it writes before an exec, and reads after one
-//! (`behaviour.md` section 13). Hosts come to this program and leave it over this document, without
+//! The C daemon's state document: what it writes before an exec, and reads after one. Hosts come to this program and leave it over this document, without
 //! stopping a single guest.
 //!
 //! Strings are bytes here: the C daemon writes names as they are, valid UTF-8 or not, and refuses

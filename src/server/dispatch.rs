@@ -1,4 +1,7 @@
-//! From a frame to the procedure that it calls: the checks of `wire.md` section 3, in their order.
+//! From a frame to the procedure that it calls. libvirt's order of the checks, which shows in what a
+//! call that is wrong in several ways is told: keepalive goes first; what is no call is dropped
+//! without a word; then program and version, status, number of the procedure, arguments. None of
+//! these errors ends the connection.
 
 use std::os::fd::AsRawFd;
 

@@ -1,5 +1,6 @@
 //! The lock program: a decoded call is checked, carried out, and answered with nothing or an error.
-//! The checks come in the order of `behaviour.md` section 8.
+//! The checks come in libvirt's order: flags, whether the connection is restricted, whether it has
+//! registered, the lockspace, the resource.
 
 use std::os::fd::AsRawFd;
 

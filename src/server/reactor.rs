@@ -20,7 +20,7 @@ use super::token::Source;
 use crate::host::clock::Moment;
 use crate::host::descriptors;
 use crate::host::patience::{patiently, while_it_may_pass};
-use crate::host::process::Process;
+use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
@@ -172,7 +172,7 @@ impl Reactor {
 
     /// Whether a process can be watched, which is what killing an owner stands on.
     pub fn try_out(&self) -> Result<(), Refusal> {
-        let own = nix::unistd::getpid().as_raw();
+        let own = process::started().cast_signed();
         let process = Process::open_any(own).map_err(Refusal::of(
             "the process of an owner cannot be watched (pidfd_open)",
         ))?;

@@ -287,7 +287,7 @@ impl Daemon {
                 return self.upgrade_failed(&handover::nothing_to_pass_on(refusal));
             }
         };
-        let value = format!("{number}:{}", std::process::id());
+        let value = format!("{number}:{}", process::started());
         self.replace(Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
         // Still here: the ledger goes on from what is now.
         self.replace_ledger();
@@ -300,7 +300,7 @@ impl Daemon {
         if let Some(reason) = self.gone_client() {
             return self.upgrade_failed(&reason);
         }
-        let written = libvirt_json::write(&state, std::process::id()).and_then(|document| {
+        let written = libvirt_json::write(&state, process::started()).and_then(|document| {
             write_document(&self.upgrade.document, &document)
                 .map_err(|error| format!("its state document cannot be written: {error}"))
         });

@@ -1,4 +1,4 @@
-//! The error object of a failed reply (`wire.md` section 6): its codes, domains and shapes.
+//! The error object of a failed reply: its codes, domains and shapes.
 
 use super::frame::{self, Header};
 use super::xdr::{DecodeError, Decoder, Encoder};

@@ -1,4 +1,4 @@
-//! Frames: a length word, a header of six words, a payload (`wire.md` sections 2 and 3).
+//! Frames: a length word, a header of six words, a payload.
 //!
 //! [`split`] says of the front of a byte stream whether it is a whole frame, not one yet, or one
 //! that can only end the connection. It never looks at more than that one frame.

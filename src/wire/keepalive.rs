@@ -1,4 +1,4 @@
-//! Keepalive (`wire.md` section 5): a PING is answered by the same 28 bytes whatever it carries.
+//! Keepalive: a PING is answered by the same 28 bytes whatever it carries.
 //! The daemon never sends a PING itself.
 
 use super::frame::{self, Header, Kind};

@@ -1,4 +1,4 @@
-//! The lock program (`wire.md` section 7): eight procedures, none of which returns anything.
+//! The lock program: eight procedures, none of which returns anything.
 
 use super::frame::{self, Header, Kind};
 use super::xdr::{DecodeError, Decoder};

@@ -1,8 +1,8 @@
 //! Bytes to messages and back, for the two UNIX sockets of the daemon.
 //!
 //! Nothing here reads or writes a descriptor or remembers anything. Decoding borrows from the
-//! buffer the bytes were read into; encoding appends to a buffer the caller keeps. `wire.md`
-//! (the specification that this project was started from) is the source of every number.
+//! buffer the bytes were read into; encoding appends to a buffer the caller keeps. Every number is
+//! libvirt's, and `tests/vectors.rs` holds bytes of its own daemon against them.
 #![forbid(unsafe_code)]
 
 pub mod admin;

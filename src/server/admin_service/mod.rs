@@ -1,7 +1,8 @@
 //! The admin program: what virt-admin asks and steers.
 //!
-//! A call is decoded, checked in the order of `wire.md` section 8, carried out at once and
-//! answered. What it sets is kept in [`Daemon`] (client limits and workers of both servers, the idle
+//! A call is decoded, checked, carried out at once and answered. The checks of each procedure (the
+//! server that it names, its flags, its parameters) come in libvirt's order, which shows in what a call
+//! that is wrong in several ways is told. What it sets is kept in [`Daemon`] (client limits and workers of both servers, the idle
 //! timeout) and in the log's own settings, and written down for the next image of the process before
 //! the answer goes out.
 

@@ -1,5 +1,5 @@
-//! The admin program (`wire.md` section 8): twenty procedures, what they are called with
-//! ([`Call`]) and what they return ([`Answer`]).
+//! The admin program: twenty procedures, what they are called with ([`Call`]) and what they return
+//! ([`Answer`]).
 
 mod answer;
 mod call;
