@@ -311,8 +311,11 @@ fn granted<'a>(owner: OwnerRecord<'a>, name: &'a [u8], descriptor: i32) -> Event
     }
 }
 
+/// A resource's name, and who holds it, how often.
+type Held = (Vec<u8>, Vec<(Owner, u32)>);
+
 /// Who holds what after these events, written in this format.
-fn holders_after(version: u32, events: &[Event<'_>]) -> Vec<(Vec<u8>, Vec<(Owner, u32)>)> {
+fn holders_after(version: u32, events: &[Event<'_>]) -> Vec<Held> {
     let mut ledger = Ledger::new().expect("memory for a ledger");
     events
         .iter()

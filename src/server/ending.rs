@@ -52,6 +52,7 @@ impl Daemon {
             && self.dead.is_empty()
             && self.estates.is_empty()
         {
+            debug_assert!(self.own_connections.is_empty());
             self.end_all_owners();
             self.state = State::Ended;
         }

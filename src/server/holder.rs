@@ -127,7 +127,7 @@ mod tests {
         let uuid = "01010101-0101-0101-0101-010101010101";
         let [a, b, c] = [domain(b"a", 1), domain(b"b", 2), domain(b"c", 3)];
         let named = format!(": by domain 'a' (uuid {uuid}, pid 7)");
-        assert_eq!(held_by(&[a.clone()]), named);
+        assert_eq!(held_by(std::slice::from_ref(&a)), named);
         assert_eq!(held_by(&[c, b, a]), format!("{named} and 2 more"));
     }
 

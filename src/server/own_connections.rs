@@ -35,6 +35,11 @@ impl OwnConnections {
         now.into_iter().for_each(|owner| self.add(owner));
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.of_process.is_empty() && self.of_owner.is_empty()
+    }
+
     /// Whether the process of an owner has connections for other domains.
     pub fn has_other_domains(&self, owner: OwnerKey) -> bool {
         let all = self.of_process.get(&owner.pid).copied().unwrap_or(0);
@@ -84,6 +89,6 @@ mod tests {
         // One that is over itself asks, too.
         assert!(own.has_other_domains(owner(1)));
         own.remove(owner(2));
-        assert!(own.of_process.is_empty() && own.of_owner.is_empty());
+        assert!(own.is_empty());
     }
 }
