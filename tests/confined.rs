@@ -42,7 +42,7 @@ const OF_THE_LEDGER: [(&str, i64); 3] = [
 ];
 
 /// For these there is another way, or they are not needed to serve.
-const OF_OTHERS: [(&str, i64); 13] = [
+const OF_OTHERS: [(&str, i64); 18] = [
     ("timerfd_create", libc::SYS_timerfd_create),
     ("timerfd_settime", libc::SYS_timerfd_settime),
     ("signalfd4", libc::SYS_signalfd4),
@@ -56,6 +56,11 @@ const OF_OTHERS: [(&str, i64); 13] = [
     ("madvise", libc::SYS_madvise),
     ("getrandom", libc::SYS_getrandom),
     ("sysinfo", libc::SYS_sysinfo),
+    ("socketpair", libc::SYS_socketpair),
+    ("sched_getaffinity", libc::SYS_sched_getaffinity),
+    ("sigaltstack", libc::SYS_sigaltstack),
+    ("gettid", libc::SYS_gettid),
+    ("dup3", libc::SYS_dup3),
 ];
 
 /// Each of these with each error.
