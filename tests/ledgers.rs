@@ -16,7 +16,7 @@ use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
-    ResourceState, ServerState, Service, State, Traffic,
+    ResourceState, ServerState, Service, State, Traffic, WatchState,
 };
 
 /// Bytes in front of the events.
@@ -172,6 +172,16 @@ fn everything() -> State {
                 next_step: Moment(u64::MAX),
             },
         ],
+        watches: vec![
+            WatchState {
+                pid: 4014,
+                descriptor: Some(42),
+            },
+            WatchState {
+                pid: 4015,
+                descriptor: None,
+            },
+        ],
         process: ProcessState {
             pid_file: Some((6, b"/run/virtlockd.pid".to_vec())),
             config_file: Some(b"/etc/libvirt/virtlockd.conf".to_vec()),
@@ -200,6 +210,7 @@ fn sorted(mut state: State) -> State {
         .resources
         .sort_by(|one, other| (&one.lockspace, &one.name).cmp(&(&other.lockspace, &other.name)));
     state.fences.sort_by_key(|fence| fence.pid);
+    state.watches.sort_by_key(|watch| watch.pid);
     state
 }
 
@@ -265,13 +276,17 @@ fn make_the_saved_ledgers() {
 #[test]
 fn a_saved_ledger_of_every_format_loads() {
     let state = ledger::replay(&read_saved("format-1.bin")).expect("a ledger of format 1");
+    let without_watches = State {
+        watches: vec![],
+        ..everything()
+    };
     let without_poll = State {
         poll: None,
-        ..everything()
+        ..without_watches.clone()
     };
     assert_eq!(sorted(state), sorted(without_poll));
     let state = ledger::replay(&read_saved("format-2.bin")).expect("a ledger of format 2");
-    assert_eq!(sorted(state), sorted(everything()));
+    assert_eq!(sorted(state), sorted(without_watches));
 }
 
 #[test]
@@ -308,8 +323,9 @@ fn a_ledger_with_a_flipped_bit_is_refused() {
 #[test]
 fn a_ledger_of_a_later_format_says_so() {
     let mut later = read_saved("format-2.bin");
-    later[8] = 3;
-    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(3)));
+    let version = ledger::VERSION + 1;
+    later[8] = u8::try_from(version).expect("few formats");
+    assert_eq!(ledger::replay(&later), Err(Unreadable::Version(version)));
     later[8] = 0;
     assert_eq!(ledger::replay(&later), Err(Unreadable::Version(0)));
 }
@@ -480,6 +496,11 @@ fn any_listener() -> impl Strategy<Value = ListenerState> {
     )
 }
 
+fn any_watch() -> impl Strategy<Value = WatchState> {
+    (any::<i32>(), any::<Option<i32>>())
+        .prop_map(|(pid, descriptor)| WatchState { pid, descriptor })
+}
+
 fn any_state() -> impl Strategy<Value = State> {
     (
         any_server(),
@@ -489,10 +510,11 @@ fn any_state() -> impl Strategy<Value = State> {
         prop::collection::vec(bytes(), 0..3),
         prop::collection::vec(any_resource(), 0..8),
         prop::collection::vec(any_fence(), 0..3),
+        prop::collection::vec(any_watch(), 0..3),
         any_process(),
     )
         .prop_map(
-            |(lock, admin, listeners, clients, lockspaces, resources, fences, process)| {
+            |(lock, admin, listeners, clients, lockspaces, resources, fences, watches, process)| {
                 let mut state = State {
                     lock_server: lock,
                     admin_server: admin,
@@ -501,6 +523,7 @@ fn any_state() -> impl Strategy<Value = State> {
                     lockspaces,
                     resources,
                     fences,
+                    watches,
                     process,
                     poll: None,
                 };
@@ -517,6 +540,8 @@ fn any_state() -> impl Strategy<Value = State> {
                     .retain(|one| seen.insert((one.lockspace.clone(), one.name.clone())));
                 let mut seen = BTreeSet::new();
                 state.fences.retain(|fence| seen.insert(fence.pid));
+                let mut seen = BTreeSet::new();
+                state.watches.retain(|watch| seen.insert(watch.pid));
                 state
             },
         )
@@ -609,6 +634,7 @@ fn libvirt_state() -> impl Strategy<Value = State> {
             });
             let mut name = || names.next().expect("enough names");
             state.fences.clear();
+            state.watches.clear();
             state.process = ProcessState::default();
             for directory in &mut state.lockspaces {
                 *directory = name();

@@ -43,6 +43,13 @@ pub struct Owner {
     pub uuid: [u8; 16],
 }
 
+impl Owner {
+    /// Whether nothing but its number is known.
+    pub fn is_unnamed(&self) -> bool {
+        self.name.is_empty() && self.uuid == [0; 16]
+    }
+}
+
 /// A lockspace and a name in it, as one string of bytes: neither can hold a NUL.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Key(Rc<[u8]>);

@@ -29,8 +29,8 @@ use super::state::State;
 use crate::host::memory::{self, Memory};
 
 /// The version of the format that this program writes. It reads this one and all before. The second
-/// one has the poll in it.
-pub const VERSION: u32 = 2;
+/// one has the poll in it, the third owners that are watched.
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";
 const HEADER: usize = 32;

@@ -16,6 +16,7 @@ use super::deadlines::{Deadline, Deadlines};
 use super::fence::{Fences, Freeing};
 use super::turn::READ_SIZE;
 use super::upgrade::Upgrade;
+use super::watch::Watches;
 use crate::host::clock::Moment;
 use crate::host::heap;
 use crate::host::names::Names;
@@ -63,6 +64,8 @@ pub struct Daemon {
     pub ledger: Ledger,
     /// Owners that are to die.
     pub fences: Fences,
+    /// Who has a connection of its own, and who is watched because it has none.
+    pub watches: Watches,
     /// Owners that ought to be fenced and cannot be reached.
     pub unreachable: BTreeSet<Pid>,
     /// What happens when.
@@ -122,6 +125,7 @@ impl Daemon {
             keeper: Keeper::new(),
             ledger,
             fences: Fences::default(),
+            watches: Watches::default(),
             unreachable: BTreeSet::new(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
@@ -204,6 +208,9 @@ impl Daemon {
         let Some(connection) = self.connections.try_remove(place) else {
             return;
         };
+        if let Some(owner) = connection.own_owner() {
+            self.watches.remove_own(owner);
+        }
         self.deadlines.unset(Deadline::Serve(place));
         self.deadlines.unset(Deadline::ClearAway(place));
         // Before the descriptor is closed: a copy of it elsewhere would keep the registration.
@@ -222,6 +229,8 @@ impl Daemon {
         }
         if let Some((pid, process)) = left {
             self.owner_left(pid, process);
+        } else if let Some(owner) = connection.session.owner() {
+            self.end_idle_watch(owner.pid);
         }
         let service = connection.service;
         // Behind what becomes of its owner, and before anybody else can have its number.
@@ -256,6 +265,7 @@ impl Daemon {
         if self.ledger.size() > enough && self.renew_ledger().is_ok() {
             self.ledger_entry = self.ledger.size().checked_div(entries).unwrap_or(0);
         }
+        self.watches.shrink();
         heap::give_back();
     }
 
@@ -268,6 +278,8 @@ impl Daemon {
             Deadline::Serve(place) => self.enqueue(place),
             Deadline::ClearAway(place) => self.ending.push_back(place),
             Deadline::Accept => self.enqueue_listeners(),
+            Deadline::Watch => self.watch_wanted(),
+            Deadline::Unheard(pid) => self.look_for_unheard(pid),
             Deadline::Idle => {
                 // Somebody may have come in the same moment.
                 for number in 0..self.listeners.len() {

@@ -117,11 +117,10 @@ impl Fences {
 
 impl Daemon {
     /// The owner whose life this connection stood for: the one that made it itself, and holds
-    /// something. A peer that cannot be seen from here (pid 0) stands for nobody.
+    /// something.
     pub fn ends_with(&self, connection: &Connection) -> Option<Pid> {
-        let pid = connection.session.owner()?.pid;
-        let is_peer = pid > 0 && pid == connection.peer.pid;
-        (is_peer && self.keeper.table().held_by(pid) > 0).then_some(pid)
+        let pid = connection.own_owner()?.pid;
+        (self.keeper.table().held_by(pid) > 0).then_some(pid)
     }
 
     /// The owner that a connection which is over stood for, unless it is being fenced already, and
@@ -172,7 +171,7 @@ impl Daemon {
 
     /// Frees the locks of an owner that is dead, unless another one has its number by now: the table
     /// could not tell the locks of the two apart.
-    fn free_unless_succeeded(&mut self, pid: Pid) {
+    pub fn free_unless_succeeded(&mut self, pid: Pid) {
         if self.has_successor(pid) {
             tracing::warn!(
                 target: "locking.lock_daemon",
@@ -194,10 +193,10 @@ impl Daemon {
         };
         // All connections are looked through only in the rare other case.
         !number_is_free
-            && self.connections.iter().any(|(_, connection)| {
-                let owner = connection.session.owner();
-                connection.peer.pid == pid && owner.is_some_and(|owner| owner.pid == pid)
-            })
+            && (self.watches.is_alive(pid)
+                || self.connections.iter().any(|(_, connection)| {
+                    connection.own_owner().is_some_and(|owner| owner.pid == pid)
+                }))
     }
 
     /// Begins to fence an owner.
@@ -347,6 +346,7 @@ impl Daemon {
         self.unreachable.remove(&pid);
         let leases = self.keeper.take_owner(pid);
         self.ledger.note(&Event::OwnerEnded { pid });
+        self.end_watch(pid);
         let count = leases.len();
         self.estates.push_back(Freeing {
             owner,
@@ -378,6 +378,8 @@ impl Daemon {
     /// An owner as an operator reads it.
     pub fn owner_text(&self, pid: Pid) -> String {
         match self.keeper.table().owner(pid) {
+            // All that libvirt's daemon had written down of one without a connection.
+            Some(owner) if owner.is_unnamed() => format!("Process {pid}"),
             Some(owner) => format!(
                 "Domain '{}' (uuid {}, pid {pid})",
                 Printable(&owner.name),

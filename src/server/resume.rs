@@ -65,6 +65,14 @@ impl Daemon {
                 fence.next_step,
             );
         }
+        for watch in state.watches {
+            let pidfd = watch
+                .descriptor
+                .map(|number| adopt(number, "a watched process", inherited))
+                .transpose()?;
+            self.resume_watch(watch.pid, pidfd);
+        }
+        self.watch_the_unwatched();
         Ok(())
     }
 
@@ -157,6 +165,9 @@ impl Daemon {
             let Some(connection) = self.connections.get(place) else {
                 continue;
             };
+            if let Some(owner) = connection.own_owner() {
+                self.watches.add_own(owner);
+            }
             let (service, id) = (connection.service, connection.id);
             if matches!(connection.phase, Phase::Refused(_)) {
                 self.wait_for_first_call(place, id);
