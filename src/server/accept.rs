@@ -71,9 +71,14 @@ impl Reserve {
         self.kept.pop().is_some()
     }
 
+    /// Whether another client can be told that there is no room, if this one keeps its descriptor.
+    fn can_refuse(&self) -> bool {
+        self.kept.len() > Self::FOR_FENCING
+    }
+
     /// Closes one, if there are more than fencing may need.
     pub fn give_up_one_to_spare(&mut self) -> bool {
-        self.kept.len() > Self::FOR_FENCING && self.give_up_one()
+        self.can_refuse() && self.give_up_one()
     }
 }
 
@@ -288,7 +293,10 @@ impl Daemon {
         let (service, id, peer) = (connection.service, connection.id, connection.peer.pid);
         self.refused.retain(|entry| *entry != (place, id));
         let has_room = reason == NoRoom::Limit && self.clients(service).has_room();
-        let is_served_beyond = !has_room && is_known && self.clients(service).has_room_for_known();
+        let is_served_beyond = !has_room
+            && is_known
+            && self.clients(service).has_room_for_known()
+            && (reason == NoRoom::Limit || self.reserve.can_refuse());
         if is_served_beyond {
             tracing::info!(
                 target: "rpc.netserver",
