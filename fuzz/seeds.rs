@@ -12,6 +12,7 @@ use virtlockd::restart::ledger::Ledger;
 use virtlockd::restart::libvirt_json;
 use virtlockd::restart::state::{
     ClientState, FenceState, ListenerState, LockKindState, ResourceState, Service, State,
+    WatchState,
 };
 use virtlockd::wire::frame::{self, Frame, HEADER, LONGEST, STATUS_ERROR, Split};
 use virtlockd::wire::{admin, lock};
@@ -337,5 +338,8 @@ fn state() -> State {
         killed: false,
         next_step: Moment::now(),
     });
+    state.watches = [(44, Some(9)), (45, None)]
+        .map(|(pid, descriptor)| WatchState { pid, descriptor })
+        .to_vec();
     state
 }

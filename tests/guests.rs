@@ -262,6 +262,96 @@ fn the_locks_of_a_killed_guest_are_free_within_100_ms() {
     });
 }
 
+/// Guests whose own connections went with the daemon before, one of them suspended meanwhile, and
+/// whose locks libvirtd takes for them from the next one.
+#[test]
+fn the_locks_of_guests_that_outlived_a_daemon_are_free_when_they_are_over() {
+    if !only_ours_can("tell when a guest is over that has no connection to it") {
+        return;
+    }
+    with_libvirt("", |mut libvirt| {
+        let names = ["suspended", "paused", "running"];
+        let disks = names.map(|name| libvirt.disk(name));
+        let plugged = names.map(|name| libvirt.disk(&format!("plugged-{name}")));
+        for (name, disk) in names.iter().zip(&disks) {
+            let guest = Guest::new(name).disk(disk);
+            libvirt.create(&guest).expect("start a guest");
+        }
+        libvirt.virsh(&["suspend", names[0]]).expect("suspend");
+        libvirt.virsh(&["suspend", names[1]]).expect("suspend");
+        libvirt.crash_lockd(&program());
+        for (name, disk) in names.iter().zip(&plugged) {
+            if *name != "paused" {
+                let xml = plugged_disk_xml(disk, Format::Raw);
+                if *name == "suspended" {
+                    libvirt.virsh(&["resume", name]).expect("resume");
+                }
+                libvirt.attach(name, &xml).expect("plug a disk");
+                assert!(is_locked(disk));
+            }
+        }
+        assert!(is_locked(&disks[0]));
+        // An upgrade makes no difference to that.
+        support::upgrade::upgrade(libvirt.lockd());
+        libvirt.virsh(&["resume", "paused"]).expect("resume");
+        assert!(is_locked(&disks[1]));
+
+        libvirt.destroy("suspended");
+        wait_until_free(&[disks[0].clone(), plugged[0].clone()]);
+        assert!(is_locked(&disks[1]) && is_locked(&plugged[2]));
+        for (name, disk) in [("paused", &disks[1]), ("running", &plugged[2])] {
+            let pid = nix::unistd::Pid::from_raw(libvirt.guest_pid(name));
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill the guest");
+            wait_until_free(std::slice::from_ref(disk));
+        }
+        let next = Guest::new("next").disk(&disks[0]).disk(&plugged[2]);
+        libvirt.create(&next).expect("start a guest on their disks");
+    });
+}
+
+#[test]
+fn at_the_limit_of_clients_a_running_guest_is_served_and_a_new_one_is_not() {
+    if !only_ours_can("serve a running guest at the limit of clients") {
+        return;
+    }
+    with_libvirt("", |mut libvirt| {
+        libvirt.configure_lockd(&program(), "max_clients = 2\n");
+        let [one, two, three, plugged] =
+            ["one", "two", "three", "plugged"].map(|name| libvirt.disk(name));
+        for (name, disk) in [("one", &one), ("two", &two)] {
+            let guest = Guest::new(name).disk(disk);
+            libvirt.create(&guest).expect("start a guest");
+        }
+        let refuse_a_third = || {
+            let third = Guest::new("three").disk(&three);
+            let error = libvirt.create(&third).expect_err("there is no room for it");
+            assert!(error.contains("Too many clients"), "{error}");
+            assert!(!is_locked(&three));
+        };
+        refuse_a_third();
+
+        libvirt.virsh(&["suspend", "one"]).expect("suspend");
+        wait_until_free(std::slice::from_ref(&one));
+        libvirt.virsh(&["resume", "one"]).expect("resume");
+        assert!(is_locked(&one));
+        let xml = plugged_disk_xml(&plugged, Format::Raw);
+        libvirt.attach("one", &xml).expect("plug a disk");
+        assert!(is_locked(&plugged));
+        libvirt.detach("one", &xml).expect("unplug the disk");
+        wait_until_free(std::slice::from_ref(&plugged));
+        let twice = plugged_disk_xml(&one, Format::Raw);
+        assert_refused_by_lock_daemon(libvirt.attach("one", &twice), path_text(&one));
+        refuse_a_third();
+
+        libvirt.destroy("one");
+        wait_until_free(&[one]);
+        let third = Guest::new("three").disk(&three);
+        libvirt
+            .create(&third)
+            .expect("start a guest when there is room");
+    });
+}
+
 #[test]
 fn guests_and_locks_outlive_a_restart_of_libvirtd() {
     with_libvirt("", |mut libvirt| {

@@ -147,3 +147,39 @@ fn locks_and_the_fencing_of_their_owners_are_in_the_ledger() {
         state(&daemon).fences.is_empty() && resources(&daemon).is_empty()
     });
 }
+
+#[test]
+fn the_ledger_knows_who_is_watched_and_who_cannot_be() {
+    let namespace = Namespace::new();
+    for disk in ["/run/one", "/run/two"] {
+        std::fs::write(namespace.path(disk), "data").expect("write a disk");
+    }
+    let daemon = Daemon::start(&namespace, &[], &[]);
+    let mut guest = Owner::connect(daemon.lock_socket(), OnTerm::Die);
+    // Greater than any process id can be.
+    let nobody = i32::MAX;
+    for (disk, pid) in [("/run/one", guest.pid()), ("/run/two", nobody)] {
+        let mut client = daemon.client();
+        client.call(&register_as("guest", pid)).expect_ok();
+        client.call(&acquire("", disk, 0)).expect_ok();
+    }
+    let watched = || {
+        let watches = state(&daemon).watches.into_iter();
+        let mut pids: Vec<_> = watches
+            .map(|watch| (watch.pid, watch.descriptor.is_some()))
+            .collect();
+        pids.sort_unstable();
+        pids
+    };
+    assert_eq!(watched(), [(guest.pid(), true), (nobody, false)]);
+    guest.kill();
+    guest.wait_end();
+    wait_until(DEADLINE, "the end of the watch", || {
+        watched() == [(nobody, false)]
+    });
+    let mut client = daemon.client();
+    client.call(&register_as("guest", nobody)).expect_ok();
+    client.call(&release("", "/run/two")).expect_ok();
+    drop(client);
+    wait_until(DEADLINE, "the end of the other", || watched().is_empty());
+}

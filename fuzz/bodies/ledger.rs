@@ -43,6 +43,7 @@ fn in_order(mut state: State) -> State {
         resource.holders.sort_by_key(|(owner, _)| owner.pid);
     }
     state.fences.sort_by_key(|fence| fence.pid);
+    state.watches.sort_by_key(|watch| watch.pid);
     state.clients.sort_by_key(|client| client.descriptor);
     state
 }

@@ -531,7 +531,7 @@ mod tests {
             step(b"./deep//lease", OFlag::O_RDWR),
             below.join("deep/lease"),
         );
-        let at_once = identity(&open_existing(Start::Anywhere, bytes(&at_once)).unwrap());
+        let at_once = identity(open_existing(Start::Anywhere, bytes(&at_once)).unwrap());
         assert_eq!(by_steps.unwrap(), at_once);
         step(b"deep/made", OFlag::O_RDWR | OFlag::O_CREAT)
             .unwrap()

@@ -1,6 +1,8 @@
 //! Other processes, through pidfds: a pidfd means one process for ever, whatever happens to its
 //! number (pidfd_open(2)). And the number of our own.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -96,6 +98,49 @@ impl Process {
     }
 }
 
+/// Whether a process is in the pid namespace of this one, so that the two mean the same process by a
+/// number. ESRCH if there is no such process. (`NSpid` in `/proc/PID/status`; proc_pid_status(5)):
+/// a process of our namespace has one number here, one of a namespace inside has two or more. Unlike
+/// the links in `/proc/PID/ns`, everybody may read it.
+pub fn shares_numbers(pid: i32) -> Result<bool, Errno> {
+    if pid <= 0 {
+        return Ok(false);
+    }
+    // Where /proc is that of an outer namespace, what it shows of a number is another process.
+    let own = namespace_numbers("self")?;
+    Ok(own == [own_number()] && namespace_numbers(&pid.to_string())?.len() == 1)
+}
+
+/// What `/proc/PID/status` hardly ever exceeds, bytes.
+const LONGEST_STATUS: usize = 8 * 1024;
+
+/// The number of this process.
+pub fn own_number() -> i32 {
+    nix::unistd::getpid().as_raw()
+}
+
+/// A process's numbers, from the namespace of `/proc` inwards to its own.
+fn namespace_numbers(process: &str) -> Result<Vec<i32>, Errno> {
+    let mut status = Vec::with_capacity(LONGEST_STATUS);
+    let read = File::open(format!("/proc/{process}/status"))
+        .and_then(|mut file| file.read_to_end(&mut status));
+    match read {
+        Ok(_) => (),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(Errno::ESRCH),
+        Err(error) => return Err(super::errno::of(&error)),
+    }
+    parse_namespace_numbers(&status).ok_or(Errno::EIO)
+}
+
+fn parse_namespace_numbers(status: &[u8]) -> Option<Vec<i32>> {
+    // A newline in the program's name is written as two characters, so a line is a line.
+    let line = status
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"NSpid:"))?;
+    let numbers = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    numbers.map(|number| number.parse().ok()).collect()
+}
+
 /// Forgets the children of this process that have ended. Whether there are others that have not.
 pub fn reap_children() -> bool {
     use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -170,6 +215,16 @@ mod tests {
         let stat = b"7 (a) S 1 (b c) R 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
         assert_eq!(parse_start_time(stat), Some(4711));
         assert_eq!(parse_start_time(b"7 (cut"), None);
+    }
+
+    #[test]
+    fn a_process_inside_another_pid_namespace_has_more_than_one_number() {
+        let status = b"Name:\tNSpid: 1\nPid:\t7\nNSpid:\t7\t1\nNSsid:\t7\t0\n";
+        assert_eq!(parse_namespace_numbers(status), Some(vec![7, 1]));
+        assert_eq!(parse_namespace_numbers(b"Name:\tx\n"), None);
+        assert_eq!(shares_numbers(own_pid()), Ok(true));
+        assert_eq!(shares_numbers(0), Ok(false));
+        assert_eq!(shares_numbers(i32::MAX), Err(Errno::ESRCH));
     }
 
     #[test]

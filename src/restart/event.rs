@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::state::{
     ClientState, FenceState, ListenerState, LockKindState, LogState, PollState, ProcessState,
-    ResourceState, ServerState, Service, State, Traffic,
+    ResourceState, ServerState, Service, State, Traffic, WatchState,
 };
 use crate::host::file::FileIdentity;
 use crate::host::stream::Peer;
@@ -219,6 +219,13 @@ pub enum Event<'a> {
         #[serde(serialize_with = "as_bytes")]
         name: &'a [u8],
     },
+    /// An owner has no connection of its own: it is watched, or cannot be.
+    Watched(WatchState),
+    /// An owner is not watched any more.
+    Unwatched {
+        /// The owner's process.
+        pid: Pid,
+    },
 }
 
 /// The fewest events that say a state.
@@ -240,6 +247,7 @@ pub fn events(state: &State) -> impl Iterator<Item = Event<'_>> {
         .chain(lockspaces)
         .chain(state.resources.iter().flat_map(resource_events))
         .chain(fences)
+        .chain(state.watches.iter().cloned().map(Event::Watched))
         // Behind the clients, whose numbers would otherwise raise the next one.
         .chain(servers)
         .chain(state.poll.iter().cloned().map(Event::Poll))

@@ -30,7 +30,8 @@ use crate::host::memory::{self, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
-/// one has the poll in it; the third one tells the domains of a process apart.
+/// one has the poll in it; the third one tells the domains of a process apart, and has owners that are
+/// watched.
 pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"VLKLEDGR";

@@ -9,7 +9,7 @@ use hashbrown::HashTable;
 use slab::Slab;
 
 use super::event::{Event, OwnerRecord};
-use super::state::{ClientState, FenceState, ResourceState, State, Traffic};
+use super::state::{ClientState, FenceState, ResourceState, State, Traffic, WatchState};
 use crate::locks::table::{Owner, OwnerKey, Pid};
 
 /// A state under replay, with the look-ups that a long ledger needs.
@@ -27,6 +27,7 @@ pub struct Replay {
     /// no owner ends.
     held: Option<HashMap<Pid, Vec<usize>>>,
     fences: HashMap<Pid, FenceState>,
+    watches: HashMap<Pid, WatchState>,
     /// What each owner last said of itself. The table keeps nothing else.
     owners: HashMap<OwnerKey, Owner>,
     /// One of them said something new.
@@ -236,6 +237,12 @@ impl Replay {
             Event::Fenced { pid } => {
                 self.fences.remove(&pid);
             }
+            Event::Watched(watch) => {
+                self.watches.insert(watch.pid, watch);
+            }
+            Event::Unwatched { pid } => {
+                self.watches.remove(&pid);
+            }
             Event::Server { name, state } => *self.state.server_mut(name) = state,
             Event::Listening(listener) => self.state.listeners.push(listener),
             Event::Process(process) => self.state.process = *process,
@@ -345,6 +352,7 @@ impl Replay {
             forget_mixed_domains(&mut state);
         }
         state.fences = self.fences.into_values().collect();
+        state.watches = self.watches.into_values().collect();
         state
     }
 }

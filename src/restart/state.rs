@@ -49,6 +49,8 @@ pub struct State {
     pub resources: Vec<ResourceState>,
     /// Who is being fenced.
     pub fences: Vec<FenceState>,
+    /// Who holds something without a connection of its own.
+    pub watches: Vec<WatchState>,
     /// The process that was started.
     pub process: ProcessState,
     /// The poll that watches the connections already, if it is handed over.
@@ -192,6 +194,15 @@ pub struct FenceState {
     pub next_step: Moment,
 }
 
+/// An owner without a connection of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchState {
+    /// Its number.
+    pub pid: Pid,
+    /// The pidfd through which it is watched; `None` if its process cannot be seen.
+    pub descriptor: Option<i32>,
+}
+
 /// The poll of an earlier image of this process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PollState {
@@ -259,6 +270,7 @@ impl State {
             .chain(self.clients.iter().map(|client| client.descriptor))
             .chain(resources)
             .chain(self.fences.iter().map(|fence| fence.descriptor))
+            .chain(self.watches.iter().filter_map(|watch| watch.descriptor))
             .chain(
                 self.process
                     .pid_file

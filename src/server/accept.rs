@@ -72,9 +72,14 @@ impl Reserve {
         self.kept.pop().is_some()
     }
 
+    /// Whether another client can be told that there is no room, if this one keeps its descriptor.
+    fn can_refuse(&self) -> bool {
+        self.kept.len() > Self::FOR_FENCING
+    }
+
     /// Closes one, if there are more than fencing may need.
-    fn give_up_one_to_refuse(&mut self) -> bool {
-        self.kept.len() > Self::FOR_FENCING && self.give_up_one()
+    pub fn give_up_one_to_spare(&mut self) -> bool {
+        self.can_refuse() && self.give_up_one()
     }
 }
 
@@ -134,7 +139,7 @@ impl Daemon {
 
     /// No descriptor is left: one of the reserve is spent on telling the client so.
     fn accept_to_refuse(&mut self, number: usize, service: Service) -> bool {
-        if !self.reserve.give_up_one_to_refuse() {
+        if !self.reserve.give_up_one_to_spare() {
             return false;
         }
         let Some(listener) = self.listeners.get_mut(number) else {
@@ -278,15 +283,29 @@ impl Daemon {
         })
     }
 
-    /// A refused client makes its first call: it is served after all if there is room by now.
-    pub fn admit(&mut self, place: usize, reason: NoRoom) -> Result<(), Error> {
+    /// A refused client makes its first call: it is served after all if there is room by now, or if it
+    /// speaks for an owner that is known. What libvirtd does on behalf of a guest that runs already
+    /// must not fail because no new one can be started.
+    pub fn admit(&mut self, place: usize, reason: NoRoom, is_known: bool) -> Result<(), Error> {
         self.deadlines.unset(Deadline::Refused(place));
-        let Some(connection) = self.connections.get_mut(place) else {
+        let Some(connection) = self.connections.get(place) else {
             return Ok(());
         };
-        let (service, id) = (connection.service, connection.id);
+        let (service, id, peer) = (connection.service, connection.id, connection.peer.pid);
         self.refused.retain(|entry| *entry != (place, id));
-        if reason == NoRoom::Limit && self.clients(service).has_room() {
+        let has_room = reason == NoRoom::Limit && self.clients(service).has_room();
+        let is_served_beyond = !has_room
+            && is_known
+            && self.clients(service).has_room_for_known()
+            && (reason == NoRoom::Limit || self.reserve.can_refuse());
+        if is_served_beyond {
+            tracing::info!(
+                target: "rpc.netserver",
+                "The client of the {} server with pid {} is served although there is no room: it \
+                 speaks for an owner that is known", service.name(), peer
+            );
+        }
+        if has_room || is_served_beyond {
             self.clients_mut(service).by_id.insert(id, place);
             if let Some(connection) = self.connections.get_mut(place) {
                 connection.phase = Phase::Served;

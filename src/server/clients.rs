@@ -3,6 +3,9 @@
 
 use std::collections::BTreeMap;
 
+/// How many clients that speak for owners that are known may be served beyond the limit.
+const KNOWN_BEYOND_LIMIT: u32 = 64;
+
 /// What limits the clients of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClientLimit {
@@ -52,6 +55,12 @@ impl Clients {
         u32::try_from(self.by_id.len()).is_ok_and(|count| count < self.limit.max(1))
     }
 
+    /// Whether one more may be served that speaks for an owner that is known.
+    pub fn has_room_for_known(&self) -> bool {
+        let most = self.limit.max(1).saturating_add(KNOWN_BEYOND_LIMIT);
+        u32::try_from(self.by_id.len()).is_ok_and(|count| count < most)
+    }
+
     /// The number for a new connection.
     pub fn take_id(&mut self) -> u64 {
         let id = self.next_id;
@@ -96,6 +105,17 @@ mod tests {
         assert_eq!(clients.limit, 50);
         clients.configure_if_changed(limit(Some(6)));
         assert_eq!(clients.limit, 6);
+    }
+
+    #[test]
+    fn owners_that_are_known_have_some_room_beyond_the_limit() {
+        let mut clients = Clients::new(1);
+        for number in 0..=u64::from(KNOWN_BEYOND_LIMIT) {
+            assert!(clients.has_room_for_known());
+            assert_eq!(clients.has_room(), number == 0);
+            clients.by_id.insert(number, 0);
+        }
+        assert!(!clients.has_room_for_known());
     }
 
     #[test]

@@ -9,6 +9,8 @@ use super::lock_service::Session;
 use crate::host::errno::Errno;
 use crate::host::stream::{self, Peer};
 
+use crate::locks::table::Owner;
+
 pub use crate::restart::state::Service;
 
 /// Where a connection stands.
@@ -130,6 +132,18 @@ impl Connection {
             counted: 0,
             on_the_way: None,
         }
+    }
+
+    /// The owner whose own connection this is. A peer that cannot be seen from here (pid 0) stands for
+    /// nobody.
+    pub fn own_owner(&self) -> Option<&Owner> {
+        let owner = self.session.owner()?;
+        self.stands_for(owner).then_some(owner)
+    }
+
+    /// Whether the process of this owner made the connection itself.
+    pub fn stands_for(&self, owner: &Owner) -> bool {
+        owner.pid > 0 && owner.pid == self.peer.pid
     }
 
     /// What came in and waits, if anything does.

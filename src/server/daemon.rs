@@ -17,6 +17,7 @@ use super::fence::{Fences, Freeing};
 use super::own_connections::OwnConnections;
 use super::turn::READ_SIZE;
 use super::upgrade::Upgrade;
+use super::watch::Watches;
 use crate::host::clock::Moment;
 use crate::host::heap;
 use crate::host::names::Names;
@@ -66,6 +67,8 @@ pub struct Daemon {
     pub fences: Fences,
     /// Which domains processes stand for over connections of their own.
     pub own_connections: OwnConnections,
+    /// Owners without a connection of their own.
+    pub watches: Watches,
     /// Owners that ought to be fenced and cannot be reached.
     pub unreachable: BTreeSet<Pid>,
     /// What happens when.
@@ -126,6 +129,7 @@ impl Daemon {
             ledger,
             fences: Fences::default(),
             own_connections: OwnConnections::default(),
+            watches: Watches::default(),
             unreachable: BTreeSet::new(),
             deadlines: Deadlines::default(),
             refused: RefusedQueue::new(),
@@ -229,6 +233,8 @@ impl Daemon {
         }
         if let Some((pid, process)) = left {
             self.owner_left(pid, process);
+        } else if let Some(owner) = connection.session.owner() {
+            self.end_idle_watch(owner.pid);
         }
         let service = connection.service;
         // Behind what becomes of its owner, and before anybody else can have its number.
@@ -275,6 +281,8 @@ impl Daemon {
             Deadline::Serve(place) => self.enqueue(place),
             Deadline::ClearAway(place) => self.ending.push_back(place),
             Deadline::Accept => self.enqueue_listeners(),
+            Deadline::Watch => self.watch_wanted(),
+            Deadline::Unheard(pid) => self.look_for_unheard(pid),
             Deadline::Idle => {
                 // Somebody may have come in the same moment.
                 for number in 0..self.listeners.len() {

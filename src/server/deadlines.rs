@@ -22,6 +22,10 @@ pub enum Deadline {
     ClearAway(usize),
     /// Connections could not be accepted: time to try again.
     Accept,
+    /// Owners could not be watched for want of descriptors or memory: time to try again.
+    Watch,
+    /// The poll does not tell when the process of an owner ends: time to look for its death.
+    Unheard(Pid),
     /// Nothing was served for as long as the daemon was told to wait for work.
     Idle,
     /// The end of the daemon must not take longer.

@@ -9,6 +9,7 @@ use super::connection::{Connection, NoRoom, Phase, Service};
 use super::conversation::Flow;
 use super::daemon::Daemon;
 use super::lock_service::{self, Context, Session};
+use crate::locks::table::Owner;
 use crate::log::Printable;
 use crate::wire::error::{Error, rpc, undecodable, unknown_procedure};
 use crate::wire::frame::{self, Header, Kind};
@@ -40,7 +41,10 @@ pub fn dispatch(
         return Flow::Continue;
     }
     if let Phase::Refused(reason) = connection.phase
-        && let Err(error) = daemon.admit(place, reason)
+        && let Err(error) = {
+            let is_known = is_for_known(daemon, place, header, payload);
+            daemon.admit(place, reason, is_known)
+        }
     {
         error.encode_reply(out, header);
         return Flow::Close;
@@ -64,6 +68,25 @@ pub fn dispatch(
         }
         Service::Admin => super::admin_service::dispatch(daemon, place, header, payload, out),
     }
+}
+
+/// Whether a call says that the client speaks for an owner that the daemon knows.
+fn is_for_known(daemon: &Daemon, place: usize, header: Header, payload: &[u8]) -> bool {
+    let Some(connection) = daemon.connections.get(place) else {
+        return false;
+    };
+    if connection.service != Service::Lock
+        || check_program(Service::Lock, header).is_err()
+        || Procedure::from_number(header.procedure) != Some(Procedure::Register)
+    {
+        return false;
+    }
+    let Ok(Call::Register { uuid, pid, .. }) = lock::decode(Procedure::Register, payload) else {
+        return false;
+    };
+    // One for whose process there was no descriptor could not be fenced when it ends.
+    let can_be_fenced = daemon.names_processes || connection.start_time.is_some();
+    (pid != connection.peer.pid || can_be_fenced) && daemon.is_known(pid, uuid)
 }
 
 /// Whether to go on with the next frame at once.
@@ -116,7 +139,21 @@ fn lock_call(
         log_refused(connection, &format!("{procedure:?}"), &error);
         return Err(error);
     };
-    let before = connection.own_owner();
+    let is_lent = connection.own_owner().is_none();
+    if is_lent
+        && matches!(call, Call::AcquireResource { .. })
+        && let Some(owner) = connection.session.owner()
+    {
+        let pid = owner.pid;
+        daemon.settle_number(pid);
+    }
+    let Some(connection) = daemon.connections.get_mut(place) else {
+        return Err(undecodable());
+    };
+    let before = match call {
+        Call::Register { .. } => connection.session.owner().cloned(),
+        _ => None,
+    };
     let context = Context {
         descriptor: connection.socket.as_raw_fd(),
         session: &mut connection.session,
@@ -125,9 +162,16 @@ fn lock_call(
     };
     let result = lock_service::call(context, &call);
     if procedure == Procedure::Register {
-        daemon
-            .own_connections
-            .replace(before, connection.own_owner());
+        let own = &mut daemon.own_connections;
+        if let Some(before) = before
+            .as_ref()
+            .filter(|before| connection.stands_for(before))
+        {
+            own.remove(before);
+        }
+        if let Some(owner) = connection.own_owner() {
+            own.add(owner);
+        }
     }
     match &result {
         Ok(()) => tracing::debug!(
@@ -136,7 +180,19 @@ fn lock_call(
         ),
         Err(error) => log_refused(connection, &describe(&call), error),
     }
+    if result.is_ok() {
+        note_owner(daemon, place, &call, before);
+    }
     result
+}
+
+/// Keeps account of who has a connection of its own, and of those that hold something and have none.
+fn note_owner(daemon: &mut Daemon, place: usize, call: &Call<'_>, before: Option<Owner>) {
+    match call {
+        Call::Register { .. } => daemon.owner_changed(place, before.as_ref()),
+        Call::AcquireResource { .. } => daemon.watch_owner(place),
+        _ => (),
+    }
 }
 
 fn log_refused(connection: &Connection, what: &str, error: &Error) {

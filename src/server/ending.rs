@@ -70,6 +70,14 @@ impl Daemon {
                     self.owner_text(pid)
                 );
             } else if self.fences.of(pid).is_none() {
+                if self.watches.is_alive(pid) {
+                    tracing::warn!(
+                        target: "locking.lock_daemon",
+                        "{} has no connection of its own and is not ended with the daemon: it loses \
+                         its locks while it lives, and nothing keeps others from its disks",
+                        self.owner_text(pid)
+                    );
+                }
                 self.keeper.end_owner(pid);
             }
         }

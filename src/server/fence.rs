@@ -123,7 +123,7 @@ impl Daemon {
     /// The owner whose life this connection stood for: the one that made it itself, and whose process
     /// holds something.
     pub fn ends_with(&self, connection: &Connection) -> Option<OwnerKey> {
-        let owner = connection.own_owner()?;
+        let owner = connection.own_owner()?.key();
         self.keeper.table().holds(owner.pid).then_some(owner)
     }
 
@@ -156,7 +156,8 @@ impl Daemon {
     /// Whether the process of an owner stands for other domains over connections that it made itself
     /// and that go on.
     pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
-        if !self.own_connections.has_other_domains(owner) {
+        let uuid = owner.uuid.unwrap_or_default();
+        if !self.own_connections.has_other_domains(owner.pid, &uuid) {
             return false;
         }
         // They may be of an earlier process that had the number, and that is dead while somebody else
@@ -165,7 +166,7 @@ impl Daemon {
         let mut others = self.connections.iter().filter(|(_, connection)| {
             let other = connection.own_owner();
             connection.phase != Phase::Over
-                && other.is_some_and(|other| other.pid == owner.pid && other != owner)
+                && other.is_some_and(|other| other.pid == owner.pid && other.key() != owner)
         });
         others.any(|(_, connection)| {
             let process = process_of(connection, names_processes, reserve);
@@ -226,7 +227,7 @@ impl Daemon {
 
     /// Frees the locks of an owner that is dead, unless another one has its number by now: the table
     /// could not tell the locks of the two apart.
-    fn free_unless_succeeded(&mut self, pid: Pid) {
+    pub fn free_unless_succeeded(&mut self, pid: Pid) {
         if self.has_successor(pid) {
             tracing::warn!(
                 target: "locking.lock_daemon",
@@ -248,10 +249,10 @@ impl Daemon {
         };
         // All connections are looked through only in the rare other case.
         !number_is_free
-            && self.connections.iter().any(|(_, connection)| {
-                let owner = connection.session.owner();
-                connection.peer.pid == pid && owner.is_some_and(|owner| owner.pid == pid)
-            })
+            && (self.watches.is_alive(pid)
+                || self.connections.iter().any(|(_, connection)| {
+                    connection.own_owner().is_some_and(|owner| owner.pid == pid)
+                }))
     }
 
     /// Begins to fence an owner.
@@ -401,6 +402,7 @@ impl Daemon {
         self.unreachable.remove(&pid);
         let leases = self.keeper.take_owner(pid);
         self.ledger.note(&Event::OwnerEnded { pid });
+        self.end_watch(pid);
         let count = leases.len();
         self.estates.push_back(Freeing {
             owner,

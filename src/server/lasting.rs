@@ -193,6 +193,7 @@ impl Daemon {
                     owner.id = u32::from(owner.id != 0);
                 }
             }
+            state.watches.sort_by_key(|watch| watch.pid);
             state.fences.sort_by_key(|fence| fence.pid);
             for fence in &mut state.fences {
                 fence.next_step = Moment(0);
@@ -224,6 +225,7 @@ impl Daemon {
                 .iter()
                 .map(|(_, fence)| fence.process.pidfd().as_raw_fd()),
         );
+        kept.extend(self.watches.states().filter_map(|watch| watch.descriptor));
         kept.extend(
             self.process
                 .pid_file
@@ -292,6 +294,7 @@ impl Daemon {
                 .iter()
                 .map(|(_, fence)| self.fence_state(fence))
                 .collect(),
+            watches: self.watches.states().collect(),
             process: self.process_state(),
             poll: None,
         }

@@ -26,3 +26,4 @@ pub mod resume;
 pub mod token;
 pub mod turn;
 pub mod upgrade;
+pub mod watch;

@@ -292,6 +292,7 @@ impl Reactor {
                 }
             }
             Some(Source::Fence(place)) => self.daemon.look_at_fence(place),
+            Some(Source::Watched(place)) => self.daemon.look_at_watched(place),
             Some(Source::Signals) => self.take_signals(),
             Some(Source::Timer) => self.pass_deadlines(),
             Some(Source::Successor) => self.daemon.look_at_successor(),
@@ -370,7 +371,7 @@ impl Reactor {
                     return true;
                 }
                 match daemon.dead.pop_front() {
-                    Some(pid) => daemon.fenced(pid),
+                    Some(pid) => daemon.bury(pid),
                     None => return false,
                 }
             }

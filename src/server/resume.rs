@@ -67,6 +67,14 @@ impl Daemon {
                 fence.next_step,
             );
         }
+        for watch in state.watches {
+            let pidfd = watch
+                .descriptor
+                .map(|number| adopt(number, "a watched process", inherited))
+                .transpose()?;
+            self.resume_watch(watch.pid, pidfd);
+        }
+        self.watch_the_unwatched();
         Ok(())
     }
 

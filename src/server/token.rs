@@ -20,6 +20,8 @@ pub enum Source {
     Fence(usize),
     /// The program that is being checked before it takes over.
     Successor,
+    /// The process of an owner without a connection of its own, by its place in the slab of those.
+    Watched(usize),
 }
 
 const KINDS: usize = 8;
@@ -34,6 +36,7 @@ impl Source {
             Source::Connection(number) => (3, number),
             Source::Fence(number) => (4, number),
             Source::Successor => (5, 0),
+            Source::Watched(number) => (6, number),
         };
         // Numbers are places in slabs of descriptors: they never come near the word's size.
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
@@ -61,6 +64,7 @@ impl Source {
             3 => Some(Source::Connection(number)),
             4 => Some(Source::Fence(number)),
             5 => Some(Source::Successor),
+            6 => Some(Source::Watched(number)),
             _ => None,
         }
     }
@@ -80,6 +84,7 @@ mod tests {
             Source::Connection(19_999),
             Source::Fence(3),
             Source::Successor,
+            Source::Watched(2),
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

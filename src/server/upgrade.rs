@@ -269,7 +269,7 @@ impl Daemon {
             self.clear_away(place);
         }
         while let Some(pid) = self.dead.pop_front() {
-            self.fenced(pid);
+            self.bury(pid);
         }
         while self.free_some() {}
     }
@@ -297,6 +297,8 @@ impl Daemon {
         let mut state = self.state();
         // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
         state.process.pid_file = None;
+        // It watches nobody.
+        state.watches.clear();
         if let Some(reason) = self.gone_client() {
             return self.upgrade_failed(&reason);
         }
@@ -310,6 +312,14 @@ impl Daemon {
             return self.upgrade_failed(&reason);
         }
         state.clients.retain(|client| !client.refused);
+        if !self.watches.is_empty() {
+            tracing::warn!(
+                target: "locking.lock_daemon",
+                "libvirt's daemon watches no owner: should one of the {} end that hold locks here \
+                 without a connection of their own, it will not free them",
+                self.watches.len()
+            );
+        }
         self.replace(Successor::Libvirt, &state.descriptors(), &[]);
         let _ = std::fs::remove_file(&self.upgrade.document);
     }

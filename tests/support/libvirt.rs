@@ -193,6 +193,19 @@ impl Libvirt {
         self.lockd = Some(fresh);
     }
 
+    /// Kills the lock daemon as a crash does, and starts `program` in its place.
+    pub fn crash_lockd(&mut self, program: &Path) {
+        self.lockd().kill();
+        self.lockd = Some(Daemon::start_program(program, &self.namespace, &[], &[]));
+    }
+
+    /// As [`Libvirt::replace_lockd`], with this configuration.
+    pub fn configure_lockd(&mut self, program: &Path, configuration: &str) {
+        let etc = self.namespace.path("/etc/libvirt");
+        write(&etc.join("virtlockd.conf"), configuration);
+        self.replace_lockd(program);
+    }
+
     /// Runs virsh with these words: what it printed, or its error text.
     pub fn virsh(&self, words: &[&str]) -> Result<String, String> {
         let uri = match self.session {
