@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::plan::{self, Plan};
 use crate::exit::{ExitCode, Failed, StartError};
 use crate::host::daemonize::StatusPipe;
+use crate::host::errno;
 use crate::host::listen::{self, Activation, Listener, Listeners};
 use crate::host::notify;
 use crate::host::pid_file::PidFile;
@@ -63,6 +64,11 @@ fn serving_reactor(
 ) -> Result<Reactor, StartError> {
     let limits = plan::client_limits(&plan.config, descriptors);
     let mut reactor = reactor(plan, descriptors, pid_file)?;
+    // Nothing is lost yet: what is only lacking now is better had than done without for ever.
+    let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
+    if let Some(lack) = refusals.find(|refusal| errno::may_pass(refusal.reason)) {
+        return Err(refused(lack));
+    }
     reactor.configure(limits);
     let lock = listeners.lock.into_iter().map(|one| (one, Service::Lock));
     let admin = listeners.admin.into_iter().map(|one| (one, Service::Admin));
