@@ -5,9 +5,11 @@
 //!
 //! * `main.rs`, [`cli`], [`config`], [`exit`]: options, `virtlockd.conf`, and how the program may end.
 //! * [`life`]: the process: the order of a start, who was here before, and how it goes on from there.
-//! * [`server`]: the reactor, one state machine a connection, the two programs it serves, and the
-//!   killing of owners that leave while they hold locks.
-//! * [`restart`]: the state that outlives a process image, and how it is passed on.
+//! * [`server`]: what passes: the reactor, one state machine a connection, the two programs it serves, and
+//!   the killing of owners that leave while they hold locks.
+//! * [`restart`]: ways from one image of the process to the next.
+//! * [`custody`]: what lasts: all of it as one value, changed through one door that writes each change
+//!   down, in the ledger.
 //! * [`locks`]: who holds what. It knows owners and files; sockets and bytes are not its business.
 //! * [`wire`]: bytes to messages and back. No input or output, no state.
 //! * [`log`]: libvirt's log settings and lines, on top of `tracing`.
@@ -27,6 +29,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod custody;
 pub mod exit;
 pub mod host;
 pub mod life;

@@ -5,8 +5,10 @@
 //! but passing them on.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -117,6 +119,57 @@ impl Memory {
         }
     }
 
+    /// Writes one word, at a place that is a multiple of its size: whoever looks, sees it whole or not at
+    /// all, and what was written before, too.
+    pub fn store(&mut self, at: usize, word: u64) {
+        let bytes = word.to_le_bytes();
+        match &mut self.0 {
+            Place::File(file) => file.store(at, u64::from_ne_bytes(bytes)),
+            Place::Private(content, _) => {
+                let place = at..at.saturating_add(bytes.len());
+                if let Some(place) = content.get_mut(place) {
+                    place.copy_from_slice(&bytes);
+                }
+            }
+        }
+    }
+
+    /// Makes sure of the pages of this range, which [`Memory::empty`] may have given back: to write one
+    /// that cannot be had would be a signal.
+    pub fn fill(&mut self, range: Range<usize>) -> Result<(), Errno> {
+        match &self.0 {
+            Place::File(file) if !range.is_empty() => {
+                change_pages(&file.descriptor, FallocateFlags::empty(), range)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives back the memory of whole pages in this range; they read as zeros.
+    pub fn empty(&mut self, range: Range<usize>) -> Result<(), Errno> {
+        let whole = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
+        match &self.0 {
+            Place::File(file) if whole.start < whole.end => {
+                let hole =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                change_pages(&file.descriptor, hole, whole)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes it smaller.
+    pub fn shrink(&mut self, size: NonZeroUsize) -> Result<(), Errno> {
+        match &mut self.0 {
+            Place::File(file) => file.shrink(size),
+            Place::Private(bytes, _) => {
+                bytes.truncate(size.get());
+                bytes.shrink_to_fit();
+                Ok(())
+            }
+        }
+    }
+
     /// The memory file; why there is none.
     pub fn descriptor(&self) -> Result<&OwnedFd, Refusal> {
         match &self.0 {
@@ -166,6 +219,38 @@ impl File {
         Ok(())
     }
 
+    /// First the mapping, then the file: what is mapped is always there.
+    fn shrink(&mut self, size: NonZeroUsize) -> Result<(), Errno> {
+        if size >= self.size {
+            return Ok(());
+        }
+        // SAFETY: `start` and `size` describe our mapping and no reference into it lives; a mapping that
+        // shrinks stays where it is.
+        let moved = unsafe {
+            let flags = MRemapFlags::empty();
+            mremap(self.start, self.size.get(), size.get(), flags, None)
+        };
+        self.start = moved?;
+        self.size = size;
+        let length = i64::try_from(size.get()).map_err(|_| Errno::EFBIG)?;
+        Ok(nix::unistd::ftruncate(&self.descriptor, length)?)
+    }
+
+    fn store(&mut self, at: usize, word: u64) {
+        if !at.is_multiple_of(size_of::<u64>())
+            || at.saturating_add(size_of::<u64>()) > self.size.get()
+        {
+            return;
+        }
+        // SAFETY: the word lies in our mapping, which begins at a page, so it is aligned; nobody else in
+        // this process refers to it (we hold `&mut self`), and other processes only read it.
+        let place = unsafe {
+            let start: *mut u8 = self.start.as_ptr().cast();
+            AtomicU64::from_ptr(start.add(at).cast())
+        };
+        place.store(word, Ordering::Release);
+    }
+
     fn unmap(&mut self) {
         // SAFETY: this is our mapping, no reference into it lives (we hold `&mut self`), and whoever
         // calls this does not use it again.
@@ -188,6 +273,20 @@ impl Drop for File {
     fn drop(&mut self) {
         self.unmap();
     }
+}
+
+/// The smallest pages that there are anywhere (16 and 64 KiB are multiples): a page that is not given
+/// back costs no more than itself.
+const PAGE: usize = 4096;
+
+fn change_pages(
+    descriptor: &OwnedFd,
+    how: FallocateFlags,
+    range: Range<usize>,
+) -> Result<(), Errno> {
+    let number = |number: usize| i64::try_from(number).map_err(|_| Errno::EFBIG);
+    let (offset, length) = (number(range.start)?, number(range.len())?);
+    Ok(fallocate(descriptor, how, offset, length)?)
 }
 
 fn map(

@@ -65,37 +65,52 @@ impl Process {
         Ok(Process { pidfd })
     }
 
-    /// Whether the process has ended. One that its parent has not reaped yet counts as dead: it
-    /// runs no code and has no open file.
+    /// Whether the process has ended: see [`is_dead`].
     pub fn is_dead(&self) -> bool {
-        let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        loop {
-            match poll(&mut polled, PollTimeout::ZERO).map_err(Errno::from) {
-                Err(Errno::EINTR) => (),
-                result => return result == Ok(1),
-            }
-        }
+        is_dead(&self.pidfd)
     }
 
-    /// Sends a signal. ESRCH when the process has been reaped.
-    pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
-        // SAFETY: a null siginfo is allowed (pidfd_send_signal(2)); nothing else is a pointer.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                signal as i32,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        Errno::result(result).map(drop)
+    /// Sends a signal: see [`signal`].
+    pub fn signal(&self, which: Signal) -> Result<(), Errno> {
+        signal(&self.pidfd, which)
+    }
+
+    /// The descriptor, which goes on meaning this process.
+    pub fn into_pidfd(self) -> OwnedFd {
+        self.pidfd
     }
 
     /// The descriptor: readable once the process is dead.
     pub fn pidfd(&self) -> &OwnedFd {
         &self.pidfd
     }
+}
+
+/// Whether the process of a pidfd has ended. One that its parent has not reaped yet counts as dead: it
+/// runs no code and has no open file.
+pub fn is_dead(pidfd: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut polled, PollTimeout::ZERO).map_err(Errno::from) {
+            Err(Errno::EINTR) => (),
+            result => return result == Ok(1),
+        }
+    }
+}
+
+/// Sends a signal to the process of a pidfd. ESRCH when it has been reaped.
+pub fn signal(pidfd: &OwnedFd, signal: Signal) -> Result<(), Errno> {
+    // SAFETY: a null siginfo is allowed (pidfd_send_signal(2)); nothing else is a pointer.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal as i32,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// Whether a process is in the pid namespace of this one, so that the two mean the same process by a

@@ -119,9 +119,9 @@ const DESCRIPTOR: usize = size_of::<RawFd>();
 #[repr(C, align(8))]
 struct Control([u8; 24]);
 
-/// Reads what is there, at most `buffer`, and collects passed descriptors. A read never goes past
+/// Reads what is there from the socket with this number, at most `buffer`, and collects passed descriptors. A read never goes past
 /// the bytes that a descriptor was sent with (unix(7)), so one mark for the last byte is enough.
-pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, Errno> {
+pub fn receive(socket: RawFd, buffer: &mut [u8]) -> Result<Received, Errno> {
     let mut control = Control([0; 24]);
     let mut vector = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
@@ -136,7 +136,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, Er
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: `message` points at `vector` and `control`, both alive and of the stated sizes, and
     // `vector` at `buffer`, borrowed mutably for the call.
-    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+    let count = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
     let bytes = usize::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
     // Those for which this process had no room, in its buffer or its table of open files, came too.
     let dropped = message.msg_flags & libc::MSG_CTRUNC != 0;
@@ -183,8 +183,8 @@ fn close_passed(message: &libc::msghdr) -> bool {
     any
 }
 
-/// Writes what the socket takes now.
-pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+/// Writes what the socket with this number takes now.
+pub fn send(socket: RawFd, bytes: &[u8]) -> Result<usize, Errno> {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     Ok(socket::send(socket.as_raw_fd(), bytes, flags)?)
 }
@@ -194,7 +194,6 @@ mod tests {
     use super::*;
     use nix::sys::socket::{AddressFamily, ControlMessage, SockType, sendmsg, socketpair};
     use std::io::IoSlice;
-    use std::os::fd::AsFd;
 
     fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(
@@ -226,16 +225,16 @@ mod tests {
     #[test]
     fn a_read_stops_behind_the_bytes_that_a_descriptor_came_with() {
         let (ours, theirs) = pair();
-        send(theirs.as_fd(), b"frame").unwrap();
+        send(theirs.as_raw_fd(), b"frame").unwrap();
         pass(&theirs, b"\0", &[0]);
-        send(theirs.as_fd(), b"next").unwrap();
+        send(theirs.as_raw_fd(), b"next").unwrap();
         let mut buffer = [0; 64];
-        let first = receive(ours.as_fd(), &mut buffer).unwrap();
+        let first = receive(ours.as_raw_fd(), &mut buffer).unwrap();
         assert_eq!((first.bytes, first.descriptors), (6, true));
-        let second = receive(ours.as_fd(), &mut buffer).unwrap();
+        let second = receive(ours.as_raw_fd(), &mut buffer).unwrap();
         assert_eq!((second.bytes, second.descriptors), (4, false));
         assert_eq!(
-            receive(ours.as_fd(), &mut buffer).err(),
+            receive(ours.as_raw_fd(), &mut buffer).err(),
             Some(Errno::EAGAIN)
         );
     }
@@ -245,7 +244,7 @@ mod tests {
         let (ours, theirs) = pair();
         let before = open_descriptors();
         pass(&theirs, b"x", &[0; 253]);
-        let received = receive(ours.as_fd(), &mut [0; 8]).unwrap();
+        let received = receive(ours.as_raw_fd(), &mut [0; 8]).unwrap();
         assert!(received.descriptors);
         // Other tests of this process open descriptors too: look again until the count fits.
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);

@@ -9,6 +9,12 @@ use super::plan::{self, Plan};
 use super::serve;
 use super::way_back::WayBack;
 use crate::cli::Options;
+use crate::custody::descriptor::{Number, Saved};
+use crate::custody::event::Event;
+use crate::custody::ledger::Ledger;
+use crate::custody::servers::{Server, Service};
+use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
+use crate::custody::state::State;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors::Inherited;
 use crate::host::listen;
@@ -16,10 +22,7 @@ use crate::host::paths::Paths;
 use crate::host::pid_file::PidFile;
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
-use crate::restart::ledger::Ledger;
-use crate::restart::state::{LogState, State};
 use crate::server::reactor::{Limits, Reactor};
-use crate::server::resume;
 
 /// Goes on for a predecessor of this program. Options and configuration were looked at before the
 /// exec; should the configuration have become unusable since, the settings in force stay.
@@ -27,20 +30,20 @@ use crate::server::resume;
 /// # Errors
 /// Why everything is lost.
 pub fn resume(
-    (state, ledger): (State, Ledger),
+    (state, ledger): (State<Saved>, Option<Ledger>),
     mut options: Options,
     mut command_line: CommandLine,
 ) -> Result<ExitCode, Failed> {
-    let log_restored = restore_log(&state.process.logging);
+    let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
-    if let Some(path) = &state.process.config_file {
+    if let Some(path) = &state.settings().config_file {
         options.config_file = Some(PathBuf::from(OsString::from_vec(path.clone())));
     }
-    if !state.process.program.is_empty() {
-        command_line.program = OsString::from_vec(state.process.program.clone());
+    if !state.settings().program.is_empty() {
+        command_line.program = OsString::from_vec(state.settings().program.clone());
     }
     let mut inherited = inherit(&state)?;
-    let pid_file = match &state.process.pid_file {
+    let pid_file = match &state.settings().pid_file {
         None => None,
         Some((descriptor, path)) => {
             let path = PathBuf::from(OsString::from_vec(path.clone()));
@@ -60,11 +63,13 @@ pub fn resume(
     let limits_are_known = config.is_some();
     let plan = Plan::of_successor(options, command_line, config.unwrap_or_default());
     if let Err(reason) = log_restored {
-        replace_log_settings(&plan, &state.process.logging, &reason);
+        replace_log_settings(&plan, &state.settings().logging, &reason);
     }
     let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref())?;
     let limits = limits_are_known.then_some(limits);
-    set_up(&mut reactor, state, &mut inherited, Some(ledger), limits)?;
+    let idle_timeout_s = state.settings().idle_timeout_s;
+    let theirs = (ledger, Some(idle_timeout_s));
+    set_up(&mut reactor, state, &mut inherited, theirs, limits)?;
     serve::run(&mut reactor, pid_file)
 }
 
@@ -74,7 +79,7 @@ pub fn resume(
 /// # Errors
 /// Why everything is lost.
 pub fn resume_started(
-    (mut state, document): (State, PathBuf),
+    (state, document): (State<Saved>, PathBuf),
     plan: Plan,
     way_back: &WayBack,
 ) -> Result<ExitCode, Failed> {
@@ -83,14 +88,27 @@ pub fn resume_started(
         tracing::error!("The daemon takes over without a pid file: {error}");
         None
     });
-    state.process.idle_timeout_s = plan.options.timeout_seconds;
     // A limit of the configuration that counts already is not news.
-    state.lock_server.configured = plan.config.max_clients;
-    state.admin_server.configured = plan.config.admin_max_clients;
+    let configured = [
+        (Service::Lock, plan.config.max_clients),
+        (Service::Admin, plan.config.admin_max_clients),
+    ];
+    let events = configured.map(|(service, configured)| {
+        let server = *state.server(service);
+        Event::Server(
+            service,
+            Server {
+                configured,
+                ..server
+            },
+        )
+    });
+    let state = state.with(events).map_err(|why| back(unusable(&why)))?;
     let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref()).map_err(back)?;
     let mut inherited = inherit(&state).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
-    set_up(&mut reactor, state, &mut inherited, None, Some(limits)).map_err(back)?;
+    let nothing = (None, None);
+    set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Err(error) = std::fs::remove_file(&document) {
         tracing::error!(
@@ -103,10 +121,11 @@ pub fn resume_started(
 }
 
 /// The descriptors that the state speaks of.
-fn inherit(state: &State) -> Result<Inherited, StartError> {
+fn inherit(state: &State<Saved>) -> Result<Inherited, StartError> {
     state.check_descriptors().map_err(|why| unusable(&why))?;
-    Inherited::of(&state.descriptors()).map_err(|number| {
-        let kind = state.meaning(number);
+    let numbers: Vec<i32> = state.descriptors().map(|number| number.0).collect();
+    Inherited::of(&numbers).map_err(|number| {
+        let kind = state.meaning(Number(number));
         unusable(&format!(
             "descriptor {number}, which should be {kind}, is not open"
         ))
@@ -126,56 +145,38 @@ fn open_reactor(plan: Plan, pid_file: Option<&PidFile>) -> Result<(Reactor, Limi
 /// force stay. Whatever has been taken when this fails is the reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
-    mut state: State,
+    state: State<Saved>,
     inherited: &mut Inherited,
-    ledger: Option<Ledger>,
+    (ledger, idle_timeout_s): (Option<Ledger>, Option<u32>),
     limits: Option<Limits>,
 ) -> Result<(), StartError> {
-    let process = reactor.daemon.process.clone();
-    let has_ledger = ledger.is_some();
-    if let Some(ledger) = ledger {
-        reactor.daemon.ledger.replace(ledger);
-    }
-    let listeners =
-        resume::resume_listeners(&state.listeners, inherited).map_err(|why| unusable(&why))?;
-    if let Some(poll) = state.poll.take() {
-        let descriptor = inherited
-            .take(poll.descriptor)
-            .map_err(|_| unusable("the descriptor of its poll is not open"))?;
-        let is_known = poll.knows(&state.clients);
-        // Without it every connection is watched anew, which takes longer.
-        if is_known && reactor.inherit(&descriptor).map_err(serve::refused)? {
-            state.poll = Some(poll);
-        }
-    }
-    let mut all_heard = Ok(());
-    for listener in listeners {
+    let settings = reactor.custody().state().settings().clone();
+    let state = state.adopt(inherited).map_err(|why| unusable(&why))?;
+    for listening in state.listeners() {
         // libvirt's backlog is 30: a host that boots its guests fills it at once.
-        let _ = listen::widen_backlog(&listener.socket);
-        all_heard = all_heard.and(reactor.listen(listener).map_err(serve::refused));
+        let _ = listen::widen_backlog(&listening.socket);
     }
-    all_heard?;
-    reactor
-        .daemon
-        .resume(state, inherited)
-        .map_err(|why| unusable(&why))?;
-    reactor.daemon.process = process;
+    // libvirt's document does not say it: the option does.
+    let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
+    reactor.go_on(state, ledger).map_err(serve::refused)?;
+    reactor.custody_mut().set_process(ProcessSettings {
+        idle_timeout_s,
+        ..settings
+    });
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
     }
-    if !has_ledger || reactor.daemon.ledger.is_stale() {
-        reactor.daemon.replace_ledger();
-    }
+    let state = reactor.custody().state();
     tracing::info!(
         "Took over {} connections and {} locks",
-        reactor.daemon.connections.len(),
-        reactor.daemon.keeper.table().len()
+        state.client_count(),
+        state.table().len()
     );
     Ok(())
 }
 
 /// The log as it was. If it cannot be restored, it stays that of a start; the reason why.
-fn restore_log(saved: &LogState) -> Result<(), String> {
+fn restore_log(saved: &LogSettings) -> Result<(), String> {
     let text = |error: SettingError| error.to_string();
     let default = log::restore_outputs(&saved.default_output).map_err(text)?;
     let settings = Settings {
@@ -188,7 +189,7 @@ fn restore_log(saved: &LogState) -> Result<(), String> {
 }
 
 /// The log settings from before the upgrade could not be restored: those of the configuration count.
-fn replace_log_settings(plan: &Plan, saved: &LogState, reason: &str) {
+fn replace_log_settings(plan: &Plan, saved: &LogSettings, reason: &str) {
     let now = match plan.apply_log_settings(&plan.config) {
         Ok(()) => "those of the configuration count".to_owned(),
         Err(error) => format!("and those of the configuration cannot be used either: {error}"),

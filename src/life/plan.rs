@@ -9,13 +9,13 @@ use std::path::Path;
 
 use crate::cli::Options;
 use crate::config::{self, Config};
+use crate::custody::servers::ClientLimit;
 use crate::exit::{ExitCode, Failed, StartError};
 use crate::host::paths::{self, Paths};
 use crate::host::pid_file::PidFile;
 use crate::host::{errno, limits};
 use crate::log::{self, SettingError};
 use crate::restart::handover::CommandLine;
-use crate::server::clients::ClientLimit;
 use crate::server::reactor::Limits;
 
 /// Admin clients that may be connected at a time, unless the configuration says otherwise.

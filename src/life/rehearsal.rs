@@ -12,11 +12,11 @@ use std::path::PathBuf;
 use super::plan;
 use crate::cli::{self, Options, Outcome};
 use crate::config::Config;
+use crate::custody::ledger::{self, Ledger};
 use crate::exit::ExitCode;
 use crate::host::paths::Paths;
 use crate::host::refusal::Refusal;
 use crate::restart::handover::READABLE;
-use crate::restart::ledger::{self, Ledger};
 use crate::server::reactor::Reactor;
 
 /// Asked by the running daemon, with its ledger as standard input: could this program go on with
@@ -52,7 +52,7 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
     let state = ledger::load(&input).map_err(|reason| format!("the ledger: {reason}"))?;
     state.check_descriptors()?;
     // As the successor will find it: by the path that the first start made absolute.
-    let options = match &state.process.config_file {
+    let options = match &state.settings().config_file {
         Some(path) => Options {
             config_file: Some(PathBuf::from(OsString::from_vec(path.clone()))),
             ..options
@@ -64,8 +64,8 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
     try_out().map_err(|refusal| refusal.to_string())?;
     Ok(format!(
         "{READABLE}: {} connections, {} locks",
-        state.clients.len(),
-        state.resources.len()
+        state.client_count(),
+        state.table().len()
     ))
 }
 

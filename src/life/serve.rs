@@ -1,9 +1,11 @@
 //! From a plan to a daemon that serves: its pid file, its sockets, its reactor, and the run to its end.
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::plan::{self, Plan};
+use crate::custody::servers::{Listening, Service};
+use crate::custody::settings::Settings;
 use crate::exit::{ExitCode, Failed, StartError};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
@@ -11,9 +13,9 @@ use crate::host::listen::{self, Activation, Listener, Listeners};
 use crate::host::notify;
 use crate::host::pid_file::PidFile;
 use crate::host::refusal::Refusal;
-use crate::server::accept;
-use crate::server::connection::Service;
+use crate::log;
 use crate::server::reactor::{Reactor, Way};
+use crate::server::upgrade::Upgrade;
 
 /// The daemon itself: takes its pid file and sockets, says that it is there, and runs.
 ///
@@ -74,10 +76,9 @@ fn serving_reactor(
     let admin = listeners.admin.into_iter().map(|one| (one, Service::Admin));
     for (listener, service) in lock.chain(admin) {
         reactor
-            .listen(serving(listener, service))
+            .listen(listening(listener, service))
             .map_err(refused)?;
     }
-    reactor.daemon.replace_ledger();
     Ok(reactor)
 }
 
@@ -95,17 +96,19 @@ pub fn reactor(
     let reload = Box::new(move || plan.reload(descriptors));
     let mut reactor = Reactor::new(reload).map_err(refused)?;
     say_what_is_refused(&reactor);
-    let daemon = &mut reactor.daemon;
-    daemon.idle_timeout_s = idle_timeout_s;
-    daemon.process.program = command_line.program.as_bytes().to_vec();
-    daemon.process.config_file = config_file;
-    daemon.keeper.own_file = pid_file.and_then(PidFile::identity);
-    daemon.process.pid_file = pid_file.map(|file| {
-        let path = file.path().as_os_str().as_bytes().to_vec();
-        (file.as_fd().as_raw_fd(), path)
+    let custody = reactor.custody_mut();
+    custody.set_own_file(pid_file.and_then(PidFile::identity));
+    custody.set_process(Settings {
+        pid_file: pid_file.map(|file| {
+            let path = file.path().as_os_str().as_bytes().to_vec();
+            (file.as_fd().as_raw_fd(), path)
+        }),
+        config_file,
+        program: command_line.program.as_bytes().to_vec(),
+        idle_timeout_s,
+        logging: log::saved(),
     });
-    daemon.upgrade.command_line = Some(command_line);
-    daemon.upgrade.document = document;
+    reactor.set_upgrade(Upgrade::of(command_line, document));
     Ok(reactor)
 }
 
@@ -160,12 +163,11 @@ fn remove(pid_file: Option<PidFile>) {
     }
 }
 
-fn serving(listener: Listener, service: Service) -> accept::Listener {
-    accept::Listener {
+fn listening(listener: Listener, server: Service) -> Listening<OwnedFd> {
+    let path = listener.path;
+    Listening {
+        server,
         socket: listener.socket,
-        path: listener.path,
-        service,
-        readable: true,
-        queued: true,
+        path: path.map(|path| path.into_os_string().into_vec()),
     }
 }

@@ -5,9 +5,10 @@
 
 use std::os::fd::RawFd;
 
+use crate::custody::descriptor::{Number, Saved};
+use crate::custody::state::State;
 use crate::host::descriptors;
 use crate::log;
-use crate::restart::state::State;
 
 /// The last of the three.
 const LAST: RawFd = 2;
@@ -16,20 +17,20 @@ const LAST: RawFd = 2;
 pub type Moved = Vec<(RawFd, RawFd)>;
 
 /// Before anything is written: keeps the log away from what the state says is not standard error.
-pub fn keep_clear_of(state: &State) {
-    if state.descriptors().contains(&LAST) {
+pub fn keep_clear_of(state: &State<Saved>) {
+    if state.descriptors().any(|number| number == Number(LAST)) {
         log::stderr_is_not_ours();
     }
 }
 
 /// Gives what has one of the three numbers another one, before anything is written. A file keeps its
 /// number: the process's POSIX locks on it end when any descriptor of it is closed.
-pub fn clear(state: &mut State) -> Moved {
+pub fn clear(state: &mut State<Saved>) -> Moved {
     let mut moved = Vec::new();
     for number in 0..=LAST {
-        let is_socket = state.has_socket(number);
+        let is_socket = state.has_socket(Number(number));
         if is_socket && let Ok(now) = descriptors::move_away(number) {
-            state.renumber_socket(number, now);
+            state.renumber_socket(Number(number), Number(now));
             moved.push((number, now));
         }
     }

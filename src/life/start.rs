@@ -9,6 +9,8 @@ use super::way_back::WayBack;
 use super::{go_on, serve, standard, takeover};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
+use crate::custody::descriptor::Saved;
+use crate::custody::state::State;
 use crate::exit::{ExitCode, Failed, StartError, status_text};
 use crate::host::daemonize::{self, Background, Started};
 use crate::host::errno;
@@ -16,7 +18,6 @@ use crate::host::listen::Activation;
 use crate::host::paths::Paths;
 use crate::log;
 use crate::restart::handover::CommandLine;
-use crate::restart::state::State;
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
 ///
@@ -65,7 +66,7 @@ fn wanted(outcome: Outcome) -> Result<Options, StartError> {
 
 /// From libvirt's daemon. Nobody asked this program beforehand whether it could: what does not stop
 /// libvirt's own must not stop it, because every lock of the host would be lost.
-fn take_over(state: State, way_back: WayBack, outcome: Outcome) -> Result<ExitCode, Failed> {
+fn take_over(state: State<Saved>, way_back: WayBack, outcome: Outcome) -> Result<ExitCode, Failed> {
     log::install(log::Settings::initial())?;
     let options = wanted(outcome).map_err(|error| way_back.go(error))?;
     let command_line = way_back.command_line.clone();

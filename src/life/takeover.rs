@@ -8,6 +8,10 @@ use std::path::Path;
 
 use super::plan::Plan;
 use super::way_back::WayBack;
+use crate::custody::descriptor::Saved;
+use crate::custody::ledger::Ledger;
+use crate::custody::servers::Service;
+use crate::custody::state::State;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors;
 use crate::host::environment;
@@ -16,16 +20,14 @@ use crate::host::paths::Paths;
 use crate::host::process::{self, Process};
 use crate::host::whole_file::{self, Unread};
 use crate::restart::handover::HANDOVER_VARIABLE;
-use crate::restart::ledger::Ledger;
 use crate::restart::libvirt_json::{self, Unusable};
-use crate::restart::state::{Service, State};
 
 /// A state document larger than this is not read, bytes. libvirt's daemon writes it whole even if
 /// it could not read it again.
 const DOCUMENT_LIMIT: u64 = 256 * 1024 * 1024;
 
 /// The state that a predecessor of this program handed over, if this process was made by it.
-pub fn take_ledger() -> Option<Result<(State, Ledger), StartError>> {
+pub fn take_ledger() -> Option<Result<(State<Saved>, Option<Ledger>), StartError>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.
@@ -41,12 +43,12 @@ pub fn take_ledger() -> Option<Result<(State, Ledger), StartError>> {
 
 /// The state that the C daemon left for this process, if it did and it can be used. Says and changes
 /// nothing: see [`find_document`].
-pub fn awaited(paths: &Paths) -> Option<State> {
+pub fn awaited(paths: &Paths) -> Option<State<Saved>> {
     let document = read_document(&paths.restart_state).ok()??;
     read(&document, paths).ok()
 }
 
-fn read(document: &[u8], paths: &Paths) -> Result<State, Unusable> {
+fn read(document: &[u8], paths: &Paths) -> Result<State<Saved>, Unusable> {
     libvirt_json::read(document, process::started(), |service| {
         let path = match service {
             Service::Lock => &paths.lock_socket,
@@ -61,7 +63,7 @@ fn read(document: &[u8], paths: &Paths) -> Result<State, Unusable> {
 ///
 /// # Errors
 /// A document that is there and cannot be used.
-pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State>, StartError> {
+pub fn find_document(plan: &Plan, way_back: &WayBack) -> Result<Option<State<Saved>>, StartError> {
     let paths = &plan.paths;
     let path = &paths.restart_state;
     // Whoever writes the document holds the pid file until it is whole: asked before it is read.

@@ -21,25 +21,38 @@ use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 use crate::host::process;
 
-/// What kind of lock a lease is.
+/// What kind of lock a lease is. What stands for the descriptors is `D`.
 #[derive(Debug)]
-pub enum LockKind {
+pub enum LockKind<D = Lockable> {
     /// An open-file-description lock.
     OpenFile,
     /// A POSIX record lock of this process.
     Process {
         /// Other descriptors of the same file, kept open because closing one would drop the lock.
-        parked: Vec<Lockable>,
+        parked: Vec<D>,
     },
+    /// One that libvirt's daemon took: the kernel has not been asked yet. No lease of a daemon that
+    /// serves is of this kind.
+    Unknown,
+}
+
+impl<D> LockKind<D> {
+    /// The parked descriptors.
+    pub fn parked(&self) -> &[D] {
+        match self {
+            LockKind::Process { parked } => parked,
+            LockKind::OpenFile | LockKind::Unknown => &[],
+        }
+    }
 }
 
 /// A lock that the kernel holds for us.
 #[derive(Debug)]
-pub struct Lease {
+pub struct Lease<D = Lockable> {
     /// The locked file.
-    pub descriptor: Lockable,
+    pub descriptor: D,
     /// How it is locked.
-    pub kind: LockKind,
+    pub kind: LockKind<D>,
     /// Whether the daemon made the file for this lease.
     pub created: bool,
 }
@@ -449,15 +462,6 @@ fn look_at_lock(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found
     }
 }
 
-/// What becomes of the file when its lease ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AtEnd {
-    /// It stays: a disk, or a file that was there before.
-    Keep,
-    /// It goes, if this was the last owner anywhere.
-    Remove(Mode),
-}
-
 impl Lease {
     /// A lease of an earlier image of this process, whose lock is of this kind.
     pub fn resumed(mut descriptor: Lockable, kind: LockKind, created: bool) -> Lease {
@@ -471,9 +475,10 @@ impl Lease {
         }
     }
 
-    /// Removes the file if that is asked for, then unlocks and closes it.
-    pub fn end(mut self, place: Place<'_>, identity: FileIdentity, at_end: AtEnd) {
-        if let AtEnd::Remove(mode) = at_end
+    /// Removes the file if that is asked for (with the mode in which it was held) and nobody else
+    /// shares it, then unlocks it.
+    pub fn let_go(&mut self, place: Place<'_>, identity: FileIdentity, removes: Option<Mode>) {
+        if let Some(mode) = removes
             && self.is_last(mode)
         {
             remove(place, identity);
@@ -496,7 +501,7 @@ impl Lease {
         // As in `end`: it stands in nobody's way for longer than it must.
         let _ = self.descriptor.unlock();
         let mut parked = match self.kind {
-            LockKind::OpenFile => Vec::new(),
+            LockKind::OpenFile | LockKind::Unknown => Vec::new(),
             LockKind::Process { parked } => parked,
         };
         parked.push(self.descriptor);
@@ -519,7 +524,7 @@ impl Lease {
     /// Makes a shared lock exclusive.
     fn upgrade(&mut self) -> Result<(), Errno> {
         match &self.kind {
-            LockKind::OpenFile => self.descriptor.lock(LockType::Write),
+            LockKind::OpenFile | LockKind::Unknown => self.descriptor.lock(LockType::Write),
             LockKind::Process { .. } => {
                 // A lock of the other kind, if it has both, would stand in its way.
                 let _ = self.descriptor.lock(LockType::Unlock);

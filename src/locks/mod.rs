@@ -1,10 +1,11 @@
 //! Who holds what. This room knows owners and files; sockets and messages are not its business.
 //!
-//! [`table`] decides, on plain data; [`lease`] does it to a file; [`keeper`] puts the two together,
-//! so that nothing above this room opens or locks a file itself.
+//! [`table`] decides, on plain data; [`lease`] opens and locks a file, [`job`] is the rest of the work on
+//! one; [`holder`] says in words who has it. The room above puts them together.
 #![forbid(unsafe_code)]
 
-pub mod keeper;
+pub mod holder;
+pub mod job;
 pub mod lease;
 pub mod lockspace;
 pub mod place;

@@ -141,7 +141,44 @@ pub struct Resource<L> {
     next_of_identity: Option<ResourceId>,
 }
 
+/// What is known of a resource whose lock is to become something else.
+#[derive(Clone, Copy, Debug)]
+pub struct Unmapped<'a> {
+    /// The name in its lockspace.
+    pub name: &'a [u8],
+    /// The file, as far as it is known.
+    pub identity: FileIdentity,
+    /// As the first owner took it.
+    pub mode: Mode,
+}
+
 impl<L> Resource<L> {
+    /// The same resource with something else for the kernel's lock.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn try_map<M, E>(
+        self,
+        mut make: impl FnMut(Unmapped<'_>, L) -> Result<(FileIdentity, M), E>,
+    ) -> Result<Resource<M>, E> {
+        let unmapped = Unmapped {
+            name: self.key.name(self.lockspace_length),
+            identity: self.identity,
+            mode: self.mode,
+        };
+        let (identity, lease) = make(unmapped, self.lease)?;
+        Ok(Resource {
+            key: self.key,
+            lockspace_length: self.lockspace_length,
+            identity,
+            mode: self.mode,
+            autocreate: self.autocreate,
+            lease,
+            holders: self.holders,
+            next_of_identity: None,
+        })
+    }
+
     /// Takes the resource apart: its lease, and where its file is.
     pub fn into_lease(self) -> (L, Name) {
         (
@@ -164,7 +201,7 @@ impl<L> Resource<L> {
     }
 
     /// The owners that hold it, each with how often.
-    pub fn holders(&self) -> impl Iterator<Item = (OwnerKey, u32)> {
+    pub fn holders(&self) -> impl Iterator<Item = (OwnerKey, u32)> + Clone {
         match &self.holders {
             Holders::One { owner, times } => Some((*owner, *times)).into_iter().chain(Vec::new()),
             Holders::Many(many) => {
@@ -435,7 +472,7 @@ impl<L> Table<L> {
     }
 
     /// All held resources.
-    pub fn iter(&self) -> impl Iterator<Item = (ResourceId, &Resource<L>)> {
+    pub fn iter(&self) -> impl Iterator<Item = (ResourceId, &Resource<L>)> + Clone {
         self.resources
             .iter()
             .map(|(number, resource)| (ResourceId(number), resource))
@@ -505,7 +542,7 @@ impl<L> Table<L> {
             return;
         };
         if resource.holders.add(owner.key()) {
-            self.note_holding(owner, id);
+            note_holding(&mut self.by_owner, owner, id);
         } else if let Some(holdings) = self.by_owner.get_mut(&owner.pid)
             && let Some(holding) = holdings.get_mut(owner.key())
         {
@@ -534,32 +571,75 @@ impl<L> Table<L> {
             next_of_identity,
         });
         self.by_name.insert(key, id);
-        self.note_holding(owner, id);
+        note_holding(&mut self.by_owner, owner, id);
         id
     }
 
-    fn note_holding(&mut self, owner: &Owner, id: ResourceId) {
-        let holding = || Holding {
-            owner: owner.clone(),
-            resources: vec![id],
-        };
-        match self.by_owner.entry(owner.pid) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(Holdings::One(holding()));
-            }
-            Entry::Occupied(mut holdings) => match holdings.get_mut().get_mut(owner.key()) {
-                Some(known) => {
-                    if known.owner != *owner {
-                        known.owner.clone_from(owner);
-                    }
-                    known.resources.push(id);
-                }
-                None => {
-                    let others = holdings.remove();
-                    self.by_owner.insert(owner.pid, others.insert(holding()));
-                }
-            },
+    /// Whether an owner may give the resource back: it, or else a process that may be its own, has a
+    /// holding of it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_release(
+        &mut self,
+        lockspace: &[u8],
+        name: &[u8],
+        owner: OwnerKey,
+    ) -> Result<(), NotReleased> {
+        let id = self.find(lockspace, name).ok_or(NotReleased::NotHeld)?;
+        let holders = self.get(id).map(|resource| &resource.holders);
+        let times = |owner| holders.map_or(0, |holders| holders.times(owner));
+        if times(owner) == 0 && times(OwnerKey::of_process(owner.pid)) == 0 {
+            return Err(NotReleased::NotYours);
         }
+        Ok(())
+    }
+
+    /// Of what a process holds nobody knows any more for which of its domains.
+    pub fn forget_domains(&mut self, pid: Pid) {
+        let Some(holdings) = self.by_owner.remove(&pid) else {
+            return;
+        };
+        let unknown = Owner::unknown(pid);
+        for Holding { owner, resources } in holdings.into_holdings() {
+            for id in resources {
+                let Some(resource) = self.resources.get_mut(id.0) else {
+                    continue;
+                };
+                let times = resource.holders.times(owner.key());
+                resource.holders.remove(owner.key(), times);
+                for _ in 0..times {
+                    if resource.holders.add(unknown.key()) {
+                        note_holding(&mut self.by_owner, &unknown, id);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same table with something else for the kernel's locks, and perhaps with files that are known
+    /// only now. The first failure ends it.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn try_map<M, E>(
+        self,
+        mut make: impl FnMut(Unmapped<'_>, L) -> Result<(FileIdentity, M), E>,
+    ) -> Result<Table<M>, E> {
+        let mut by_identity = HashMap::with_capacity(self.by_identity.len());
+        let mut resources = Vec::with_capacity(self.resources.len());
+        for (number, resource) in self.resources {
+            let mut resource = resource.try_map(&mut make)?;
+            resource.next_of_identity = by_identity.insert(resource.identity, ResourceId(number));
+            resources.push((number, resource));
+        }
+        Ok(Table {
+            resources: resources.into_iter().collect(),
+            by_name: self.by_name,
+            by_identity,
+            by_owner: self.by_owner,
+            scratch: Vec::new(),
+        })
     }
 
     /// Ends one holding of an owner: its own, or else one of which only the process is known. A
@@ -645,6 +725,30 @@ impl<L> Table<L> {
             }
         }
         Some(resource)
+    }
+}
+
+fn note_holding(by_owner: &mut HashMap<Pid, Holdings>, owner: &Owner, id: ResourceId) {
+    let holding = || Holding {
+        owner: owner.clone(),
+        resources: vec![id],
+    };
+    match by_owner.entry(owner.pid) {
+        Entry::Vacant(vacant) => {
+            vacant.insert(Holdings::One(holding()));
+        }
+        Entry::Occupied(mut holdings) => match holdings.get_mut().get_mut(owner.key()) {
+            Some(known) => {
+                if known.owner != *owner {
+                    known.owner.clone_from(owner);
+                }
+                known.resources.push(id);
+            }
+            None => {
+                let others = holdings.remove();
+                by_owner.insert(owner.pid, others.insert(holding()));
+            }
+        },
     }
 }
 

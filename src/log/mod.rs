@@ -4,6 +4,7 @@
 //! [`resolve`] has told what counts; from then on the settings may be exchanged at any time. A log
 //! that blocks or fails never stops the daemon: its lines are dropped and counted.
 //!
+//! * `saved`: the settings as they are passed on.
 //! * `level`, `settings`, `resolve`: what people write, and which of it counts. Plain data.
 //! * `line`: a record and its layout.
 //! * `stream`, `datagram`, `output`: where lines go.
@@ -16,6 +17,7 @@ mod line;
 mod logger;
 mod output;
 mod resolve;
+mod saved;
 mod settings;
 mod stream;
 mod subscriber;
@@ -31,6 +33,7 @@ use std::sync::{Arc, OnceLock};
 pub use level::Level;
 pub use line::Printable;
 pub use resolve::{Configured, Environment, RunMode, Settings, resolve};
+pub use saved::Saved;
 pub use settings::{
     FilterSetting, OutputSetting, SettingError, Target, filters_setting, format_filters,
     format_outputs, outputs_setting, parse_filters, parse_level, parse_outputs, restore_outputs,
@@ -65,6 +68,11 @@ pub fn settings() -> Settings {
     LOGGER
         .get()
         .map_or_else(Settings::initial, |logger| logger.settings())
+}
+
+/// The settings as they are now, to be passed on.
+pub fn saved() -> Saved {
+    settings().into()
 }
 
 /// The outputs, as the admin socket shows them.

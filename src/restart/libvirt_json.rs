@@ -12,10 +12,15 @@ use foldhash::HashMap;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::state::{
-    ClientState, ListenerState, LockKindState, ResourceState, ServerState, Service, State, Traffic,
-};
-use crate::locks::table::{Mode, Owner, Pid};
+use crate::custody::clients::{Arrival, Client};
+use crate::custody::descriptor::{Descriptor, Form, Number, Saved};
+use crate::custody::event::{Event, KindRecord, ResourceName};
+use crate::custody::servers::{Listening, Server, Service};
+use crate::custody::state::State;
+use crate::host::file::FileIdentity;
+use crate::locks::holder::uuid_text;
+use crate::locks::lease::Lease;
+use crate::locks::table::{Mode, Owner, OwnerKey, Pid, Resource};
 
 /// The largest document that the C daemon reads, bytes.
 pub const LARGEST: usize = 10 * 1024 * 1024;
@@ -187,7 +192,7 @@ pub fn read(
     document: &[u8],
     own_pid: u32,
     socket_path: impl Fn(Service) -> Vec<u8>,
-) -> Result<State, Unusable> {
+) -> Result<State<Saved>, Unusable> {
     let damaged = |what: String| Unusable::Damaged(what);
     let document: DocumentIn =
         serde_json::from_slice(document).map_err(|error| damaged(error.to_string()))?;
@@ -203,7 +208,7 @@ pub fn read(
         .daemon
         .or(document.server)
         .ok_or_else(|| damaged("it has no daemon".into()))?;
-    let mut state = State::default();
+    let mut read = Read::default();
     let servers = match daemon.servers {
         Some(ServersIn(servers)) => servers,
         None => vec![(Service::Lock.name().to_owned(), daemon)],
@@ -213,17 +218,100 @@ pub fn read(
             .into_iter()
             .find(|service| service.name() == name)
             .ok_or_else(|| damaged(format!("it has an unknown server '{name}'")))?;
-        read_server(&mut state, service, server, &socket_path).map_err(damaged)?;
+        read_server(&mut read, service, server, &socket_path).map_err(damaged)?;
     }
-    let owners = owners_by_pid(&state);
-    read_lockspace(&mut state, &owners, document.default_lockspace);
+    let owners = owners_by_pid(&read.clients);
+    read_lockspace(&mut read, &owners, document.default_lockspace);
     for lockspace in document.lockspaces {
         if lockspace.directory.is_none() {
             return Err(damaged("a lockspace has no directory".into()));
         }
-        read_lockspace(&mut state, &owners, lockspace);
+        read_lockspace(&mut read, &owners, lockspace);
     }
-    Ok(state)
+    State::of_events(read.events()).map_err(damaged)
+}
+
+/// What was read, before it is a state.
+#[derive(Default)]
+struct Read {
+    servers: Vec<(Service, Server)>,
+    listeners: Vec<Listening<Number>>,
+    clients: Vec<ReadClient>,
+    lockspaces: Vec<Vec<u8>>,
+    resources: Vec<ReadResource>,
+}
+
+struct ReadClient {
+    descriptor: Number,
+    arrival: Arrival,
+    owner: Option<Owner>,
+    restricted: bool,
+}
+
+struct ReadResource {
+    lockspace: Vec<u8>,
+    name: Vec<u8>,
+    descriptor: Number,
+    mode: Mode,
+    autocreate: bool,
+    holders: Vec<(Owner, u32)>,
+}
+
+impl Read {
+    fn events(&self) -> impl Iterator<Item = Event<'_>> {
+        let listeners = self.listeners.iter().cloned().map(Event::Listening);
+        let lockspaces = self.lockspaces.iter();
+        let lockspaces = lockspaces.map(|directory| Event::Lockspace(directory));
+        let servers = self.servers.iter();
+        let servers = servers.map(|(service, server)| Event::Server(*service, *server));
+        listeners
+            .chain(self.clients.iter().flat_map(ReadClient::events))
+            .chain(lockspaces)
+            .chain(self.resources.iter().flat_map(ReadResource::events))
+            // Behind the clients, whose numbers would otherwise raise the next one.
+            .chain(servers)
+    }
+}
+
+impl ReadClient {
+    fn events(&self) -> impl Iterator<Item = Event<'_>> {
+        let number = self.descriptor;
+        let owner = self.owner.as_ref();
+        std::iter::once(Event::Connected(number, self.arrival))
+            .chain(owner.map(|owner| Event::Registered(number, owner.into())))
+            .chain(self.restricted.then_some(Event::Restricted(number)))
+    }
+}
+
+impl ReadResource {
+    fn events(&self) -> impl Iterator<Item = Event<'_>> {
+        let resource = ResourceName {
+            lockspace: &self.lockspace,
+            name: &self.name,
+        };
+        let first = self.holders.first();
+        let granted = first.map(|(owner, _)| Event::Granted {
+            owner: owner.into(),
+            resource,
+            descriptor: self.descriptor,
+            // The document says neither: the kernel must be asked.
+            identity: FileIdentity {
+                device: 0,
+                inode: 0,
+            },
+            mode: self.mode,
+            autocreate: self.autocreate,
+            // Nobody knows: so a file of the default lockspace is never removed.
+            created: false,
+            kind: KindRecord::Unknown,
+        });
+        let again = self.holders.iter().enumerate();
+        let joined = again.flat_map(move |(place, (owner, times))| {
+            let from = u32::from(place == 0);
+            (from..*times).map(move |_| Event::Joined(owner.into(), resource))
+        });
+        granted.into_iter().chain(joined)
+    }
 }
 
 /// Whether a document was written by the process with this number, whatever else is in it.
@@ -244,7 +332,7 @@ fn missing(key: &str) -> String {
 }
 
 fn read_server(
-    state: &mut State,
+    read: &mut Read,
     service: Service,
     server: ServerIn,
     socket_path: impl Fn(Service) -> Vec<u8>,
@@ -272,29 +360,29 @@ fn read_server(
             .unlink_unix
             .unwrap_or(!socket.is_client)
             .then(|| socket_path(service));
-        let listener = ListenerState {
+        read.listeners.push(Listening {
             server: service,
-            descriptor: socket.fd,
+            socket: Number(socket.fd),
             path,
-        };
-        state.listeners.push(listener);
+        });
     }
     for client in server.clients.ok_or_else(|| missing("clients"))? {
         let id = client.id.unwrap_or(next_id);
         next_id = next_id.max(id.saturating_add(1));
-        state.clients.push(read_client(service, id, client)?);
+        read.clients.push(read_client(service, id, client)?);
     }
-    *state.server_mut(service) = ServerState {
+    let server = Server {
         limit,
         unauthenticated_limit,
         configured: None,
         next_id,
         workers,
     };
+    read.servers.push((service, server));
     Ok(())
 }
 
-fn read_client(service: Service, id: u64, client: ClientIn) -> Result<ClientState, String> {
+fn read_client(service: Service, id: u64, client: ClientIn) -> Result<ReadClient, String> {
     let mut owner = None;
     let mut restricted = false;
     if service == Service::Lock {
@@ -315,18 +403,18 @@ fn read_client(service: Service, id: u64, client: ClientIn) -> Result<ClientStat
             owner = Some(registered);
         }
     }
-    Ok(ClientState {
-        descriptor: client.sock.fd,
-        server: service,
-        id,
-        peer: None,
-        start_time: None,
-        connected_at: client.conn_time.unwrap_or(0),
-        has_called: false,
-        refused: false,
+    Ok(ReadClient {
+        descriptor: Number(client.sock.fd),
+        arrival: Arrival {
+            server: service,
+            id,
+            peer: None,
+            start_time: None,
+            connected_at: client.conn_time.unwrap_or(0),
+            refused: false,
+        },
         owner,
         restricted,
-        traffic: Traffic::default(),
     })
 }
 
@@ -347,9 +435,9 @@ fn read_uuid(text: &[u8]) -> Result<[u8; 16], String> {
 /// The document names owners of locks by their process only; which domain that is, is known from the
 /// connections. Where those of one process are of several domains, nobody can tell which of them holds
 /// what.
-fn owners_by_pid(state: &State) -> HashMap<Pid, Owner> {
+fn owners_by_pid(clients: &[ReadClient]) -> HashMap<Pid, Owner> {
     let mut owners: HashMap<Pid, Owner> = HashMap::default();
-    for owner in state.clients.iter().filter_map(|it| it.owner.as_ref()) {
+    for owner in clients.iter().filter_map(|it| it.owner.as_ref()) {
         match owners.entry(owner.pid) {
             Entry::Vacant(vacant) => _ = vacant.insert(owner.clone()),
             Entry::Occupied(mut known) if known.get().key() == owner.key() => {
@@ -361,10 +449,10 @@ fn owners_by_pid(state: &State) -> HashMap<Pid, Owner> {
     owners
 }
 
-fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: LockspaceIn) {
+fn read_lockspace(read: &mut Read, owners: &HashMap<Pid, Owner>, lockspace: LockspaceIn) {
     let directory = lockspace.directory.unwrap_or_default().0;
     if !directory.is_empty() {
-        state.lockspaces.push(directory.clone());
+        read.lockspaces.push(directory.clone());
     }
     for resource in lockspace.resources {
         let mut times: BTreeMap<Pid, u32> = BTreeMap::new();
@@ -380,21 +468,16 @@ fn read_lockspace(state: &mut State, owners: &HashMap<Pid, Owner>, lockspace: Lo
             })
             .collect();
         let is_shared = resource.flags & FLAG_SHARED != 0;
-        state.resources.push(ResourceState {
+        read.resources.push(ReadResource {
             lockspace: directory.clone(),
             name: resource.name.0,
-            descriptor: resource.fd,
-            identity: None,
+            descriptor: Number(resource.fd),
             mode: if is_shared {
                 Mode::Shared
             } else {
                 Mode::Exclusive
             },
             autocreate: resource.flags & FLAG_AUTOCREATE != 0,
-            // Nobody knows: so a file of the default lockspace is never removed.
-            created: false,
-            kind: LockKindState::Unknown,
-            parked: Vec::new(),
             holders,
         });
     }
@@ -495,26 +578,36 @@ struct ResourceOut<'a> {
     owners: Vec<u64>,
 }
 
+/// The descriptors that a C daemon which takes over needs: what it knows of. It takes its pid file anew,
+/// and must find it unlocked, which closing it does.
+pub fn descriptors<F: Form>(state: &State<F>) -> Vec<i32> {
+    let listeners = state.listeners().iter().map(|it| it.socket.number());
+    let clients = state.clients().filter(|(_, client)| !client.is_refused());
+    let clients = clients.map(|(_, client)| client.socket.number());
+    let files = state.table().iter().flat_map(|(_, resource)| {
+        let Lease {
+            descriptor, kind, ..
+        } = &resource.lease;
+        let parked = kind.parked().iter().map(Descriptor::number);
+        std::iter::once(descriptor.number()).chain(parked)
+    });
+    let all = listeners.chain(clients).chain(files);
+    all.map(|number| number.0).collect()
+}
+
 /// Writes the document for a C daemon that takes over as process `own_pid`. What it cannot say is
-/// an error: a sentence for the log.
-pub fn write(state: &State, own_pid: u32) -> Result<Vec<u8>, String> {
-    if !state.fences.is_empty() {
+/// an error: a sentence for the log. Messages that are on their way are not in the state, and would be
+/// lost: whoever calls this makes sure that there are none.
+pub fn write<F: Form>(state: &State<F>, own_pid: u32) -> Result<Vec<u8>, String> {
+    if !state.fences().is_empty() {
         return Err("an owner is being fenced, which libvirt's daemon cannot go on with".into());
-    }
-    if state
-        .clients
-        .iter()
-        .any(|client| !client.refused && !client.traffic.is_empty())
-    {
-        return Err("a message is on its way, which libvirt's daemon would lose".into());
     }
     let mut servers = BTreeMap::new();
     for service in Service::ALL {
         servers.insert(service.name(), server_out(state, service)?);
     }
     let lockspaces: Result<_, String> = state
-        .lockspaces
-        .iter()
+        .lockspaces()
         .map(|directory| lockspace_out(state, directory, Some(utf8(directory, "lockspace")?)))
         .collect();
     let document = DocumentOut {
@@ -543,19 +636,20 @@ fn utf8<'a>(name: &'a [u8], what: &str) -> Result<&'a str, String> {
     })
 }
 
-fn server_out(state: &State, service: Service) -> Result<ServerOut<'_>, String> {
+fn server_out<F: Form>(state: &State<F>, service: Service) -> Result<ServerOut<'_>, String> {
     let numbers = state.server(service);
     let socks = state
-        .listeners
+        .listeners()
         .iter()
-        .filter(|listener| listener.server == service)
-        .map(|listener| sock_out(listener.descriptor, false, listener.path.is_some()))
+        .filter(|listening| listening.server == service)
+        .map(|listening| sock_out(listening.socket.number(), false, listening.path.is_some()))
         .collect();
     let clients: Result<_, String> = state
-        .clients
-        .iter()
-        // A client that there is no room for has not been let in yet: it is left out.
-        .filter(|client| client.server == service && !client.refused)
+        // In the order of connecting. A client that there is no room for has not been let in yet: it is
+        // left out.
+        .served(service)
+        .values()
+        .filter_map(|id| state.client(*id))
         .map(client_out)
         .collect();
     let [min_workers, max_workers, priority_workers] = numbers.workers;
@@ -578,7 +672,7 @@ fn server_out(state: &State, service: Service) -> Result<ServerOut<'_>, String> 
     })
 }
 
-fn sock_out(fd: i32, is_client: bool, unlink_unix: bool) -> SockOut {
+fn sock_out(Number(fd): Number, is_client: bool, unlink_unix: bool) -> SockOut {
     SockOut {
         fd,
         errfd: -1,
@@ -588,8 +682,8 @@ fn sock_out(fd: i32, is_client: bool, unlink_unix: bool) -> SockOut {
     }
 }
 
-fn client_out(client: &ClientState) -> Result<ClientOut<'_>, String> {
-    let private_data = match (client.server, &client.owner) {
+fn client_out<D: Descriptor>(client: &Client<D>) -> Result<ClientOut<'_>, String> {
+    let private_data = match (client.arrival.server, &client.owner) {
         (Service::Admin, _) => PrivateOut::default(),
         // The C daemon itself cannot write this and dies of it; it can read it, if there is a name.
         (Service::Lock, None) => private_out(client.restricted, 0, 0, "", &[0; 16]),
@@ -599,13 +693,13 @@ fn client_out(client: &ClientState) -> Result<ClientOut<'_>, String> {
         }
     };
     Ok(ClientOut {
-        id: client.id,
+        id: client.arrival.id,
         auth: 0,
         auth_pending: false,
         readonly: false,
         nrequests_max: 1,
-        conn_time: client.connected_at,
-        sock: sock_out(client.descriptor, true, false),
+        conn_time: client.arrival.connected_at,
+        sock: sock_out(client.socket.number(), true, false),
         private_data,
     })
 }
@@ -622,19 +716,20 @@ fn private_out<'a>(
         owner_pid: Some(pid.cast_unsigned()),
         owner_id: Some(id),
         owner_name: Some(name),
-        owner_uuid: Some(super::state::uuid_text(uuid)),
+        owner_uuid: Some(uuid_text(uuid)),
     }
 }
 
-fn lockspace_out<'a>(
-    state: &'a State,
+fn lockspace_out<'a, F: Form>(
+    state: &'a State<F>,
     lockspace: &[u8],
     directory: Option<&'a str>,
 ) -> Result<LockspaceOut<'a>, String> {
     let resources: Result<_, String> = state
-        .resources
+        .table()
         .iter()
-        .filter(|resource| resource.lockspace == lockspace)
+        .map(|(_, resource)| resource)
+        .filter(|resource| resource.lockspace() == lockspace)
         .map(|resource| resource_out(resource, directory))
         .collect();
     Ok(LockspaceOut {
@@ -643,11 +738,11 @@ fn lockspace_out<'a>(
     })
 }
 
-fn resource_out<'a>(
-    resource: &'a ResourceState,
+fn resource_out<'a, D: Descriptor>(
+    resource: &'a Resource<Lease<D>>,
     directory: Option<&str>,
 ) -> Result<ResourceOut<'a>, String> {
-    let name = utf8(&resource.name, "resource")?;
+    let name = utf8(resource.name(), "resource")?;
     let is_shared = resource.mode == Mode::Shared;
     let flags = if is_shared { FLAG_SHARED } else { 0 }
         | if resource.autocreate {
@@ -655,9 +750,9 @@ fn resource_out<'a>(
         } else {
             0
         };
-    let repeated = |(owner, times): &(Owner, u32)| {
+    let repeated = |(owner, times): (OwnerKey, u32)| {
         let pid = i64::from(owner.pid).cast_unsigned();
-        (0..*times).map(move |_| pid).collect::<Vec<u64>>()
+        (0..times).map(move |_| pid)
     };
     Ok(ResourceOut {
         name,
@@ -665,9 +760,9 @@ fn resource_out<'a>(
             || name.to_owned(),
             |directory| format!("{directory}/{name}"),
         ),
-        fd: resource.descriptor,
+        fd: resource.lease.descriptor.number().0,
         lock_held: true,
         flags,
-        owners: resource.holders.iter().flat_map(repeated).collect(),
+        owners: resource.holders().flat_map(repeated).collect(),
     })
 }

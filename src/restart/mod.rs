@@ -1,13 +1,7 @@
-//! The state that outlives a process image.
-//!
-//! [`state`] is all of it as plain data. [`ledger`] keeps it as it changes, [`event`] by event, in
-//! a memory file, and [`replay`] makes the state of it again; [`libvirt_json`] reads and writes it as the C daemon does; [`handover`] passes it
-//! to the program that takes over.
+//! Ways from one image of the process to the next: [`handover`] checks and executes the program that
+//! takes over; [`libvirt_json`] reads and writes the state as the C daemon does. The state itself, and the
+//! ledger in which this program passes it on, are [`custody`](crate::custody)'s.
 #![forbid(unsafe_code)]
 
-pub mod event;
 pub mod handover;
-pub mod ledger;
 pub mod libvirt_json;
-pub mod replay;
-pub mod state;

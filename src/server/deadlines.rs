@@ -4,8 +4,16 @@ use std::collections::BTreeSet;
 
 use foldhash::HashMap;
 
+use crate::custody::clients::ClientId;
 use crate::host::clock::Moment;
 use crate::locks::table::Pid;
+
+/// How long until a connection is seen to again for which a system call failed and may soon not
+/// fail, milliseconds.
+pub const RETRY_MS: u64 = 100;
+/// After a connection, a long message or a state that was written down, how long until the memory that
+/// it took is given back, milliseconds.
+const MEMORY_MS: u64 = 1000;
 
 /// Something that happens at a moment, unless it is called off before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,11 +23,11 @@ pub enum Deadline {
     /// An owner should long be dead.
     StillAlive(Pid),
     /// A client that was refused has still not made the call that the refusal would answer.
-    Refused(usize),
+    Refused(ClientId),
     /// The kernel had no memory for what a connection receives or is sent: time to try again.
-    Serve(usize),
+    Serve(ClientId),
     /// The process that an ended connection stood for could not be reached: time to try again.
-    ClearAway(usize),
+    ClearAway(ClientId),
     /// Connections could not be accepted: time to try again.
     Accept,
     /// Owners could not be watched for want of descriptors or memory: time to try again.
@@ -62,6 +70,14 @@ impl Deadlines {
     pub fn unset(&mut self, deadline: Deadline) {
         if let Some(at) = self.moments.remove(&deadline) {
             self.in_order.remove(&(at, deadline));
+        }
+    }
+
+    /// Memory is to be given back: once for all that ends in the meantime, because it is no work to be
+    /// done often.
+    pub fn give_memory_back_later(&mut self) {
+        if self.get(Deadline::Memory).is_none() {
+            self.set(Deadline::Memory, Moment::now().plus_ms(MEMORY_MS));
         }
     }
 

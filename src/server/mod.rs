@@ -1,29 +1,23 @@
-//! The reactor and what it serves.
+//! The reactor and what it serves: all that passes.
 //!
-//! [`reactor`] is the loop; [`daemon`] is everything the loop turns over, and what happens to it:
-//! clients come, call and go. A call goes one straight way: in a connection's [`turn`] its bytes are
-//! read, [`conversation`] cuts a frame out of them, [`dispatch`] finds the procedure,
-//! [`lock_service`] or [`admin_service`] carries it out and appends the reply to the bytes that go
-//! back.
+//! [`reactor`] is the loop, and owns the pieces. A call goes one straight way: in a connection's
+//! [`turn`](clients::turn) its bytes are read, its [`conversation`](clients::conversation) cuts a frame
+//! out of them, [`dispatch`](services::dispatch) finds the procedure, a [service](services) carries it
+//! out and appends the reply to the bytes that go back. [`owners`] sees to processes: who must die,
+//! whose death is waited for, what the dead leave. What lasts is not here but in
+//! [`custody`](crate::custody).
 #![forbid(unsafe_code)]
 
-pub mod accept;
-pub mod admin_service;
 pub mod clients;
-pub mod connection;
-pub mod conversation;
-pub mod daemon;
 pub mod deadlines;
-pub mod dispatch;
-pub mod ending;
-pub mod fence;
-pub mod holder;
-pub mod lasting;
-pub mod lock_service;
-pub mod own_connections;
+pub mod flow;
+pub mod hall;
+pub mod lines;
+pub mod owners;
 pub mod reactor;
-pub mod resume;
-pub mod token;
-pub mod turn;
+pub mod reserve;
+pub mod services;
+pub mod stop;
 pub mod upgrade;
+pub mod waiting_room;
 pub mod watch;

@@ -1,11 +1,15 @@
 //! The loop.
 //!
-//! Six things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
-//! owner that is being fenced, and the end of a successor that is being looked at. The kernel reports
-//! each change once (edge-triggered), so what it said is kept in lists of things to do. Connections
-//! on which something happened have a turn first; what needs longer waits in line behind them and is
-//! worked off in short pieces, with a poll after each few: whoever comes with one call never waits
-//! for somebody's thousand. Nothing here ever waits, except in the poll when there is nothing to do.
+//! Seven things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
+//! owner that is being fenced or watched, and the end of a successor that is being looked at. The kernel
+//! reports each change once (edge-triggered), so what it said is kept in lists of things to do.
+//! Connections on which something happened have a turn first; what needs longer waits in line behind
+//! them and is worked off in short pieces, with a poll after each few: whoever comes with one call never
+//! waits for somebody's thousand. Nothing here ever waits, except in the poll when there is nothing to
+//! do.
+//!
+//! The reactor owns what passes, piece by piece, and lends it side by side; what lasts is
+//! [`Custody`]'s. Nobody in this room imports the reactor: what others want of it they return.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -13,23 +17,48 @@ use std::time::Duration;
 use mio::{Events, Poll};
 use nix::sys::signal::Signal;
 
-use super::clients::ClientLimit;
-use super::connection::Service;
-use super::daemon::{Daemon, State};
-use super::token::Source;
+use super::clients::accept::{Accepted, Entrance, Gate};
+use super::clients::connection::Connection;
+use super::clients::turn::{Buffers, Pace, Turn, Turned};
+use super::deadlines::{Deadline, Deadlines, RETRY_MS};
+use super::hall::{Hall, Order};
+use super::lines::{Line, Lines, ROTATION};
+use super::owners::Owners;
+use super::owners::estates::Freeing;
+use super::owners::fence::Left;
+use super::owners::watched::Wanted;
+use super::reserve::Reserve;
+use super::stop;
+use super::upgrade::{Going, Upgrade};
+use super::waiting_room::{NoRoom, WaitingRoom, no_room};
+use super::watch::{Source, Watch};
+use crate::custody::Custody;
+use crate::custody::clients::ClientId;
+use crate::custody::descriptor::{Number, Open};
+use crate::custody::ledger::Ledger;
+use crate::custody::roll::Roll;
+use crate::custody::servers::{ClientLimit, Listening, Service};
+use crate::custody::state::State;
 use crate::host::clock::Moment;
-use crate::host::descriptors;
+use crate::host::errno;
+use crate::host::names::Names;
 use crate::host::patience::{patiently, while_it_may_pass};
 use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
-use crate::restart::ledger::Ledger;
+use crate::host::{descriptors, heap, notify};
+use crate::log::{self, Printable};
 
 /// How many connections on which something happened have their turn between two polls.
 const CONNECTIONS_A_TURN: usize = 64;
 /// How many events one poll reports.
 const EVENTS: usize = 256;
+/// How much may be kept of messages that are not whole yet and of replies that are not sent yet, over
+/// all admin clients, bytes. The protocol allows each message 32 MiB.
+const ADMIN_BYTES: u32 = 64 * 1024 * 1024;
+/// After a ledger that could not be written anew, how long until it is tried again, milliseconds.
+const LEDGER_RETRY_MS: u64 = 1000;
 
 /// What a configuration file can change while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,38 +82,6 @@ impl Limits {
 /// about what is wrong with it.
 pub type Reload = Box<dyn FnMut() -> Result<Limits, String>>;
 
-/// The lines in which work waits that does not have to be done at once.
-#[derive(Clone, Copy)]
-enum Line {
-    /// Connections whose turn was too short.
-    Unfinished,
-    /// Connections that wait to be accepted.
-    Newcomers,
-    /// Connections that are to be cleared away.
-    Endings,
-    /// Dead owners whose locks are to be freed.
-    Dead,
-}
-
-/// In which order they have a piece done, those that are empty passed over. A connection needs several
-/// pieces until it is finished and cleared away, and one to be accepted: were newcomers let in as fast,
-/// a flood of them would take up all descriptors.
-const ROTATION: [Line; 8] = [
-    Line::Unfinished,
-    Line::Endings,
-    Line::Unfinished,
-    Line::Dead,
-    Line::Unfinished,
-    Line::Endings,
-    Line::Unfinished,
-    Line::Newcomers,
-];
-
-/// How many are let in while all that is unfinished has a piece done once. A newcomer may need many
-/// pieces: those that come and send half a frame would otherwise be let in faster than they are read,
-/// and fill the daemon's memory.
-const NEWCOMERS_A_PASS: usize = 16;
-
 /// What can be done in more than one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -96,24 +93,53 @@ pub enum Way {
     Timer,
 }
 
-/// The poll and what it watches.
+/// What the daemon is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    /// It serves.
+    Serving,
+    /// It ends when the owners it fences are dead, or at a deadline.
+    Ending,
+    /// It has ended.
+    Ended,
+}
+
+/// The poll and what it watches, and all that passes.
 pub struct Reactor {
     poll: Poll,
+    watch: Watch,
     signals: Signals,
     timer: Timer,
     reload: Reload,
-    /// How far the rotation is.
-    rotation: std::iter::Cycle<std::array::IntoIter<Line, 8>>,
-    /// Pieces of what is unfinished since somebody was let in.
-    pieces: usize,
-    /// Everything else.
-    pub daemon: Daemon,
+    doing: Doing,
+    /// All that lasts.
+    custody: Custody,
+    /// The passing half of each client.
+    connections: Roll<Connection>,
+    gate: Gate,
+    waiting: WaitingRoom,
+    lines: Lines,
+    deadlines: Deadlines,
+    reserve: Reserve,
+    wanted: Wanted,
+    freeing: Freeing,
+    names: Names,
+    upgrade: Upgrade,
+    buffers: Buffers,
+    pace: Pace,
+    /// What calls asked for in the turn that is just over.
+    orders: Vec<Order>,
+    /// What all admin clients together take of [`ADMIN_BYTES`].
+    admin_bytes: u32,
 }
 
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
     /// [`Reactor::listen`]. What can be done another way where the host refuses it is, and is told by
     /// [`Reactor::refusals`].
+    ///
+    /// # Errors
+    /// What the host refuses for which there is no other way.
     pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
         let poll = while_it_may_pass(|| Poll::new().map_err(&no_poll))?;
@@ -121,69 +147,84 @@ impl Reactor {
             let copy = poll.registry().try_clone();
             copy.map_err(Refusal::of("a descriptor cannot be copied (fcntl)"))
         })?;
+        let watch = Watch::new(registry);
         let signals = while_it_may_pass(|| {
             let signals = Signals::open()?;
-            watch(Source::Signals, &registry, signals.as_raw_fd())?;
+            add(&watch, Source::Signals, signals.as_raw_fd())?;
             Ok(signals)
         })
         .unwrap_or_else(Signals::Asked);
         let timer = while_it_may_pass(|| {
             let timer = Timer::new()?;
-            watch(Source::Timer, &registry, timer.as_raw_fd())?;
+            add(&watch, Source::Timer, timer.as_raw_fd())?;
             Ok(timer)
         })
         .unwrap_or_else(Timer::without_descriptor);
         let no_memory = Refusal::of("there is no memory for a ledger");
         let ledger = while_it_may_pass(|| Ledger::new().map_err(&no_memory))
             .or_else(|refusal| Ledger::private(refusal).map_err(&no_memory))?;
-        let daemon = Daemon::new(registry, ledger);
+        heap::settle();
+        // Before the reserve takes what descriptors there are.
+        let gate = Gate::new();
+        let mut reserve = Reserve::default();
+        reserve.refill();
         Ok(Reactor {
             poll,
+            watch,
             signals,
             timer,
             reload,
-            rotation: ROTATION.into_iter().cycle(),
-            pieces: 0,
-            daemon,
+            doing: Doing::Serving,
+            custody: Custody::new(ledger),
+            connections: Roll::default(),
+            gate,
+            waiting: WaitingRoom::default(),
+            lines: Lines::default(),
+            deadlines: Deadlines::default(),
+            reserve,
+            wanted: Wanted::new(),
+            freeing: Freeing::default(),
+            names: Names::default(),
+            upgrade: Upgrade::default(),
+            buffers: Buffers::default(),
+            pace: Pace::default(),
+            orders: Vec::new(),
+            admin_bytes: 0,
         })
     }
 
-    /// Goes on with the poll of an earlier image of this process, which watches the connections
-    /// already: to take thousands out of one poll and into another would keep all of them waiting.
-    /// False if that cannot be done, and everything is to be watched anew.
-    pub fn inherit(&mut self, poll: &OwnedFd) -> Result<bool, Refusal> {
-        let registry = &self.daemon.registry;
-        if patiently(|| descriptors::put_in_place(poll, registry.as_raw_fd())).is_err() {
-            return Ok(false);
-        }
-        // From here on there is no way back: half of it would be asked for in one poll and waited
-        // for in the other.
-        patiently(|| descriptors::put_in_place(poll, self.poll.as_raw_fd()))
-            .map_err(Refusal::of("a descriptor cannot be put in place (dup3)"))?;
-        let (signals, timer) = (self.signals.as_raw_fd(), self.timer.as_raw_fd());
-        if let Err(refusal) = while_it_may_pass(|| watch(Source::Signals, registry, signals)) {
-            self.signals = Signals::Asked(refusal);
-        }
-        if let Err(refusal) = while_it_may_pass(|| watch(Source::Timer, registry, timer)) {
-            self.timer = Timer::without_descriptor(refusal);
-        }
-        Ok(true)
+    /// All that lasts.
+    pub fn custody(&self) -> &Custody {
+        &self.custody
+    }
+
+    /// All that lasts, to change it through its door.
+    pub fn custody_mut(&mut self) -> &mut Custody {
+        &mut self.custody
+    }
+
+    /// How the program is replaced.
+    pub fn set_upgrade(&mut self, upgrade: Upgrade) {
+        self.upgrade = upgrade;
     }
 
     /// Whether a process can be watched, which is what killing an owner stands on.
+    ///
+    /// # Errors
+    /// What the host refuses.
     pub fn try_out(&self) -> Result<(), Refusal> {
         let own = process::started().cast_signed();
         let process = Process::open_any(own).map_err(Refusal::of(
             "the process of an owner cannot be watched (pidfd_open)",
         ))?;
         let pidfd = process.pidfd().as_raw_fd();
-        watch(Source::Successor, &self.daemon.registry, Some(pidfd))
+        add(&self.watch, Source::Successor, Some(pidfd))
     }
 
     /// What the host refused and is done another way: each costs something, as the log must say.
     pub fn refusals(&self) -> [(Way, Option<Refusal>); 3] {
         [
-            (Way::Ledger, self.daemon.ledger.descriptor().err()),
+            (Way::Ledger, self.custody.ledger().err()),
             (Way::Signals, self.signals.refusal()),
             (Way::Timer, self.timer.refusal()),
         ]
@@ -192,36 +233,133 @@ impl Reactor {
     /// Sets the limits that the configuration gives.
     pub fn configure(&mut self, limits: Limits) {
         for (service, limit) in limits.by_service() {
-            self.daemon.clients_mut(service).configure(limit);
-            self.daemon.note_server(service);
+            let server = *self.custody.state().server(service);
+            self.custody.set_server(service, server.configured(limit));
         }
     }
 
     /// Sets the limits that the configuration gives, where it gives others than before an upgrade.
     pub fn configure_if_changed(&mut self, limits: Limits) {
         for (service, limit) in limits.by_service() {
-            self.daemon.clients_mut(service).configure_if_changed(limit);
-            self.daemon.note_server(service);
+            let server = *self.custody.state().server(service);
+            let server = server.configured_if_changed(limit);
+            self.custody.set_server(service, server);
         }
     }
 
     /// Adds a listening socket. It is the daemon's even if it cannot be watched.
-    pub fn listen(&mut self, listener: super::accept::Listener) -> Result<(), Refusal> {
-        let source = Source::Listener(self.daemon.listeners.len());
-        let descriptor = listener.socket.as_raw_fd();
-        self.daemon.listeners.push(listener);
-        while_it_may_pass(|| watch(source, self.poll.registry(), Some(descriptor)))
+    ///
+    /// # Errors
+    /// Why it cannot be watched.
+    pub fn listen(&mut self, listening: Listening<OwnedFd>) -> Result<(), Refusal> {
+        let (service, descriptor) = (listening.server, listening.socket.as_raw_fd());
+        self.custody.listens(listening);
+        self.open_door(service, descriptor)
+    }
+
+    fn open_door(&mut self, service: Service, descriptor: i32) -> Result<(), Refusal> {
+        let source = Source::Listener(self.gate.len());
+        self.gate.open(service);
+        while_it_may_pass(|| add(&self.watch, source, Some(descriptor)))
+    }
+
+    /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
+    /// that is to be written. Whatever has been taken when this fails is the reactor's, and open.
+    ///
+    /// # Errors
+    /// What the host refuses for which there is no other way.
+    pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) -> Result<(), Refusal> {
+        self.custody.go_on(state, ledger);
+        let is_watched = match self.custody.take_poll() {
+            Some(poll) => self.inherit(poll)?,
+            None => false,
+        };
+        let doors: Vec<(Service, i32)> = self
+            .custody
+            .state()
+            .listeners()
+            .iter()
+            .map(|listening| (listening.server, listening.socket.as_raw_fd()))
+            .collect();
+        let mut all_heard = Ok(());
+        for (service, descriptor) in doors {
+            all_heard = all_heard.and(self.open_door(service, descriptor));
+        }
+        all_heard?;
+        let clients: Vec<(ClientId, bool, bool)> = self
+            .custody
+            .state()
+            .clients()
+            .map(|(id, client)| (id, client.is_refused(), client.is_over()))
+            .collect();
+        for (id, is_refused, is_over) in clients {
+            if !is_watched {
+                while_it_may_pass(|| add(&self.watch, Source::Connection(id), Some(id.0)))?;
+            }
+            let traffic = self.custody.take_traffic(id);
+            let has_traffic = traffic.is_some();
+            let connection = traffic.map(Connection::resume).unwrap_or_default();
+            // Its number is its socket's, of which there is one.
+            let _ = self.connections.insert(id.0, connection);
+            if is_over {
+                self.lines.endings.push_back(id);
+            } else if is_refused {
+                self.wait_for_first_call(id, NoRoom::Limit);
+            }
+            if has_traffic {
+                self.enqueue(id);
+            }
+        }
+        let (upgrade, mut going) = self.going();
+        upgrade.inherit_abandoned(&mut going);
+        let state = self.custody.state();
+        let fenced: Vec<i32> = state.fences().keys().copied().collect();
+        let watched: Vec<i32> = state.watched().keys().copied().collect();
+        let mut owners = self.owners();
+        fenced.into_iter().for_each(|pid| owners.follow(pid));
+        watched
+            .into_iter()
+            .for_each(|pid| owners.follow_watched(pid));
+        owners.watch_the_unwatched();
+        Ok(())
+    }
+
+    /// Goes on with the poll of an earlier image of this process, which watches the connections
+    /// already: to take thousands out of one poll and into another would keep all of them waiting.
+    /// False if that cannot be done, and everything is to be watched anew.
+    fn inherit(&mut self, poll: Number) -> Result<bool, Refusal> {
+        let Ok(poll) = descriptors::adopt(poll.0) else {
+            return Ok(false);
+        };
+        if patiently(|| descriptors::put_in_place(&poll, self.watch.descriptor())).is_err() {
+            return Ok(false);
+        }
+        // From here on there is no way back: half of it would be asked for in one poll and waited
+        // for in the other.
+        patiently(|| descriptors::put_in_place(&poll, self.poll.as_raw_fd()))
+            .map_err(Refusal::of("a descriptor cannot be put in place (dup3)"))?;
+        let (signals, timer) = (self.signals.as_raw_fd(), self.timer.as_raw_fd());
+        if let Err(refusal) = while_it_may_pass(|| add(&self.watch, Source::Signals, signals)) {
+            self.signals = Signals::Asked(refusal);
+        }
+        if let Err(refusal) = while_it_may_pass(|| add(&self.watch, Source::Timer, timer)) {
+            self.timer = Timer::without_descriptor(refusal);
+        }
+        Ok(true)
     }
 
     /// Runs until the daemon has ended.
+    ///
+    /// # Errors
+    /// Those of epoll_wait(2).
     pub fn run(&mut self) -> std::io::Result<()> {
         let mut events = Events::with_capacity(EVENTS);
-        while self.daemon.state != State::Ended {
-            self.daemon.watch_idleness();
-            if let Err(refusal) = self.timer.set(self.daemon.deadlines.first()) {
+        while self.doing != Doing::Ended {
+            self.watch_idleness();
+            if let Err(refusal) = self.timer.set(self.deadlines.first()) {
                 tracing::warn!("{refusal}. Deadlines are kept without one");
             }
-            let wait = if self.has_work() {
+            let wait = if self.lines.has_ready() || self.has_pieces() {
                 Some(Duration::ZERO)
             } else {
                 self.longest_wait()
@@ -231,13 +369,13 @@ impl Reactor {
                 _ => (),
             }
             for event in &events {
-                self.note(event);
+                self.take_event(event);
             }
             self.ask_what_is_not_told();
             self.work();
-            self.daemon.tend_ledger();
-            self.daemon.upgrade_if_ready();
-            self.daemon.finish();
+            self.tend_ledger();
+            self.upgrade_if_ready();
+            self.finish();
         }
         Ok(())
     }
@@ -261,41 +399,31 @@ impl Reactor {
         }
     }
 
-    fn has_work(&self) -> bool {
-        !self.daemon.ready.is_empty() || self.has_pieces()
-    }
-
     /// Whether anything waits that is done in pieces.
     fn has_pieces(&self) -> bool {
-        let daemon = &self.daemon;
-        !daemon.unfinished.is_empty()
-            || !daemon.ending.is_empty()
-            || !daemon.dead.is_empty()
-            || !daemon.estates.is_empty()
-            || daemon.listeners.iter().any(|listener| listener.queued)
+        let has_estates = !self.custody.state().estates().is_empty();
+        self.lines.has_pieces() || has_estates || self.gate.has_queue()
     }
 
     /// Keeps what an event said for the time when it can be acted on.
-    fn note(&mut self, event: &mio::event::Event) {
+    fn take_event(&mut self, event: &mio::event::Event) {
         match Source::of(event.token()) {
-            Some(Source::Connection(place)) => {
-                if let Some(connection) = self.daemon.connections.get_mut(place) {
+            Some(Source::Connection(id)) => {
+                if let Some(connection) = self.connections.get_mut(id.0) {
                     connection.readable |= event.is_readable();
                     connection.hung_up |= event.is_read_closed() || event.is_error();
-                    self.daemon.enqueue(place);
+                    self.lines.enqueue(id, connection);
                 }
             }
-            Some(Source::Listener(number)) => {
-                if let Some(listener) = self.daemon.listeners.get_mut(number) {
-                    listener.readable = true;
-                    listener.queued = true;
-                }
-            }
-            Some(Source::Fence(place)) => self.daemon.look_at_fence(place),
-            Some(Source::Watched(place)) => self.daemon.look_at_watched(place),
+            Some(Source::Listener(place)) => self.gate.knock(place),
+            Some(Source::Fence(pid)) => self.owners().look_at_fence(pid),
+            Some(Source::Watched(pid)) => self.owners().look_at_watched(pid),
             Some(Source::Signals) => self.take_signals(),
             Some(Source::Timer) => self.pass_deadlines(),
-            Some(Source::Successor) => self.daemon.look_at_successor(),
+            Some(Source::Successor) => {
+                let (upgrade, mut going) = self.going();
+                upgrade.look_at_successor(&mut going);
+            }
             None => (),
         }
     }
@@ -306,26 +434,25 @@ impl Reactor {
         let did_anything_wait = self.has_pieces();
         let mut served = 0usize;
         while served < CONNECTIONS_A_TURN
-            && let Some(place) = self.daemon.ready.pop_front()
+            && let Some(id) = self.lines.next_ready()
         {
-            self.daemon.serve(place, None);
+            self.serve(id, None);
             served = served.saturating_add(1);
         }
         if self.has_pieces() {
             // Who left something to do and is alone with it is not its own company.
             if served > 1 || (served > 0 && did_anything_wait) {
-                self.daemon.note_company();
+                self.pace.has_company();
             }
-            let end = self.daemon.turn_end(Moment::now());
+            let end = self.pace.turn_end(Moment::now());
             while self.piece(end) && Moment::now() < end {}
         }
     }
 
-    /// One piece of what waits, from each line in turn: a line that is long, or made longer all the
-    /// time, holds up no other. False if nothing waits.
+    /// One piece of what waits, from each line in turn. False if nothing waits.
     fn piece(&mut self, end: Moment) -> bool {
         for _ in ROTATION {
-            if let Some(line) = self.rotation.next()
+            if let Some(line) = self.lines.next_line()
                 && self.piece_of(line, end)
             {
                 return true;
@@ -335,43 +462,32 @@ impl Reactor {
     }
 
     fn piece_of(&mut self, line: Line, end: Moment) -> bool {
-        let daemon = &mut self.daemon;
         match line {
-            Line::Unfinished => match daemon.unfinished.pop_front() {
-                Some(place) => {
-                    self.pieces = self.pieces.saturating_add(1);
-                    daemon.serve(place, Some(end));
-                }
+            Line::Unfinished => match self.lines.next_unfinished() {
+                Some(id) => self.serve(id, Some(end)),
                 None => return false,
             },
             Line::Newcomers => {
-                if self.pieces.saturating_mul(NEWCOMERS_A_PASS) < daemon.unfinished.len() {
+                if !self.lines.may_let_in() {
                     return false;
                 }
-                self.pieces = 0;
-                let mut any = false;
-                for number in 0..daemon.listeners.len() {
-                    let listener = daemon.listeners.get(number);
-                    if listener.is_some_and(|listener| listener.queued) {
-                        let more = daemon.accept(number);
-                        if let Some(listener) = daemon.listeners.get_mut(number) {
-                            listener.queued = more;
-                        }
-                        any = true;
-                    }
+                let had_queue = self.gate.has_queue();
+                for place in 0..self.gate.len() {
+                    self.accept(place);
                 }
-                return any;
+                return had_queue;
             }
-            Line::Endings => match daemon.ending.pop_front() {
-                Some(place) => daemon.clear_away(place),
+            Line::Endings => match self.lines.endings.pop_front() {
+                Some(id) => self.clear_away(id),
                 None => return false,
             },
             Line::Dead => {
-                if daemon.free_some() {
+                let mut owners = self.owners();
+                if owners.free_some() {
                     return true;
                 }
-                match daemon.dead.pop_front() {
-                    Some(pid) => daemon.bury(pid),
+                match owners.lines.dead.pop_front() {
+                    Some(pid) => owners.bury(pid),
                     None => return false,
                 }
             }
@@ -379,11 +495,369 @@ impl Reactor {
         true
     }
 
+    /// One connection's turn. It is shorter if an `end` is given that comes earlier.
+    fn serve(&mut self, id: ClientId, end: Option<Moment>) {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        connection.queued = false;
+        let start = Moment::now();
+        let end = end.unwrap_or_else(|| self.pace.turn_end(start));
+        let mut turn = Turn {
+            hall: Hall {
+                custody: &mut self.custody,
+                waiting: &mut self.waiting,
+                deadlines: &mut self.deadlines,
+                reserve: &self.reserve,
+                names: &mut self.names,
+                orders: &mut self.orders,
+            },
+            watch: &self.watch,
+            buffers: &mut self.buffers,
+            pace: self.pace,
+        };
+        let turned = turn.run(id, connection, start, end);
+        connection.appetite = turned.appetite(connection.appetite);
+        match turned {
+            Turned::Over => self.end_connection(id),
+            // Behind what it ordered.
+            Turned::Unfinished => self.lines.enqueue(id, connection),
+            Turned::Short | Turned::Long => (),
+        }
+        self.count_admin_bytes(id);
+        self.carry_out_orders();
+    }
+
+    /// Does what calls asked for.
+    fn carry_out_orders(&mut self) {
+        while let Some(order) = self.orders.pop() {
+            match order {
+                Order::Stop => self.stop(),
+                Order::End(id) => self.end_connection(id),
+                Order::LetIn(service) => self.let_in(service),
+                Order::Settle(pid) => self.owners().bury(pid),
+                Order::Watch(id) => self.owners().watch_owner(id),
+                Order::Spoke(id, before) => self.owners().owner_changed(id, before),
+            }
+        }
+    }
+
+    /// Keeps count of the memory that admin clients take, and closes the one that takes too much.
+    fn count_admin_bytes(&mut self, id: ClientId) {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        let held = u32::try_from(connection.held()).unwrap_or(u32::MAX);
+        if held == connection.counted {
+            return;
+        }
+        let client = self.custody.state().client(id);
+        let Some(client) = client.filter(|it| it.arrival.server == Service::Admin) else {
+            return;
+        };
+        let others = self.admin_bytes.saturating_sub(connection.counted);
+        connection.counted = held;
+        self.admin_bytes = others.saturating_add(held);
+        if self.admin_bytes > ADMIN_BYTES && held > 0 && !client.is_over() {
+            tracing::error!(
+                target: "rpc.netserverclient",
+                "The admin client with pid {} is closed: unfinished messages and unread replies \
+                 of all admin clients together would take more than {} MiB",
+                client.peer().pid, ADMIN_BYTES >> 20
+            );
+            self.end_connection(id);
+        }
+    }
+
+    /// Puts a connection in a list of those with something to do.
+    fn enqueue(&mut self, id: ClientId) {
+        if let Some(connection) = self.connections.get_mut(id.0) {
+            self.lines.enqueue(id, connection);
+        }
+    }
+
+    /// Takes in a connection that waits at this socket.
+    fn accept(&mut self, place: usize) {
+        let mut entrance = Entrance {
+            custody: &mut self.custody,
+            reserve: &mut self.reserve,
+            deadlines: &mut self.deadlines,
+            watch: &self.watch,
+        };
+        let Accepted::Client(id, refused) = self.gate.accept(place, &mut entrance) else {
+            return;
+        };
+        // The kernel has just given this number.
+        let _ = self.connections.insert(id.0, Connection::new());
+        self.enqueue(id);
+        if let Some(reason) = refused {
+            self.refuse(id, reason);
+        }
+    }
+
+    fn refuse(&mut self, id: ClientId, reason: NoRoom) {
+        let state = self.custody.state();
+        let Some(client) = state.client(id) else {
+            return;
+        };
+        let service = client.arrival.server;
+        let error = no_room(reason, state.server(service).limit);
+        tracing::error!(
+            target: "rpc.netserver", domain = error.domain.number(), code = error.code.number(),
+            "{} (client of the {} server, pid {})",
+            Printable(&error.message()), service.name(), client.peer().pid
+        );
+        self.wait_for_first_call(id, reason);
+    }
+
+    fn wait_for_first_call(&mut self, id: ClientId, reason: NoRoom) {
+        let longest = self.waiting.enter(id, reason, &mut self.deadlines);
+        if let Some(longest) = longest {
+            self.end_connection(longest);
+        }
+    }
+
+    /// There may be room now for clients that were refused for want of it.
+    fn let_in(&mut self, service: Service) {
+        self.waiting
+            .let_in(service, &mut self.custody, &mut self.deadlines);
+    }
+
+    /// A connection is over. It is cleared away when the reactor comes to it.
+    fn end_connection(&mut self, id: ClientId) {
+        if self.custody.leaves(id) {
+            self.lines.endings.push_back(id);
+        }
+    }
+
+    /// Clears away a connection that is over. An owner that leaves with its last word unspoken is
+    /// fenced, or its locks are freed if it is dead already.
+    ///
+    /// An owner that cannot be reached for want of memory or descriptors must not live on for that:
+    /// its connection stays, and it is tried again.
+    fn clear_away(&mut self, id: ClientId) {
+        let mut owners = self.owners();
+        let left = owners.left_with(id);
+        if let Left::Owner(pid, Err(reason)) = &left
+            && errno::may_pass(*reason)
+        {
+            owners.is_out_of_reach(*pid, *reason);
+            let again = Moment::now().plus_ms(RETRY_MS);
+            return self.deadlines.set(Deadline::ClearAway(id), again);
+        }
+        let Some(client) = owners.custody.state().client(id) else {
+            return;
+        };
+        let service = client.arrival.server;
+        let spoke_for = client.owner.as_deref().map(|owner| owner.pid);
+        match left {
+            Left::Owner(pid, process) => owners.owner_left(pid, process),
+            Left::Nothing => {
+                if let Some(pid) = spoke_for {
+                    if !owners.custody.state().table().holds(pid) {
+                        owners.custody.is_within_reach(pid);
+                    }
+                    owners.end_idle_watch(pid);
+                }
+            }
+        }
+        self.deadlines.unset(Deadline::Serve(id));
+        self.deadlines.unset(Deadline::ClearAway(id));
+        self.waiting.forget(id, &mut self.deadlines);
+        self.watch.remove(id.0);
+        if let Some(connection) = self.connections.remove(id.0) {
+            self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
+        }
+        // Behind what becomes of its owner, and before anybody else can have its number.
+        drop(self.custody.gone(id));
+        self.reserve.refill();
+        self.deadlines.give_memory_back_later();
+        self.let_in(service);
+        // One that could not accept for want of descriptors tries again.
+        self.gate.try_again();
+    }
+
+    fn owners(&mut self) -> Owners<'_> {
+        Owners {
+            names_processes: self.gate.names_processes(),
+            custody: &mut self.custody,
+            deadlines: &mut self.deadlines,
+            watch: &self.watch,
+            reserve: &mut self.reserve,
+            lines: &mut self.lines,
+            wanted: &mut self.wanted,
+            freeing: &mut self.freeing,
+            is_ending: self.doing != Doing::Serving,
+        }
+    }
+
+    fn going(&mut self) -> (&mut Upgrade, Going<'_>) {
+        let going = Going {
+            custody: &mut self.custody,
+            connections: &mut self.connections,
+            lines: &mut self.lines,
+            deadlines: &mut self.deadlines,
+            watch: &self.watch,
+        };
+        (&mut self.upgrade, going)
+    }
+
+    /// Hands over, if a successor is ready: at the end of a turn, when nothing is half done.
+    fn upgrade_if_ready(&mut self) {
+        if self.doing != Doing::Serving || !self.upgrade.is_ready() {
+            return;
+        }
+        // Connections that are over and owners that are dead need not be handed over.
+        while let Some(id) = self.lines.endings.pop_front() {
+            self.clear_away(id);
+        }
+        let mut owners = self.owners();
+        while let Some(pid) = owners.lines.dead.pop_front() {
+            owners.bury(pid);
+        }
+        while owners.free_some() {}
+        let (upgrade, mut going) = self.going();
+        upgrade.go_ahead(&mut going);
+    }
+
+    /// Writes the ledger anew if it has grown too long or lacks something.
+    fn tend_ledger(&mut self) {
+        let is_read = self.upgrade.is_under_way();
+        if !self.custody.wants_renewal()
+            || self.deadlines.get(Deadline::Ledger).is_some()
+            // A successor is reading the file.
+            || is_read && !self.custody.is_behind()
+        {
+            return;
+        }
+        match self.custody.renew() {
+            // The state took memory, too.
+            Ok(()) => self.deadlines.give_memory_back_later(),
+            Err(reason) => {
+                if self.custody.is_behind() {
+                    tracing::error!(
+                        target: "locking.lock_daemon",
+                        "The state that an upgrade needs cannot be written down: {}. No new lock \
+                         is granted until it can: free some memory",
+                        errno::text(reason)
+                    );
+                } else {
+                    self.custody.put_off_renewal();
+                }
+                self.deadlines
+                    .set(Deadline::Ledger, Moment::now().plus_ms(LEDGER_RETRY_MS));
+            }
+        }
+    }
+
     fn pass_deadlines(&mut self) {
         self.timer.clear();
         let now = Moment::now();
-        while let Some(deadline) = self.daemon.deadlines.take_due(now) {
-            self.daemon.pass_deadline(deadline);
+        while let Some(deadline) = self.deadlines.take_due(now) {
+            self.pass_deadline(deadline);
+        }
+    }
+
+    /// Does what has come due.
+    fn pass_deadline(&mut self, deadline: Deadline) {
+        match deadline {
+            Deadline::Kill(pid) => self.owners().kill(pid),
+            Deadline::StillAlive(pid) => self.owners().still_alive(pid),
+            Deadline::Watch => self.owners().watch_wanted(),
+            Deadline::Unheard(pid) => self.owners().look_for_unheard(pid),
+            Deadline::Refused(id) => self.end_connection(id),
+            Deadline::Serve(id) => self.enqueue(id),
+            Deadline::ClearAway(id) => self.lines.endings.push_back(id),
+            Deadline::Accept => self.gate.try_again(),
+            Deadline::Idle => self.end_if_idle(),
+            Deadline::Stop => {
+                self.owners().give_up();
+                self.doing = Doing::Ended;
+            }
+            Deadline::Memory => {
+                self.custody.give_memory_back();
+                heap::give_back();
+            }
+            Deadline::Ledger => (),
+            Deadline::Successor => {
+                let (upgrade, mut going) = self.going();
+                upgrade.successor_is_late(&mut going);
+            }
+            Deadline::Abandoned => {
+                let (upgrade, mut going) = self.going();
+                upgrade.reap_abandoned(&mut going);
+                upgrade.reap_inherited(&mut going);
+            }
+            Deadline::Quiet => {
+                let (upgrade, mut going) = self.going();
+                upgrade.never_quiet(&mut going);
+            }
+        }
+    }
+
+    /// Whether nobody needs the daemon: no client of either server, no lock.
+    fn is_idle(&self) -> bool {
+        let state = self.custody.state();
+        state.client_count() == 0 && state.table().is_empty() && state.estates().is_empty()
+    }
+
+    /// Starts or stops the clock of the idle timeout.
+    fn watch_idleness(&mut self) {
+        let timeout = self.custody.state().settings().idle_timeout_s;
+        if timeout == 0 || self.doing != Doing::Serving || !self.is_idle() {
+            self.deadlines.unset(Deadline::Idle);
+        } else if self.deadlines.get(Deadline::Idle).is_none() {
+            let timeout = u64::from(timeout).saturating_mul(1000);
+            self.deadlines
+                .set(Deadline::Idle, Moment::now().plus_ms(timeout));
+        }
+    }
+
+    fn end_if_idle(&mut self) {
+        // Somebody may have come in the same moment.
+        for place in 0..self.gate.len() {
+            self.gate.knock(place);
+            self.accept(place);
+        }
+        if !self.is_idle() {
+            return;
+        }
+        tracing::info!(
+            target: "rpc.netdaemon",
+            "No client and no lock for {} s: the daemon ends",
+            self.custody.state().settings().idle_timeout_s
+        );
+        self.stop();
+    }
+
+    /// Begins the end: no new clients, every connection closed, every owner that holds something
+    /// over its own connection fenced.
+    fn stop(&mut self) {
+        if self.doing != Doing::Serving {
+            return;
+        }
+        self.doing = Doing::Ending;
+        let (upgrade, mut going) = self.going();
+        upgrade.abandon_upgrade(&mut going);
+        notify::stopping();
+        self.deadlines.unset(Deadline::Idle);
+        self.deadlines
+            .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
+        self.gate.close();
+        stop::close_listeners(&mut self.custody, &self.watch);
+        let clients = self.custody.state().clients();
+        let clients: Vec<ClientId> = clients.map(|(id, _)| id).collect();
+        for id in clients {
+            self.end_connection(id);
+        }
+    }
+
+    /// The last step of the end, when there is nobody left to fence.
+    fn finish(&mut self) {
+        if self.doing == Doing::Ending && self.owners().is_over() {
+            debug_assert!(self.custody.state().own_connections().is_empty());
+            self.owners().end_all();
+            self.doing = Doing::Ended;
         }
     }
 
@@ -392,10 +866,13 @@ impl Reactor {
             match signal {
                 Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM => {
                     tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
-                    self.daemon.stop();
+                    self.stop();
                 }
                 Signal::SIGHUP => self.reload_configuration(),
-                Signal::SIGUSR1 => self.daemon.begin_upgrade(),
+                Signal::SIGUSR1 if self.doing == Doing::Serving => {
+                    let (upgrade, mut going) = self.going();
+                    upgrade.begin(&mut going);
+                }
                 _ => (),
             }
         }
@@ -405,9 +882,9 @@ impl Reactor {
         match (self.reload)() {
             Ok(limits) => {
                 self.configure(limits);
-                self.daemon.note_logging();
+                self.custody.log_changed(log::saved());
                 for service in Service::ALL {
-                    self.daemon.admit_waiting(service);
+                    self.let_in(service);
                 }
                 tracing::info!(target: "rpc.netdaemon", "SIGHUP: the configuration was read again");
             }
@@ -421,10 +898,10 @@ impl Reactor {
 }
 
 /// Watches a descriptor, if there is one.
-fn watch(source: Source, registry: &mio::Registry, descriptor: Option<i32>) -> Result<(), Refusal> {
+fn add(watch: &Watch, source: Source, descriptor: Option<i32>) -> Result<(), Refusal> {
     descriptor.map_or(Ok(()), |descriptor| {
-        source
-            .watch(registry, descriptor)
+        watch
+            .add(source, descriptor)
             .map_err(Refusal::of("a descriptor cannot be watched (epoll_ctl)"))
     })
 }

@@ -8,13 +8,15 @@
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use mio::unix::SourceFd;
-
-use super::connection::{Connection, Phase};
-use super::daemon::{Daemon, State};
-use super::deadlines::Deadline;
-use super::token::Source;
+use super::clients::connection::Connection;
+use super::deadlines::{Deadline, Deadlines};
+use super::lines::Lines;
+use super::watch::{Source, Watch};
+use crate::custody::Custody;
+use crate::custody::clients::ClientId;
+use crate::custody::roll::Roll;
 use crate::host::clock::Moment;
+use crate::host::errno::{self, Errno};
 use crate::host::{descriptors, notify, process};
 use crate::restart::handover::{
     self, Check, CommandLine, HANDOVER_VARIABLE, ProgramFile, Successor,
@@ -63,328 +65,378 @@ pub struct Upgrade {
 }
 
 impl Upgrade {
+    /// For a daemon that was started so, and whose state libvirt's daemon would find there.
+    pub fn of(command_line: CommandLine, document: PathBuf) -> Upgrade {
+        Upgrade {
+            command_line: Some(command_line),
+            document,
+            ..Upgrade::default()
+        }
+    }
+
     /// Whether one has begun.
     pub fn is_under_way(&self) -> bool {
         !matches!(self.stage, Stage::None)
     }
-}
 
-impl Daemon {
+    /// Whether a successor may take over at the end of this turn.
+    pub fn is_ready(&self) -> bool {
+        matches!(self.stage, Stage::Ready(_))
+    }
+
     /// SIGUSR1: begins to look at the successor.
-    pub fn begin_upgrade(&mut self) {
-        if self.state != State::Serving {
+    pub fn begin(&mut self, going: &mut Going<'_>) {
+        if self.is_under_way() {
+            self.again = true;
             return;
         }
-        if self.upgrade.is_under_way() {
-            self.upgrade.again = true;
-            return;
-        }
-        self.reap_abandoned();
-        let Some(command_line) = &self.upgrade.command_line else {
+        self.reap_abandoned(going);
+        let Some(command_line) = &self.command_line else {
             return;
         };
         let command_line = command_line.clone();
         descriptors::fill_standard_places();
-        self.upgrade.seen = command_line.file();
+        self.seen = command_line.file();
         // Short and true: it is what the successor reads now, and what it will go on from.
-        let begun = match self.renew_ledger() {
+        let begun = match going.custody.renew() {
             Ok(()) => {
-                let withheld = self.kept_descriptors();
-                Check::begin(&command_line, self.ledger.descriptor(), &withheld)
+                let withheld = going.kept();
+                Check::begin(&command_line, going.custody.ledger(), &withheld)
             }
             Err(reason) => Err(cannot_write(reason)),
         };
         let check = match begun {
             Ok(check) => check,
-            Err(reason) => return self.upgrade_failed(&reason),
+            Err(reason) => return self.failed(going, &reason),
         };
         let descriptor = check.descriptor();
-        if let Err(error) = Source::Successor.watch(&self.registry, descriptor) {
-            self.abandon(check);
-            return self.upgrade_failed(&format!("the successor cannot be watched: {error}"));
+        if let Err(error) = going.watch.add(Source::Successor, descriptor) {
+            self.abandon(going, check);
+            return self.failed(going, &format!("the successor cannot be watched: {error}"));
         }
-        self.deadlines
+        going
+            .deadlines
             .set(Deadline::Successor, Moment::now().plus_ms(CHECK_MS));
-        self.upgrade.stage = Stage::Checking(check);
+        self.stage = Stage::Checking(check);
     }
 
     /// The successor may have ended.
-    pub fn look_at_successor(&mut self) {
-        self.reap_abandoned();
-        let Stage::Checking(check) = &self.upgrade.stage else {
+    pub fn look_at_successor(&mut self, going: &mut Going<'_>) {
+        self.reap_abandoned(going);
+        let Stage::Checking(check) = &self.stage else {
             return;
         };
         if !check.is_over() {
             return;
         }
-        let Some(check) = self.end_check() else {
+        let Some(check) = self.end_check(going) else {
             return;
         };
-        self.unwatch(&check);
+        going.watch.remove(check.descriptor());
         match check.verdict() {
             Ok(successor) => {
-                self.deadlines
+                going
+                    .deadlines
                     .set(Deadline::Quiet, Moment::now().plus_ms(QUIET_MS));
-                self.upgrade.stage = Stage::Ready(successor);
+                self.stage = Stage::Ready(successor);
             }
-            Err(reason) => self.upgrade_failed(&reason),
+            Err(reason) => self.failed(going, &reason),
         }
     }
 
     /// The successor takes too long.
-    pub fn successor_is_late(&mut self) {
+    pub fn successor_is_late(&mut self, going: &mut Going<'_>) {
         // Its end may have gone unnoticed.
-        self.look_at_successor();
+        self.look_at_successor(going);
         // A later one has a deadline of its own.
-        let is_another = self.deadlines.get(Deadline::Successor).is_some();
-        if is_another || !matches!(self.upgrade.stage, Stage::Checking(_)) {
+        let is_another = going.deadlines.get(Deadline::Successor).is_some();
+        if is_another || !matches!(self.stage, Stage::Checking(_)) {
             return;
         }
-        if let Some(check) = self.end_check() {
-            self.abandon(check);
+        if let Some(check) = self.end_check(going) {
+            self.abandon(going, check);
             let reason = format!("it does not say its version within {} s", CHECK_MS / 1000);
-            self.upgrade_failed(&reason);
+            self.failed(going, &reason);
         }
     }
 
     /// The daemon ends: a successor that is being looked at must not stay behind.
-    pub fn abandon_upgrade(&mut self) {
-        if let Some(check) = self.end_check() {
-            self.abandon(check);
+    pub fn abandon_upgrade(&mut self, going: &mut Going<'_>) {
+        if let Some(check) = self.end_check(going) {
+            self.abandon(going, check);
         }
     }
 
-    fn end_check(&mut self) -> Option<Check> {
-        self.deadlines.unset(Deadline::Successor);
-        match std::mem::take(&mut self.upgrade.stage) {
+    fn end_check(&mut self, going: &mut Going<'_>) -> Option<Check> {
+        going.deadlines.unset(Deadline::Successor);
+        match std::mem::take(&mut self.stage) {
             Stage::Checking(check) => Some(check),
             Stage::None | Stage::Ready(_) => None,
         }
     }
 
-    fn unwatch(&self, check: &Check) {
-        let _ = self.registry.deregister(&mut SourceFd(&check.descriptor()));
-    }
-
     /// Kills a successor and looks for its end now and then, also if that cannot be watched: it is
     /// reaped when it is over, not waited for.
-    fn abandon(&mut self, mut check: Check) {
+    fn abandon(&mut self, going: &mut Going<'_>, mut check: Check) {
         check.kill();
-        self.upgrade.abandoned.push(check);
-        self.reap_abandoned();
+        self.abandoned.push(check);
+        self.reap_abandoned(going);
     }
 
     /// Forgets the abandoned successors that are over.
-    pub fn reap_abandoned(&mut self) {
-        let (over, left) = std::mem::take(&mut self.upgrade.abandoned)
+    pub fn reap_abandoned(&mut self, going: &mut Going<'_>) {
+        let (over, left) = std::mem::take(&mut self.abandoned)
             .into_iter()
             .partition(Check::is_over);
-        self.upgrade.abandoned = left;
+        self.abandoned = left;
         let over: Vec<Check> = over;
         for check in over {
-            self.unwatch(&check);
+            going.watch.remove(check.descriptor());
             check.reap();
         }
-        if self.upgrade.abandoned.is_empty() && !self.upgrade.has_inherited {
-            self.deadlines.unset(Deadline::Abandoned);
+        if self.abandoned.is_empty() && !self.has_inherited {
+            going.deadlines.unset(Deadline::Abandoned);
         } else {
             let again = Moment::now().plus_ms(REAP_MS);
-            self.deadlines.set(Deadline::Abandoned, again);
+            going.deadlines.set(Deadline::Abandoned, again);
         }
     }
 
     /// An earlier image of this process was here before: what it abandoned is a child of this one.
-    pub fn inherit_abandoned(&mut self) {
-        self.upgrade.has_inherited = true;
-        self.reap_inherited();
+    pub fn inherit_abandoned(&mut self, going: &mut Going<'_>) {
+        self.has_inherited = true;
+        self.reap_inherited(going);
     }
 
     /// Forgets those that an earlier image abandoned, while there is no child of this one.
-    pub fn reap_inherited(&mut self) {
-        if !self.upgrade.has_inherited {
+    pub fn reap_inherited(&mut self, going: &mut Going<'_>) {
+        if !self.has_inherited {
             return;
         }
-        let has_own =
-            matches!(self.upgrade.stage, Stage::Checking(_)) || !self.upgrade.abandoned.is_empty();
-        self.upgrade.has_inherited = has_own || process::reap_children();
-        if self.upgrade.has_inherited {
+        let has_own = matches!(self.stage, Stage::Checking(_)) || !self.abandoned.is_empty();
+        self.has_inherited = has_own || process::reap_children();
+        if self.has_inherited {
             let again = Moment::now().plus_ms(REAP_MS);
-            self.deadlines.set(Deadline::Abandoned, again);
+            going.deadlines.set(Deadline::Abandoned, again);
         }
     }
 
-    fn upgrade_failed(&mut self, reason: &str) {
-        self.upgrade.stage = Stage::None;
-        self.upgrade.looked_again = false;
-        self.deadlines.unset(Deadline::Quiet);
+    fn failed(&mut self, going: &mut Going<'_>, reason: &str) {
+        self.stage = Stage::None;
+        self.looked_again = false;
+        going.deadlines.unset(Deadline::Quiet);
         tracing::error!(
             target: "rpc.netdaemon",
             "SIGUSR1: the daemon goes on as it is, because its successor cannot take over: {reason}"
         );
-        if std::mem::take(&mut self.upgrade.again) {
-            self.begin_upgrade();
+        if std::mem::take(&mut self.again) {
+            self.begin(going);
         }
     }
 
-    /// Hands over, if a successor is ready: at the end of a turn, when nothing is half done.
-    pub fn upgrade_if_ready(&mut self) {
-        let Stage::Ready(successor) = self.upgrade.stage else {
+    /// Hands over, if a successor is ready: at the end of a turn, when nothing is half done. Connections
+    /// that are over and owners that are dead are not handed over: they have been seen to before.
+    pub fn go_ahead(&mut self, going: &mut Going<'_>) {
+        let Stage::Ready(successor) = self.stage else {
             return;
         };
-        if self.state != State::Serving {
-            return;
-        }
-        self.finish_endings();
-        if successor == Successor::Libvirt && !self.is_quiet() {
+        if successor == Successor::Libvirt && !going.is_quiet() {
             // Tried again after the next turn, until the time for it is over.
             return;
         }
         // What was looked at may not be what is there: the state of one program would be lost on
         // the other one.
-        let is_another = self.program_file() != self.upgrade.seen;
-        let again = std::mem::take(&mut self.upgrade.again);
-        if (again || is_another) && !self.upgrade.looked_again {
-            self.upgrade.looked_again = true;
-            self.upgrade.stage = Stage::None;
-            self.deadlines.unset(Deadline::Quiet);
-            return self.begin_upgrade();
+        let is_another = self.program_file() != self.seen;
+        let again = std::mem::take(&mut self.again);
+        if (again || is_another) && !self.looked_again {
+            self.looked_again = true;
+            self.stage = Stage::None;
+            going.deadlines.unset(Deadline::Quiet);
+            return self.begin(going);
         }
         if is_another {
             let reason = "its program is exchanged all the time; try again when it is in place";
-            return self.upgrade_failed(reason);
+            return self.failed(going, reason);
         }
         match successor {
-            Successor::Ours => self.hand_over(),
-            Successor::Libvirt => self.hand_over_to_libvirt(),
+            Successor::Ours => self.hand_over(going),
+            Successor::Libvirt => self.hand_over_to_libvirt(going),
         }
     }
 
     fn program_file(&self) -> Option<ProgramFile> {
-        self.upgrade.command_line.as_ref()?.file()
+        self.command_line.as_ref()?.file()
     }
 
-    /// Connections that are over and owners that are dead need not be handed over.
-    fn finish_endings(&mut self) {
-        while let Some(place) = self.ending.pop_front() {
-            self.clear_away(place);
-        }
-        while let Some(pid) = self.dead.pop_front() {
-            self.bury(pid);
-        }
-        while self.free_some() {}
-    }
-
-    fn hand_over(&mut self) {
-        if let Err(reason) = self.complete_ledger() {
-            return self.upgrade_failed(&cannot_write(reason));
-        }
-        self.ledger.close();
-        let kept = self.kept_descriptors();
-        let number = match self.ledger.descriptor() {
+    fn hand_over(&mut self, going: &mut Going<'_>) {
+        let number = match going.custody.ledger() {
             Ok(descriptor) => descriptor.as_raw_fd(),
             Err(refusal) => {
-                self.replace_ledger();
-                return self.upgrade_failed(&handover::nothing_to_pass_on(refusal));
+                return self.failed(going, &handover::nothing_to_pass_on(refusal));
             }
         };
+        if let Err(reason) = going.lay_down() {
+            going.custody.reopen();
+            return self.failed(going, &cannot_write(reason));
+        }
+        let kept = going.kept();
         let value = format!("{number}:{}", process::started());
-        self.replace(Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
+        self.replace(going, Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
         // Still here: the ledger goes on from what is now.
-        self.replace_ledger();
+        going.custody.reopen();
     }
 
-    fn hand_over_to_libvirt(&mut self) {
-        let mut state = self.state();
-        // The C daemon takes its pid file anew: it must find it unlocked, which closing it does.
-        state.process.pid_file = None;
-        // It watches nobody.
-        state.watches.clear();
-        if let Some(reason) = self.gone_client() {
-            return self.upgrade_failed(&reason);
+    fn hand_over_to_libvirt(&mut self, going: &mut Going<'_>) {
+        if let Some(reason) = going.gone_client() {
+            return self.failed(going, &reason);
         }
-        let written = libvirt_json::write(&state, process::started()).and_then(|document| {
-            write_document(&self.upgrade.document, &document)
+        let state = going.custody.state();
+        let written = libvirt_json::write(state, process::started()).and_then(|document| {
+            write_document(&self.document, &document)
                 .map_err(|error| format!("its state document cannot be written: {error}"))
         });
         if let Err(reason) = written {
             // Half a document would keep the next daemon from starting.
-            let _ = std::fs::remove_file(&self.upgrade.document);
-            return self.upgrade_failed(&reason);
+            let _ = std::fs::remove_file(&self.document);
+            return self.failed(going, &reason);
         }
-        state.clients.retain(|client| !client.refused);
-        if !self.watches.is_empty() {
+        let watched = state.watched().len();
+        if watched > 0 {
             tracing::warn!(
                 target: "locking.lock_daemon",
-                "libvirt's daemon watches no owner: should one of the {} end that hold locks here \
-                 without a connection of their own, it will not free them",
-                self.watches.len()
+                "libvirt's daemon watches no owner: should one of the {watched} end that hold locks \
+                 here without a connection of their own, it will not free them"
             );
         }
-        self.replace(Successor::Libvirt, &state.descriptors(), &[]);
-        let _ = std::fs::remove_file(&self.upgrade.document);
-    }
-
-    /// Whether libvirt's daemon could go on from here: it knows of no message that is on its way
-    /// and of no owner that is being fenced.
-    fn is_quiet(&self) -> bool {
-        let quiet = |connection: &Connection| {
-            matches!(connection.phase, Phase::Refused(_))
-                || connection.phase == Phase::Served
-                    && connection.conversation().is_none()
-                    && connection.unsent().is_empty()
-        };
-        self.fences.is_empty()
-            && self
-                .connections
-                .iter()
-                .all(|(_, connection)| quiet(connection))
-    }
-
-    /// The C daemon dies of a client whose process is gone while its connection lives on.
-    fn gone_client(&self) -> Option<String> {
-        self.connections.iter().find_map(|(_, connection)| {
-            process::start_time(connection.peer.pid).is_err().then(|| {
-                format!(
-                    "the process {} that made one of the connections is gone, which libvirt's \
-                     daemon does not survive ({})",
-                    connection.peer.pid,
-                    super::dispatch::caller(connection)
-                )
-            })
-        })
+        let kept = libvirt_json::descriptors(state);
+        self.replace(going, Successor::Libvirt, &kept, &[]);
+        let _ = std::fs::remove_file(&self.document);
     }
 
     /// The moment for libvirt's daemon did not come.
-    pub fn never_quiet(&mut self) {
-        if matches!(self.upgrade.stage, Stage::Ready(_)) {
+    pub fn never_quiet(&mut self, going: &mut Going<'_>) {
+        if matches!(self.stage, Stage::Ready(_)) {
             let reason = format!(
                 "for {} s there was always an owner being fenced or a message on its way, which \
                  libvirt's daemon cannot go on with; try again",
                 QUIET_MS / 1000
             );
-            self.upgrade_failed(&reason);
+            self.failed(going, &reason);
         }
     }
 
     /// The exec. Comes back only if it failed.
-    fn replace(&mut self, successor: Successor, kept: &[i32], variables: &[(&str, String)]) {
-        self.reap_abandoned();
-        let Some(command_line) = &self.upgrade.command_line else {
+    fn replace(
+        &mut self,
+        going: &mut Going<'_>,
+        successor: Successor,
+        kept: &[i32],
+        variables: &[(&str, String)],
+    ) {
+        self.reap_abandoned(going);
+        let Some(command_line) = &self.command_line else {
             return;
         };
         tracing::info!(target: "rpc.netdaemon", "SIGUSR1: the daemon hands over to its successor");
         notify::reloading();
         let reason = handover::replace(successor, command_line, kept, variables);
         notify::ready();
-        self.upgrade_failed(&reason);
+        self.failed(going, &reason);
     }
 }
 
-fn cannot_write(reason: crate::host::errno::Errno) -> String {
-    format!(
-        "the state cannot be written: {}",
-        crate::host::errno::text(reason)
-    )
+/// What an upgrade works with, borrowed side by side from the reactor.
+#[derive(Debug)]
+pub struct Going<'a> {
+    /// All that lasts.
+    pub custody: &'a mut Custody,
+    /// All connections.
+    pub connections: &'a mut Roll<Connection>,
+    /// Who waits.
+    pub lines: &'a mut Lines,
+    /// What happens when.
+    pub deadlines: &'a mut Deadlines,
+    /// Where readiness is asked for.
+    pub watch: &'a Watch,
+}
+
+impl Going<'_> {
+    /// The numbers of all descriptors that a successor needs.
+    fn kept(&self) -> Vec<i32> {
+        let state = self.custody.state();
+        let mut kept: Vec<i32> = state.descriptors().map(|number| number.0).collect();
+        kept.extend(self.custody.ledger().map(AsRawFd::as_raw_fd));
+        kept.push(self.watch.descriptor());
+        kept.sort_unstable();
+        kept.dedup();
+        kept
+    }
+
+    /// Closes the ledger for a successor. What the poll has said of a connection and was not worked on
+    /// it is made to say once more; the successor asks by itself when a reply can be sent.
+    fn lay_down(&mut self) -> Result<(), Errno> {
+        let has_more_to_say = |connection: &Connection| {
+            connection.readable
+                || connection.hung_up
+                || connection.queued
+                || connection.waits_to_send
+                || !connection.is_quiet()
+        };
+        let unfinished: Vec<i32> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| has_more_to_say(connection))
+            .map(|(number, _)| number)
+            .collect();
+        for number in unfinished {
+            let id = ClientId(number);
+            self.watch
+                .add(Source::Connection(id), number)
+                .map_err(|error| errno::of(&error))?;
+            // Should there be no successor after all, this daemon asks anew, too.
+            if let Some(connection) = self.connections.get_mut(number) {
+                connection.waits_to_send = false;
+                self.lines.enqueue(id, connection);
+            }
+        }
+        let traffic = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| !connection.is_quiet())
+            .map(|(number, connection)| (ClientId(number), connection.traffic()));
+        self.custody.close(traffic, self.watch.descriptor())
+    }
+
+    /// Whether libvirt's daemon could go on from here: it knows of no message that is on its way
+    /// and of no owner that is being fenced.
+    fn is_quiet(&self) -> bool {
+        let state = self.custody.state();
+        let quiet = |(number, connection): (i32, &Connection)| {
+            let client = state.client(ClientId(number));
+            let is_refused = client.is_some_and(|client| client.is_refused());
+            is_refused || connection.is_quiet()
+        };
+        state.fences().is_empty() && self.connections.iter().all(quiet)
+    }
+
+    /// The C daemon dies of a client whose process is gone while its connection lives on.
+    fn gone_client(&self) -> Option<String> {
+        let state = self.custody.state();
+        state.clients().find_map(|(_, client)| {
+            let pid = client.peer().pid;
+            process::start_time(pid).is_err().then(|| {
+                format!(
+                    "the process {pid} that made one of the connections is gone, which libvirt's \
+                     daemon does not survive ({})",
+                    client.text()
+                )
+            })
+        })
+    }
+}
+
+fn cannot_write(reason: Errno) -> String {
+    format!("the state cannot be written: {}", errno::text(reason))
 }
 
 fn write_document(path: &std::path::Path, document: &[u8]) -> std::io::Result<()> {

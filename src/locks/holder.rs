@@ -3,15 +3,60 @@
 //! Libvirt's words end where these begin, so that programs which look for those still find them. A
 //! domain's name may be any bytes: it is repeated as it came, as libvirt does, and the log escapes it.
 
+use super::lease::Stranger;
+use super::place::Place;
+use super::table::{OwnerKey, Pid, ResourceId, Table};
 use crate::host::process;
-use crate::locks::lease::Stranger;
-use crate::locks::place::Place;
-use crate::locks::table::{OwnerKey, ResourceId, Table};
-use crate::restart::state::uuid_text;
+use crate::log::Printable;
 
 /// So much of a domain's name is repeated, bytes: it may be 64 KiB long, and each word of an error goes
 /// out twice.
 const LONGEST_NAME: usize = 256;
+
+/// So many domains of a process are named in one line of the log.
+const MOST_NAMED: usize = 4;
+
+/// A uuid as libvirt writes it.
+pub fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (position, byte) in uuid.iter().enumerate() {
+        if matches!(position, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+/// A process that holds something as an operator reads it at the start of a sentence: its domains.
+pub fn process_text<L>(table: &Table<L>, pid: Pid) -> String {
+    let named = table
+        .owners_of(pid)
+        .filter(|owner| owner.key().uuid.is_some());
+    let count = named.clone().count();
+    if let (1, Some(owner)) = (count, named.clone().next()) {
+        return domain_text(table, owner.key());
+    }
+    let named = named
+        .take(MOST_NAMED)
+        .map(|one| Printable(&owner(table, one.key())).to_string());
+    let named: Vec<String> = named.collect();
+    match (named.is_empty(), count.saturating_sub(MOST_NAMED)) {
+        (true, _) => format!("Process {pid}"),
+        (false, 0) => format!("Process {pid} of {}", named.join(", ")),
+        (false, others) => format!("Process {pid} of {} and {others} more", named.join(", ")),
+    }
+}
+
+/// An owner as an operator reads it, at the start of a sentence.
+pub fn domain_text<L>(table: &Table<L>, key: OwnerKey) -> String {
+    let text = owner(table, key);
+    let mut text = Printable(&text).to_string();
+    if let Some(first) = text.get_mut(..1) {
+        first.make_ascii_uppercase();
+    }
+    text
+}
 
 /// The front of a name that is too long; between two characters, if it is UTF-8.
 fn cut(name: &[u8]) -> (&[u8], &'static str) {
@@ -120,6 +165,12 @@ mod tests {
         let id = table.grant(&owners[0], granted);
         owners[1..].iter().for_each(|owner| table.join(id, owner));
         String::from_utf8_lossy(&of_resource(&table, id)).into_owned()
+    }
+
+    #[test]
+    fn a_uuid_is_written_in_five_groups() {
+        let uuid: [u8; 16] = std::array::from_fn(|position| 0x10 + position as u8);
+        assert_eq!(uuid_text(&uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 
     #[test]

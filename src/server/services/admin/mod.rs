@@ -1,22 +1,20 @@
 //! The admin program: what virt-admin asks and steers.
 //!
-//! A call is decoded, checked, carried out at once and answered. The checks of each procedure (the
-//! server that it names, its flags, its parameters) come in libvirt's order, which shows in what a call
-//! that is wrong in several ways is told. What it sets is kept in [`Daemon`] (client limits and workers of both servers, the idle
-//! timeout) and in the log's own settings, and written down for the next image of the process before
-//! the answer goes out.
+//! A call is decoded, checked (names of servers, then parameters, then flags, as libvirt's daemon does),
+//! carried out at once and answered. What it sets lasts: client limits and workers of both servers, the
+//! idle timeout, the log's settings.
 
 mod clients;
 mod logging;
 mod parameters;
 
-use super::connection::Service;
-use super::conversation::Flow;
-use super::daemon::Daemon;
-use super::dispatch;
-use crate::log::Printable;
+use crate::custody::clients::ClientId;
+use crate::custody::servers::Service;
+use crate::log::{self, Printable};
+use crate::server::flow::{Flow, flow};
+use crate::server::hall::{Hall, Order};
 use crate::wire::admin::{self, Answer, Call, Procedure};
-use crate::wire::error::{self, Code, Domain, Error, undecodable, unknown_procedure};
+use crate::wire::error::{self, Code, Domain, Error};
 use crate::wire::frame::Header;
 
 /// How much of an error's text goes into a line of the log, bytes. A client may put megabytes in.
@@ -39,19 +37,19 @@ impl From<Answer<'static>> for Outcome {
     }
 }
 
-/// Carries out a call of the connection at `place`.
+/// Carries out a call of this client.
 pub fn dispatch(
-    daemon: &mut Daemon,
-    place: usize,
+    hall: &mut Hall<'_>,
+    id: ClientId,
     header: Header,
     payload: &[u8],
     out: &mut Vec<u8>,
 ) -> Flow {
     let result = match Procedure::from_number(header.procedure) {
-        None => Err(unknown_procedure(header.procedure)),
+        None => Err(error::unknown_procedure(header.procedure)),
         Some(procedure) => match admin::decode(procedure, payload) {
-            Err(_) => Err(undecodable()),
-            Ok(call) => serve(daemon, place, &call),
+            Err(_) => Err(error::undecodable()),
+            Ok(call) => serve(hall, id, &call),
         },
     };
     match result {
@@ -63,7 +61,7 @@ pub fn dispatch(
         Ok(Outcome::Close) => return Flow::Close,
         Err(error) => {
             let message = error.message();
-            log_refused(daemon, place, header.procedure, &error, &message);
+            log_refused(hall, id, header.procedure, &error, &message);
             if message.len() > error::STRING_LIMIT as usize {
                 // A name of 4 MiB leaves no room for the words around it: no client could read the
                 // reply, and the C daemon sends none either.
@@ -72,20 +70,20 @@ pub fn dispatch(
             error.encode_reply(out, header);
         }
     }
-    dispatch::flow(out)
+    flow(out)
 }
 
-fn log_refused(daemon: &Daemon, place: usize, procedure: i32, error: &Error, message: &[u8]) {
+fn log_refused(hall: &Hall<'_>, id: ClientId, procedure: i32, error: &Error, message: &[u8]) {
     let text = message.get(..LOGGED_TEXT).unwrap_or(message);
     tracing::error!(
         target: "admin.admin_server",
         domain = error.domain.number(),
         code = error.code.number(),
-        "{} (procedure {procedure}, for {})", Printable(text), caller(daemon, place)
+        "{} (procedure {procedure}, for {})", Printable(text), caller(hall, id)
     );
 }
 
-fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, Error> {
+fn serve(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Outcome, Error> {
     let procedure = call.procedure();
     match call {
         Call::ConnectOpen { flags } => {
@@ -105,7 +103,7 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
         Call::ServerGetThreadpoolParameters { server, flags } => {
             let service = server_named(server)?;
             check_flags(procedure, *flags)?;
-            Ok(parameters::workers(daemon, service).into())
+            Ok(parameters::workers(hall.custody, service).into())
         }
         Call::ServerSetThreadpoolParameters {
             server,
@@ -115,7 +113,8 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
             let service = server_matching(server)?;
             parameters::check_names(parameters)?;
             check_flags(procedure, *flags)?;
-            parameters::set_workers(daemon, service, parameters, &caller(daemon, place))?;
+            let caller = caller(hall, id);
+            parameters::set_workers(hall.custody, service, parameters, &caller)?;
             Ok(Answer::Done.into())
         }
         Call::ServerListClients {
@@ -125,33 +124,34 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
         } => {
             let service = server_named(server)?;
             check_flags(procedure, *flags)?;
-            Ok(clients::list(daemon, service, *wants_list)?.into())
+            Ok(clients::list(hall, service, *wants_list)?.into())
         }
         Call::ServerLookupClient { client, flags } => {
             let service = server_named(client.server)?;
             check_flags(procedure, *flags)?;
-            Ok(clients::look_up(daemon, service, client.id)?.into())
+            Ok(clients::look_up(hall, service, client.id)?.into())
         }
         Call::ClientGetInfo { client, flags } => {
             let service = server_matching(client.server)?;
-            let asked = clients::matching(daemon, service, client.id)?;
+            let asked = clients::matching(hall, service, client.id)?;
             check_flags(procedure, *flags)?;
-            Ok(clients::info(daemon, asked).into())
+            Ok(clients::info(hall, asked).into())
         }
         Call::ClientClose { client, flags } => {
             let service = server_named(client.server)?;
-            let asked = clients::with_id(daemon, service, client.id)?;
+            let asked = clients::with_id(hall, service, client.id)?;
             check_flags(procedure, *flags)?;
-            if asked == place {
+            if asked == id {
                 return Ok(Outcome::Close);
             }
-            clients::close(daemon, asked, &caller(daemon, place));
+            let caller = caller(hall, id);
+            clients::close(hall, asked, &caller);
             Ok(Answer::Done.into())
         }
         Call::ServerGetClientLimits { server, flags } => {
             let service = server_named(server)?;
             check_flags(procedure, *flags)?;
-            Ok(parameters::client_limits(daemon, service).into())
+            Ok(parameters::client_limits(hall.custody, service).into())
         }
         Call::ServerSetClientLimits {
             server,
@@ -161,7 +161,9 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
             let service = server_matching(server)?;
             parameters::check_names(parameters)?;
             check_flags(procedure, *flags)?;
-            parameters::set_client_limits(daemon, service, parameters, &caller(daemon, place))?;
+            let caller = caller(hall, id);
+            parameters::set_client_limits(hall.custody, service, parameters, &caller)?;
+            hall.orders.push(Order::LetIn(service));
             Ok(Answer::Done.into())
         }
         Call::ConnectGetLoggingOutputs { flags } => {
@@ -174,14 +176,14 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
         }
         Call::ConnectSetLoggingOutputs { text, flags } => {
             check_flags(procedure, *flags)?;
-            logging::set_outputs(text.unwrap_or_default(), &caller(daemon, place))?;
-            daemon.note_logging();
+            logging::set_outputs(text.unwrap_or_default(), &caller(hall, id))?;
+            hall.custody.log_changed(log::saved());
             Ok(Answer::Done.into())
         }
         Call::ConnectSetLoggingFilters { text, flags } => {
             check_flags(procedure, *flags)?;
-            logging::set_filters(text.unwrap_or_default(), &caller(daemon, place))?;
-            daemon.note_logging();
+            logging::set_filters(text.unwrap_or_default(), &caller(hall, id))?;
+            hall.custody.log_changed(log::saved());
             Ok(Answer::Done.into())
         }
         Call::ServerUpdateTlsFiles { server, flags } => {
@@ -192,16 +194,17 @@ fn serve(daemon: &mut Daemon, place: usize, call: &Call<'_>) -> Result<Outcome, 
         }
         Call::ConnectSetDaemonTimeout { timeout_s, flags } => {
             check_flags(procedure, *flags)?;
-            set_timeout(daemon, *timeout_s, &caller(daemon, place));
+            let caller = caller(hall, id);
+            set_timeout(hall, *timeout_s, &caller);
             Ok(Answer::Done.into())
         }
         Call::ConnectDaemonShutdown { flags } => {
             check_flags(procedure, *flags)?;
             tracing::info!(
                 target: "admin.admin_server",
-                "The daemon ends: {} asked for it", caller(daemon, place)
+                "The daemon ends: {} asked for it", caller(hall, id)
             );
-            daemon.stop();
+            hall.orders.push(Order::Stop);
             Ok(Outcome::Close)
         }
     }
@@ -243,9 +246,8 @@ fn server_matching(name: &[u8]) -> Result<Service, Error> {
 
 /// Sets after how long without work the daemon ends. The C daemon takes any number here, unlike on
 /// its command line. Its clock starts anew: the caller is a client, so it is not running now.
-fn set_timeout(daemon: &mut Daemon, timeout_s: u32, caller: &str) {
-    daemon.idle_timeout_s = timeout_s;
-    daemon.note_idle_timeout();
+fn set_timeout(hall: &mut Hall<'_>, timeout_s: u32, caller: &str) {
+    hall.custody.set_idle_timeout(timeout_s);
     if timeout_s == 0 {
         tracing::info!(
             target: "admin.admin_server",
@@ -260,7 +262,8 @@ fn set_timeout(daemon: &mut Daemon, timeout_s: u32, caller: &str) {
 }
 
 /// Who calls, as an operator reads it.
-fn caller(daemon: &Daemon, place: usize) -> String {
-    let pid = daemon.connections.get(place).map(|c| c.peer.pid);
+fn caller(hall: &Hall<'_>, id: ClientId) -> String {
+    let client = hall.custody.state().client(id);
+    let pid = client.map(|client| client.peer().pid);
     format!("the admin client with pid {}", pid.unwrap_or_default())
 }

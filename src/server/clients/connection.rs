@@ -1,39 +1,15 @@
-//! One client: its socket, who is at the other end, what it may do, and the bytes that are on
-//! their way in and out. It owns memory only while a frame is incomplete or a reply is unsent.
+//! The passing half of a client: what may be read from its socket, and the bytes that are on their way
+//! in and out. It owns memory only while a frame is incomplete or a reply is unsent. What a client is
+//! and may do outlives it: see [`crate::custody::clients`].
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::RawFd;
 
-use super::conversation::Conversation;
-use super::dispatch::ENOUGH_OUTPUT;
-use super::lock_service::Session;
 use crate::host::errno::Errno;
-use crate::host::stream::{self, Peer};
 
-use crate::locks::table::Owner;
-
-pub use crate::restart::state::Service;
-
-/// Where a connection stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// It is served.
-    Served,
-    /// There is no room for it: its first call is answered with this reason, then it ends.
-    Refused(NoRoom),
-    /// It ends as soon as its output is sent.
-    Closing,
-    /// It is over; what it held is being cleared away.
-    Over,
-}
-
-/// Why a client is not served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoRoom {
-    /// There are as many clients as the limit allows.
-    Limit,
-    /// The daemon has no descriptors left.
-    Descriptors,
-}
+use super::conversation::{Conversation, Pending};
+use crate::custody::clients::Traffic;
+use crate::host::stream;
+use crate::server::flow::ENOUGH_OUTPUT;
 
 /// What serving a connection takes, as far as it is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,26 +41,10 @@ pub enum Sent {
 }
 
 /// A connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Connection {
-    /// The socket.
-    pub socket: OwnedFd,
-    /// Which program it is for.
-    pub service: Service,
-    /// Its number in its server, from 1.
-    pub id: u64,
-    /// Who called connect().
-    pub peer: Peer,
-    /// When that process started, on kernels that cannot name it better (SO_PEERPIDFD).
-    pub start_time: Option<u64>,
-    /// When it connected, seconds since the epoch.
-    pub connected_at: i64,
-    /// Where it stands.
-    pub phase: Phase,
-    /// What it may do (lock socket).
-    pub session: Session,
-    /// Whether it has made a call, or was let in after it had been refused.
-    pub has_called: bool,
+    /// It ends as soon as its output is sent.
+    pub closing: bool,
     /// Frames may be waiting in the conversation that nothing but time keeps from being served.
     pub paused: bool,
     /// The socket may have something to read: no read has come back short since it was said to.
@@ -111,39 +71,60 @@ struct OnTheWay {
 }
 
 impl Connection {
-    /// A new connection, served or not.
-    pub fn new(socket: OwnedFd, service: Service, id: u64, peer: Peer, phase: Phase) -> Connection {
+    /// A connection that was just accepted. Who connects has something to say, and has mostly said it by
+    /// now: its first turn, behind those that are known to be quick, costs no poll.
+    pub fn new() -> Connection {
         Connection {
-            socket,
-            service,
-            id,
-            peer,
-            start_time: None,
-            connected_at: 0,
-            phase,
-            session: Session::default(),
-            has_called: false,
-            paused: false,
-            readable: false,
-            hung_up: false,
-            queued: false,
-            appetite: Appetite::default(),
-            waits_to_send: false,
-            counted: 0,
-            on_the_way: None,
+            readable: true,
+            ..Connection::default()
         }
     }
 
-    /// The owner whose own connection this is. A peer that cannot be seen from here (pid 0) stands for
-    /// nobody.
-    pub fn own_owner(&self) -> Option<&Owner> {
-        let owner = self.session.owner()?;
-        self.stands_for(owner).then_some(owner)
+    /// A connection that was passed on with these bytes on their way.
+    pub fn resume(traffic: Traffic) -> Connection {
+        let Traffic {
+            pending,
+            descriptors_at_end,
+            arrived,
+            unsent,
+            closing,
+        } = traffic;
+        let mut connection = Connection {
+            closing,
+            paused: !pending.is_empty(),
+            ..Connection::default()
+        };
+        connection.keep_conversation(Conversation::resume(Pending {
+            bytes: pending,
+            descriptors_at_end,
+            arrived,
+        }));
+        connection.hold(&unsent);
+        connection
     }
 
-    /// Whether the process of this owner made the connection itself.
-    pub fn stands_for(&self, owner: &Owner) -> bool {
-        owner.pid > 0 && owner.pid == self.peer.pid
+    /// The bytes that are on their way, to be passed on.
+    pub fn traffic(&self) -> Traffic {
+        let Pending {
+            bytes,
+            descriptors_at_end,
+            arrived,
+        } = self
+            .conversation()
+            .and_then(Conversation::pending)
+            .unwrap_or_default();
+        Traffic {
+            pending: bytes,
+            descriptors_at_end,
+            arrived,
+            unsent: self.unsent().to_vec(),
+            closing: self.closing,
+        }
+    }
+
+    /// Whether anything is on its way.
+    pub fn is_quiet(&self) -> bool {
+        !self.closing && self.conversation().is_none() && self.unsent().is_empty()
     }
 
     /// What came in and waits, if anything does.
@@ -178,25 +159,25 @@ impl Connection {
     }
 
     /// Sends what is left of earlier replies.
-    pub fn send_rest(&mut self) -> Sent {
+    pub fn send_rest(&mut self, socket: RawFd) -> Sent {
         match &mut self.on_the_way {
             Some(on_the_way) if !on_the_way.output.is_empty() => {
                 let output = std::mem::take(&mut on_the_way.output);
-                self.send(&output)
+                self.send(socket, &output)
             }
             _ => Sent::All,
         }
     }
 
     /// Sends what is left of earlier replies, then `bytes`; keeps what the socket does not take.
-    pub fn send(&mut self, bytes: &[u8]) -> Sent {
+    pub fn send(&mut self, socket: RawFd, bytes: &[u8]) -> Sent {
         if !self.unsent().is_empty() {
             self.hold(bytes);
-            return self.send_rest();
+            return self.send_rest(socket);
         }
         let mut rest = bytes;
         while !rest.is_empty() {
-            match stream::send(self.socket.as_fd(), rest) {
+            match stream::send(socket, rest) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(Errno::EINTR) => (),
                 Err(Errno::EAGAIN) => {
@@ -216,19 +197,14 @@ impl Connection {
     /// Whether its replies wait for those that follow: frames of it are waiting, and there is not
     /// much to send yet.
     pub fn holds_replies(&self) -> bool {
-        self.is_served() && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+        !self.closing && self.paused && self.unsent().len() < ENOUGH_OUTPUT
     }
 
     /// Nobody reads its replies any more. What it sent before is done all the same, if it is served:
     /// it is read to its end.
     pub fn reads_to_the_end(&mut self) -> bool {
         (self.readable, self.hung_up) = (true, true);
-        self.is_served()
-    }
-
-    /// Whether its calls are answered, if only with a refusal, and it goes on.
-    pub fn is_served(&self) -> bool {
-        matches!(self.phase, Phase::Served | Phase::Refused(_))
+        !self.closing
     }
 
     /// Keeps replies, or what is left of them, behind those that are kept already.
@@ -237,5 +213,13 @@ impl Connection {
             let on_the_way = self.on_the_way.get_or_insert_default();
             on_the_way.output.extend_from_slice(bytes);
         }
+    }
+
+    /// What it takes of the memory for messages that are not whole and replies that are not sent,
+    /// bytes.
+    pub fn held(&self) -> usize {
+        self.conversation()
+            .map_or(0, Conversation::waiting)
+            .saturating_add(self.unsent().len())
     }
 }

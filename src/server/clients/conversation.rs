@@ -4,18 +4,8 @@
 //! have not arrived, or frames that have to wait until earlier replies are sent. It knows no
 //! sockets, so that a fuzzer can play the network.
 
+use crate::server::flow::Flow;
 use crate::wire::frame::{self, Frame, Header, Kind, Split};
-
-/// What is to happen after a frame was worked on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flow {
-    /// The next frame.
-    Continue,
-    /// Nothing more for now: the frames that follow wait.
-    Pause,
-    /// The end of the connection, once what was appended to the output has been sent.
-    Close,
-}
 
 /// What is left to do after bytes were taken in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +14,8 @@ pub enum Taken {
     All,
     /// Frames may be waiting: take in nothing new before they were worked on.
     Paused,
+    /// The same, and the first of them is one that could not be worked on yet.
+    Again,
     /// The connection ends.
     Close,
 }
@@ -42,7 +34,7 @@ pub struct Conversation {
 }
 
 /// The parts of a [`Conversation`], to be passed on to the next image of the process.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
     /// Bytes that were read and not worked on.
     pub bytes: Vec<u8>,
@@ -148,8 +140,8 @@ impl Conversation {
         work: &mut impl FnMut(Header, &[u8]) -> Flow,
     ) -> (&'a [u8], Taken) {
         loop {
-            let (header, arguments, length) = match self.next_call(stream, longest) {
-                Next::Frame(header, arguments, length) => (header, arguments, length),
+            let (header, arguments, length, whole) = match self.next_call(stream, longest) {
+                Next::Frame(header, arguments, length, whole) => (header, arguments, length, whole),
                 Next::Incomplete { keep } => {
                     // Only the beginning of one frame is left: a descriptor that came with it was
                     // not due, and its byte is like any other.
@@ -158,11 +150,17 @@ impl Conversation {
                 }
                 Next::Invalid => return (&[], Taken::Close),
             };
+            let flow = work(header, arguments);
+            if flow == Flow::Again {
+                // Its descriptors have arrived and are counted; the byte of the last one is not kept.
+                let end = if length > whole { whole } else { stream.len() };
+                return (stream.get(..end).unwrap_or(stream), Taken::Again);
+            }
             stream = stream.get(length..).unwrap_or_default();
             self.arrived = 0;
-            match work(header, arguments) {
+            match flow {
                 Flow::Continue => (),
-                Flow::Pause => return (stream, Taken::Paused),
+                Flow::Pause | Flow::Again => return (stream, Taken::Paused),
                 Flow::Close => return (&[], Taken::Close),
             }
         }
@@ -179,7 +177,7 @@ impl Conversation {
             Split::Invalid => return Next::Invalid,
         };
         if header.kind != Kind::CallWithDescriptors {
-            return Next::Frame(header, payload, length);
+            return Next::Frame(header, payload, length, length);
         }
         let Some((count, arguments)) = frame::descriptors(payload) else {
             return Next::Invalid;
@@ -194,20 +192,20 @@ impl Conversation {
             self.descriptors_at_end = false;
             self.arrived = self.arrived.saturating_add(1);
             if self.arrived == count {
-                return Next::Frame(header, arguments, rest.len());
+                return Next::Frame(header, arguments, rest.len(), length);
             }
         }
         if self.arrived < count {
             // The descriptors' bytes are counted, not kept.
             return Next::Incomplete { keep: length };
         }
-        Next::Frame(header, arguments, length)
+        Next::Frame(header, arguments, length, length)
     }
 }
 
 enum Next<'a> {
-    /// A frame that can be worked on: header, arguments, bytes of the stream it took.
-    Frame(Header, &'a [u8], usize),
+    /// A frame that can be worked on: header, arguments, bytes of the stream it took, its own bytes.
+    Frame(Header, &'a [u8], usize, usize),
     /// More must come after these bytes.
     Incomplete { keep: usize },
     /// The connection ends.

@@ -3,8 +3,9 @@
 use std::fmt::Display;
 
 use crate::host::errno::Errno;
-use crate::server::connection::Service;
-use crate::server::daemon::Daemon;
+
+use crate::custody::Custody;
+use crate::custody::servers::{Server, Service};
 use crate::wire::admin::{Answer, Parameter, Value};
 use crate::wire::error::{Code, Domain, Error};
 
@@ -17,8 +18,8 @@ const MOST_PRIORITY_WORKERS: u32 = 32_000;
 /// The numbers of a server's thread pool, which has no thread: every call is carried out in the
 /// daemon's only thread, at once. They are kept because they can be set and are shown, and because
 /// the C daemon keeps them over a restart.
-pub fn workers(daemon: &Daemon, service: Service) -> Answer<'static> {
-    let [minimum, maximum, priority] = daemon.clients(service).workers;
+pub fn workers(custody: &Custody, service: Service) -> Answer<'static> {
+    let [minimum, maximum, priority] = custody.state().server(service).workers;
     Answer::Parameters(vec![
         Parameter::uint("minWorkers", minimum),
         Parameter::uint("maxWorkers", maximum),
@@ -31,14 +32,14 @@ pub fn workers(daemon: &Daemon, service: Service) -> Answer<'static> {
 
 /// Sets numbers of a server's thread pool.
 pub fn set_workers(
-    daemon: &mut Daemon,
+    custody: &mut Custody,
     service: Service,
     parameters: &[Parameter<'_>],
     caller: &str,
 ) -> Result<(), Error> {
     let new = settings(parameters, ["minWorkers", "maxWorkers", "prioWorkers"])?;
-    let workers = &mut daemon.clients_mut(service).workers;
-    let [old_minimum, old_maximum, old_priority] = *workers;
+    let server = *custody.state().server(service);
+    let [old_minimum, old_maximum, old_priority] = server.workers;
     let [minimum, maximum, priority] = new;
     let minimum = minimum.unwrap_or(old_minimum);
     let maximum = maximum.unwrap_or(old_maximum);
@@ -54,8 +55,8 @@ pub fn set_workers(
         let what = b"Failed to create thread";
         return Err(Error::system(Domain::None, what, Errno::EAGAIN));
     }
-    *workers = [minimum, maximum, priority];
-    daemon.note_server(service);
+    let workers = [minimum, maximum, priority];
+    custody.set_server(service, Server { workers, ..server });
     tracing::info!(
         target: "admin.admin_server",
         "The {} server shows {minimum} to {maximum} workers and {priority} priority workers from \
@@ -65,43 +66,46 @@ pub fn set_workers(
 }
 
 /// How many clients a server has, and may have.
-pub fn client_limits(daemon: &Daemon, service: Service) -> Answer<'static> {
-    let clients = daemon.clients(service);
-    let count = u32::try_from(clients.by_id.len()).unwrap_or(u32::MAX);
+pub fn client_limits(custody: &Custody, service: Service) -> Answer<'static> {
+    let state = custody.state();
+    let server = state.server(service);
+    let count = u32::try_from(state.served(service).len()).unwrap_or(u32::MAX);
     Answer::Parameters(vec![
-        Parameter::uint("nclients_max", clients.limit),
+        Parameter::uint("nclients_max", server.limit),
         Parameter::uint("nclients", count),
-        Parameter::uint("nclients_unauth_max", clients.unauthenticated_limit),
+        Parameter::uint("nclients_unauth_max", server.unauthenticated_limit),
         Parameter::uint("nclients_unauth", 0),
     ])
 }
 
-/// Sets how many clients a server may have. Clients that were waiting are let in at once if there
-/// is room for them now; a limit below the number of clients closes none of them.
+/// Sets how many clients a server may have. Whoever calls this lets in those that were waiting
+/// if there is room for them now; a limit below the number of clients closes none of them.
 pub fn set_client_limits(
-    daemon: &mut Daemon,
+    custody: &mut Custody,
     service: Service,
     parameters: &[Parameter<'_>],
     caller: &str,
 ) -> Result<(), Error> {
     let [limit, unauthenticated] = settings(parameters, ["nclients_max", "nclients_unauth_max"])?;
-    let clients = daemon.clients_mut(service);
-    let limit = limit.unwrap_or(clients.limit);
-    let unauthenticated = unauthenticated.unwrap_or(clients.unauthenticated_limit);
+    let server = *custody.state().server(service);
+    let limit = limit.unwrap_or(server.limit);
+    let unauthenticated = unauthenticated.unwrap_or(server.unauthenticated_limit);
     if limit < unauthenticated {
         let detail = "The overall maximum number of clients must not be less than the number of \
                       clients waiting for authentication";
         return Err(Error::new(Code::InvalidArgument, Domain::Rpc, detail));
     }
-    clients.limit = limit;
-    clients.unauthenticated_limit = unauthenticated;
-    daemon.note_server(service);
+    let server = Server {
+        limit,
+        unauthenticated_limit: unauthenticated,
+        ..server
+    };
+    custody.set_server(service, server);
     tracing::info!(
         target: "admin.admin_server",
         "The {} server takes up to {limit} clients from now on: {caller} asked for it",
         service.name()
     );
-    daemon.admit_waiting(service);
     Ok(())
 }
 

@@ -1,0 +1,458 @@
+//! The ledger: every change of lasting state, as one small event in a memory file.
+//!
+//! An event is appended before the reply that depends on it goes out, so at any moment the file
+//! says all that whoever goes on must know; replaying it gives the [`State`]. When it has grown to a
+//! multiple of the live state it is written anew: beside the events that count, in the same file, whose
+//! descriptor stays the same for its life; then one word says that the new ones count. Whatever
+//! interrupts that, one of the two is whole. This module is the only one that knows the encoding
+//! (bincode through serde); the fixtures under `tests/ledgers/` must load for ever.
+//!
+//! Layout, integers little-endian:
+//!
+//! ```text
+//! 0   8 bytes  "VLKLEDGR"
+//! 8   u32      format version
+//! 12  u32      0 while events are appended, 1 when it was closed for a handover
+//! 16  u64      which extent counts, 0 or 1
+//! 24  u64      checksum of the events, when closed
+//! 32  u64 u64  extent 0: where its events begin, and how many bytes they are
+//! 48  u64 u64  extent 1
+//! 64  ..       events
+//! ```
+//!
+//! Before format 3 there was one extent: the bytes of events stood at 16, and they began at 32.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+use crate::host::errno::Errno;
+use bincode::error::EncodeError;
+
+use super::descriptor::Saved;
+use super::event::Event;
+use super::state::{Numbers, State};
+use crate::host::memory::{self, Memory};
+use crate::host::refusal::Refusal;
+
+/// The version of the format that this program writes. It reads this one and all before. The second
+/// one had the poll in it; the third has two extents, and tells owners of one process apart.
+pub const VERSION: u32 = 3;
+
+const MAGIC: &[u8; 8] = b"VLKLEDGR";
+const HEADER: usize = 64;
+/// The header before format 3.
+const OLD_HEADER: usize = 32;
+const VERSION_AT: usize = 8;
+const WHICH_AT: usize = 16;
+const CHECKSUM_AT: usize = 24;
+const EXTENTS_AT: usize = 32;
+/// The file grows by this much at a time, bytes.
+const STEP: usize = 64 * 1024;
+/// It is written anew when it has grown to this multiple of its size when it was last.
+const GROWTH: usize = 4;
+/// [`STEP`], as a size.
+const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
+    Some(size) => size,
+    None => NonZeroUsize::MIN,
+};
+/// The first format that tells the domains of a process apart.
+const FIRST_WITH_DOMAINS: u32 = 3;
+const WORD: usize = size_of::<u64>();
+
+/// Why a ledger cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unreadable {
+    /// It is no ledger.
+    NotALedger,
+    /// It was written by a later program.
+    Version(u32),
+    /// It is shorter than it says, or its content is not what was written.
+    Damaged(String),
+    /// The kernel did not give it to us.
+    System(Errno),
+}
+
+impl std::fmt::Display for Unreadable {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Unreadable::NotALedger => write!(formatter, "it is not a ledger of this program"),
+            Unreadable::Version(version) => write!(
+                formatter,
+                "its format {version} is newer than {VERSION}, the last that this program knows"
+            ),
+            Unreadable::Damaged(how) => write!(formatter, "it is damaged: {how}"),
+            Unreadable::System(errno) => {
+                write!(
+                    formatter,
+                    "it cannot be read: {}",
+                    crate::host::errno::text(*errno)
+                )
+            }
+        }
+    }
+}
+
+/// The limit of one event when it is read, bytes: bincode takes a length's word for it and asks for
+/// as much memory. The longest event holds what a client sent and what it has not read, of which
+/// the server keeps less than half as much.
+const LONGEST_EVENT: usize = 128 * 1024 * 1024;
+
+fn configuration() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<LONGEST_EVENT>()
+}
+
+/// Writes an event to the front of `place`, and says how many bytes that took. In one piece: every
+/// granted lock pays for it.
+fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
+    bincode::serde::encode_into_slice(event, place, configuration())
+}
+
+/// The ledger of a running daemon.
+#[derive(Debug)]
+pub struct Ledger {
+    memory: Memory,
+    /// Which extent counts.
+    which: usize,
+    /// Where its events are.
+    live: Range<usize>,
+    /// Bytes of events when it was last written anew.
+    compact: usize,
+    /// An event that could not be refused is missing: nothing is true until it is written anew.
+    is_stale: bool,
+}
+
+impl Ledger {
+    /// A ledger without events. Where the host refuses a memory file it is in this process's own
+    /// memory, and cannot be passed on: see [`Ledger::descriptor`].
+    pub fn new() -> Result<Ledger, Errno> {
+        Memory::new(FIRST_SIZE).map(Ledger::in_memory)
+    }
+
+    /// A ledger without events in this process's own memory.
+    pub fn private(refusal: Refusal) -> Result<Ledger, Errno> {
+        Memory::private(FIRST_SIZE, refusal).map(Ledger::in_memory)
+    }
+
+    /// Whether a ledger that can be passed on may be made here, and may grow.
+    pub fn try_out() -> Result<(), Refusal> {
+        let mut ledger = Ledger::new().map_err(Refusal::of("there is no memory for a ledger"))?;
+        let grown = ledger.grow();
+        grown.map_err(Refusal::of("there is no memory for a ledger that grows"))?;
+        ledger.descriptor().map(drop)
+    }
+
+    fn in_memory(memory: Memory) -> Ledger {
+        let mut ledger = Ledger {
+            memory,
+            which: 0,
+            live: HEADER..HEADER,
+            compact: 0,
+            is_stale: false,
+        };
+        let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
+        if let Some(place) = ledger.memory.bytes_mut().get_mut(..head.len()) {
+            place.copy_from_slice(&head);
+        }
+        ledger.write_extent(0, HEADER..HEADER);
+        ledger
+    }
+
+    /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
+    /// earlier format is written anew, in a file of its own, once the state is known to be adopted.
+    pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
+        let memory = Memory::adopt(descriptor).map_err(Unreadable::System)?;
+        let found = find(memory.bytes())?;
+        let state = read(memory.bytes(), &found)?;
+        if found.version < VERSION {
+            return Ok((state, None));
+        }
+        let mut ledger = Ledger {
+            memory,
+            which: found.which,
+            compact: found.events.len(),
+            live: found.events,
+            is_stale: false,
+        };
+        ledger.reopen();
+        Ok((state, Some(ledger)))
+    }
+
+    /// Appends an event. If that fails nothing was appended, and what the event says must not
+    /// happen.
+    pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
+        if self.is_stale {
+            return Err(Errno::ENOMEM);
+        }
+        let written = self.write(self.live.end, event)?;
+        self.live.end = self.live.end.saturating_add(written);
+        // The event first, then the word that makes it count.
+        self.write_length(self.which, self.live.len());
+        Ok(())
+    }
+
+    /// Writes an event at a place behind which nothing counts; how many bytes it took.
+    fn write(&mut self, at: usize, event: &Event<'_>) -> Result<usize, Errno> {
+        loop {
+            let rest = self.memory.bytes_mut().get_mut(at..).unwrap_or_default();
+            match encode(event, rest) {
+                Ok(written) => return Ok(written),
+                Err(EncodeError::UnexpectedEnd) => self.grow()?,
+                Err(_) => return Err(Errno::EINVAL),
+            }
+        }
+    }
+
+    /// Writes it anew, to say these events and nothing else. If that fails it stays as it is.
+    ///
+    /// Nobody else may be reading it: what counted before is given back.
+    pub fn rewrite<'a>(
+        &mut self,
+        events: impl Iterator<Item = Event<'a>> + Clone,
+    ) -> Result<(), Errno> {
+        let fresh = match self.write_before(events.clone())? {
+            Some(fresh) => fresh,
+            None => self.write_behind(events)?,
+        };
+        let other = usize::from(self.which == 0);
+        self.write_extent(other, fresh.clone());
+        // From this word on the new events count.
+        self.memory.store(WHICH_AT, other as u64);
+        self.which = other;
+        self.compact = fresh.len();
+        self.live = fresh;
+        self.is_stale = false;
+        self.give_back();
+        Ok(())
+    }
+
+    /// In front of what counts, if they fit there.
+    fn write_before<'a>(
+        &mut self,
+        events: impl Iterator<Item = Event<'a>>,
+    ) -> Result<Option<Range<usize>>, Errno> {
+        let room = HEADER..self.live.start;
+        if room.len() < self.compact {
+            return Ok(None);
+        }
+        // It may have been given back, and a page that cannot be had is a signal, not an error.
+        self.memory.fill(room.clone())?;
+        let mut end = room.start;
+        for event in events {
+            let place = self.memory.bytes_mut().get_mut(end..room.end);
+            match encode(&event, place.unwrap_or_default()) {
+                Ok(written) => end = end.saturating_add(written),
+                Err(EncodeError::UnexpectedEnd) => return Ok(None),
+                Err(_) => return Err(Errno::EINVAL),
+            }
+        }
+        Ok(Some(room.start..end))
+    }
+
+    fn write_behind<'a>(
+        &mut self,
+        events: impl Iterator<Item = Event<'a>>,
+    ) -> Result<Range<usize>, Errno> {
+        let start = self.live.end.next_multiple_of(WORD);
+        let mut end = start;
+        for event in events {
+            end = end.saturating_add(self.write(end, &event)?);
+        }
+        Ok(start..end)
+    }
+
+    /// Gives back the memory that does not count any more. What cannot be given back is kept.
+    fn give_back(&mut self) {
+        let _ = self.memory.empty(HEADER..self.live.start);
+        let enough = self.live.end.next_multiple_of(STEP);
+        if let Some(size) = NonZeroUsize::new(enough)
+            && size.get() < self.memory.bytes().len()
+        {
+            let _ = self.memory.shrink(size);
+        }
+    }
+
+    /// It lacks something that could not be written: it is to be written anew before anything more is
+    /// granted.
+    pub fn lose(&mut self) {
+        self.is_stale = true;
+    }
+
+    /// Whether it should be written anew.
+    pub fn wants_compaction(&self) -> bool {
+        self.is_stale || self.live.len() > self.compact.saturating_mul(GROWTH).max(STEP)
+    }
+
+    /// Whether an event is missing.
+    pub fn is_stale(&self) -> bool {
+        self.is_stale
+    }
+
+    /// Puts off the next compaction after one that failed: until the ledger has grown as much again.
+    pub fn put_off_compaction(&mut self) {
+        self.compact = self.live.len();
+    }
+
+    fn grow(&mut self) -> Result<(), Errno> {
+        let size = self.memory.bytes().len();
+        // Large ledgers grow in larger steps, so that writing one anew does not crawl.
+        let step = (size / 4).next_multiple_of(STEP).max(STEP);
+        let size = size
+            .checked_add(step)
+            .and_then(NonZeroUsize::new)
+            .ok_or(Errno::EFBIG)?;
+        let could = self.descriptor().is_ok();
+        self.memory.grow(size)?;
+        if could && let Err(refusal) = self.descriptor() {
+            tracing::error!(
+                "{refusal}. The daemon goes on without a ledger that could be passed on: SIGUSR1 is \
+                 refused, unless it is for libvirt's own daemon, as long as the host refuses this"
+            );
+        }
+        Ok(())
+    }
+
+    fn write_extent(&mut self, which: usize, events: Range<usize>) {
+        self.memory.store(extent_at(which), events.start as u64);
+        self.write_length(which, events.len());
+    }
+
+    fn write_length(&mut self, which: usize, length: usize) {
+        self.memory
+            .store(extent_at(which).saturating_add(WORD), length as u64);
+    }
+
+    /// Closes it for a handover: from now on a change of any byte is noticed.
+    pub fn close(&mut self) {
+        let sum = checksum(self.events());
+        self.memory.store(CHECKSUM_AT, sum);
+        self.write_version(1);
+    }
+
+    /// Goes on with one that was closed.
+    pub fn reopen(&mut self) {
+        self.write_version(0);
+        self.memory.store(CHECKSUM_AT, 0);
+    }
+
+    fn write_version(&mut self, is_closed: u32) {
+        let word = u64::from(VERSION) | u64::from(is_closed) << 32;
+        self.memory.store(VERSION_AT, word);
+    }
+
+    fn events(&self) -> &[u8] {
+        let bytes = self.memory.bytes();
+        bytes.get(self.live.clone()).unwrap_or_default()
+    }
+
+    /// The memory file; what the host refused, if there is none: then it cannot be passed on.
+    pub fn descriptor(&self) -> Result<&OwnedFd, Refusal> {
+        self.memory.descriptor()
+    }
+
+    /// How much memory it takes, bytes.
+    pub fn size(&self) -> usize {
+        self.memory.bytes().len().saturating_sub(self.live.start)
+    }
+
+    /// What it says so far.
+    pub fn replay(&self) -> Result<State<Saved>, Unreadable> {
+        replay(self.memory.bytes())
+    }
+
+    /// The file as it would be read.
+    pub fn content(&self) -> &[u8] {
+        self.memory.bytes().get(..self.live.end).unwrap_or_default()
+    }
+}
+
+fn extent_at(which: usize) -> usize {
+    EXTENTS_AT.saturating_add(which.saturating_mul(2 * WORD))
+}
+
+/// FNV-1a over words of eight bytes: notices what is cut off or mixed up, and is quick.
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut sum = 0xcbf2_9ce4_8422_2325u64;
+    let mut mix = |word: u64| sum = (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+    let (words, rest) = bytes.as_chunks::<8>();
+    words.iter().for_each(|word| mix(u64::from_le_bytes(*word)));
+    rest.iter().for_each(|byte| mix(u64::from(*byte)));
+    sum
+}
+
+/// What a ledger's header says.
+struct Found {
+    version: u32,
+    which: usize,
+    events: Range<usize>,
+}
+
+fn find(content: &[u8]) -> Result<Found, Unreadable> {
+    let word = |at: usize| {
+        let bytes = content.get(at..).and_then(|rest| rest.first_chunk::<8>());
+        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    };
+    if !content.starts_with(MAGIC) || content.len() < OLD_HEADER {
+        return Err(Unreadable::NotALedger);
+    }
+    let version = (word(VERSION_AT) & 0xffff_ffff) as u32;
+    let is_closed = word(VERSION_AT) >> 32 != 0;
+    let (which, start, length) = match version {
+        1 | 2 => (0, OLD_HEADER as u64, word(16)),
+        VERSION => {
+            let which = match word(WHICH_AT) {
+                0 => 0,
+                1 => 1,
+                _ => return Err(Unreadable::Damaged("it says nothing that counts".into())),
+            };
+            let at = extent_at(which);
+            (which, word(at), word(at.saturating_add(WORD)))
+        }
+        other => return Err(Unreadable::Version(other)),
+    };
+    let place = |word: u64| usize::try_from(word).unwrap_or(usize::MAX);
+    let events = place(start)..place(start).saturating_add(place(length));
+    let Some(bytes) = content.get(events.clone()) else {
+        return Err(Unreadable::Damaged("it is cut short".into()));
+    };
+    if version == VERSION && events.start < HEADER {
+        return Err(Unreadable::Damaged("its events are in its header".into()));
+    }
+    if is_closed && checksum(bytes) != word(CHECKSUM_AT) {
+        return Err(Unreadable::Damaged("its checksum does not fit".into()));
+    }
+    Ok(Found {
+        version,
+        which,
+        events,
+    })
+}
+
+/// Reads the ledger in a memory file.
+pub fn load(descriptor: &OwnedFd) -> Result<State<Saved>, Unreadable> {
+    replay(&memory::read(descriptor).map_err(Unreadable::System)?)
+}
+
+/// Reads a ledger from its bytes.
+pub fn replay(content: &[u8]) -> Result<State<Saved>, Unreadable> {
+    read(content, &find(content)?)
+}
+
+fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
+    let mut events = content.get(found.events.clone()).unwrap_or_default();
+    let mut state = State::default();
+    let mut numbers = Numbers::default();
+    state.reserve(events.len());
+    while !events.is_empty() {
+        let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
+            .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
+        state
+            .apply(event, &mut numbers)
+            .map_err(Unreadable::Damaged)?;
+        events = events.get(used.max(1)..).unwrap_or_default();
+    }
+    if found.version < FIRST_WITH_DOMAINS {
+        state.forget_mixed_domains();
+    }
+    Ok(state)
+}

@@ -1,0 +1,392 @@
+//! The door's part for locks: what the table decides becomes work on files, and what the files say
+//! becomes an event. Nothing above this room opens, locks or removes a file of a resource.
+
+use super::descriptor::Descriptor;
+use super::event::{Event, ResourceName};
+use super::state::Left;
+use super::{Custody, Given, OwnFile};
+use crate::host::errno::{self, Errno};
+use crate::host::file::{FileIdentity, Lockable};
+use crate::host::pid_file;
+use crate::locks::job::{Create, Delete, End, Found};
+use crate::locks::lease::{Acquisition, Lease, LockKind, NotLocked, Refused, Stranger};
+use crate::locks::lockspace::{self, NotMade};
+use crate::locks::place::{Place, Unreachable};
+use crate::locks::table::{Decision, Mode, NotReleased, Owner, Pid, Resource, ResourceId};
+
+/// How many lockspaces there may be: libvirt makes three. They are kept for ever, and each takes the
+/// memory of its path.
+const MOST_LOCKSPACES: usize = 1024;
+
+/// What an acquire did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// A file was locked.
+    Granted,
+    /// One more holding of a shared resource.
+    Joined,
+}
+
+/// What is to be done for an acquire.
+#[derive(Debug)]
+pub enum Decided<'a> {
+    /// Nothing more: the owner has the resource.
+    Done,
+    /// This, on the file; then [`Custody::conclude`].
+    Work(Acquisition<'a>),
+}
+
+/// Why a call on a resource was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such lockspace.
+    NoLockspace,
+    /// The resource is held.
+    Held(ResourceId),
+    /// The file is held as this other resource.
+    HeldAs(ResourceId),
+    /// The file is the daemon's own pid file.
+    Own,
+    /// Somebody else than this daemon has a lock on the file.
+    Taken(Stranger),
+    /// Again and again another file had the name before it was locked.
+    Unsteady,
+    /// The name leaves the lockspace's directory.
+    Leaves,
+    /// Files of the default lockspace are disks: they are not deleted.
+    DefaultLockspace,
+    /// The file could not be opened, made or removed.
+    File(Errno),
+    /// The file could not be locked.
+    Lock(Errno),
+    /// The lock could not be written down. What is not would be lost in an upgrade.
+    Unrecorded(Errno),
+}
+
+impl From<Unreachable> for Refusal {
+    fn from(reason: Unreachable) -> Refusal {
+        match reason {
+            Unreachable::Leaves => Refusal::Leaves,
+            Unreachable::System(errno) => Refusal::File(errno),
+        }
+    }
+}
+
+impl Custody {
+    /// Makes a lockspace and, if it is missing, its directory.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+        if self.state.lockspaces().count() >= MOST_LOCKSPACES {
+            return Err(NotMade::TooMany);
+        }
+        lockspace::make_directory(directory)?;
+        self.record(Event::Lockspace(directory), Given::default());
+        Ok(())
+    }
+
+    /// An acquire in an unknown lockspace opens it: libvirt makes its lockspaces only once, when
+    /// libvirtd starts, and a daemon that started later must serve it all the same. Whether it is opened
+    /// just now.
+    pub fn open_lockspace(&mut self, directory: &[u8]) -> bool {
+        let may_be = !self.state.has_lockspace(directory)
+            && self.state.lockspaces().count() < MOST_LOCKSPACES
+            && lockspace::is_directory(directory);
+        if may_be {
+            self.record(Event::Lockspace(directory), Given::default());
+        }
+        may_be
+    }
+
+    /// May an owner have a resource?
+    ///
+    /// # Errors
+    /// Why it may not.
+    pub fn decide<'a>(
+        &'a mut self,
+        owner: &Owner,
+        place: Place<'a>,
+        mode: Mode,
+        autocreate: bool,
+    ) -> Result<Decided<'a>, Refusal> {
+        if !self.state.has_lockspace(place.lockspace) {
+            return Err(Refusal::NoLockspace);
+        }
+        match self.state.table.decide(place.lockspace, place.name, mode) {
+            Decision::Busy(id) => Err(Refusal::Held(id)),
+            Decision::Join(_) => {
+                let mut given = Given::of_owner(owner);
+                self.commit(Event::Joined(owner.into(), name_of(place)), &mut given)
+                    .map_err(Refusal::Unrecorded)?;
+                Ok(Decided::Done)
+            }
+            Decision::Open => Ok(Decided::Work(Acquisition {
+                place,
+                mode,
+                autocreate,
+                avoid: self.state.avoid(),
+            })),
+        }
+    }
+
+    /// An acquisition was run: its owner has the resource, or it is undone.
+    ///
+    /// # Errors
+    /// Why the owner does not have it.
+    pub fn conclude(
+        &mut self,
+        owner: &Owner,
+        (place, mode, autocreate): (Place<'_>, Mode, bool),
+        done: Result<(Lease<Lockable>, FileIdentity), NotLocked>,
+    ) -> Result<(), Refusal> {
+        let (lease, identity) = match done {
+            Ok(locked) => locked,
+            Err(refused) => {
+                self.keep_own_file(refused);
+                return Err(self.refusal(refused));
+            }
+        };
+        // Another name of a held file, which was locked because both are shared, or because they are two
+        // nodes of one block device.
+        if let Some(refusal) = self.held_as(identity) {
+            self.undo(lease, place, identity, mode);
+            return Err(refusal);
+        }
+        let event = Event::Granted {
+            owner: owner.into(),
+            resource: name_of(place),
+            descriptor: lease.descriptor.number(),
+            identity,
+            mode,
+            autocreate,
+            created: lease.created,
+            kind: (&lease.kind).into(),
+        };
+        let mut given = Given::of_owner(owner);
+        let created = lease.created;
+        given.file = Some(lease.descriptor);
+        match self.commit(event, &mut given) {
+            Ok(_) => Ok(()),
+            Err(errno) => {
+                if let Some(descriptor) = given.file {
+                    let lease = Lease {
+                        descriptor,
+                        kind: LockKind::OpenFile,
+                        created,
+                    };
+                    self.undo(lease, place, identity, mode);
+                }
+                Err(Refusal::Unrecorded(errno))
+            }
+        }
+    }
+
+    /// A lock that was had is given back, and with it the file if it was made for it.
+    fn undo(&self, lease: Lease, place: Place<'_>, identity: FileIdentity, mode: Mode) {
+        let removes = lease.created.then_some(mode);
+        End {
+            place,
+            identity,
+            removes,
+        }
+        .run(lease);
+    }
+
+    /// Takes a resource for an owner, and does the work on the file at once.
+    ///
+    /// # Errors
+    /// Why the owner does not have it.
+    pub fn acquire(
+        &mut self,
+        owner: &Owner,
+        place: Place<'_>,
+        mode: Mode,
+        autocreate: bool,
+    ) -> Result<Acquired, Refusal> {
+        let done = match self.decide(owner, place, mode, autocreate)? {
+            Decided::Done => return Ok(Acquired::Joined),
+            Decided::Work(acquisition) => acquisition.run(),
+        };
+        self.conclude(owner, (place, mode, autocreate), done)?;
+        Ok(Acquired::Granted)
+    }
+
+    /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
+    fn keep_own_file(&mut self, refused: NotLocked) {
+        let Some(OwnFile {
+            identity,
+            descriptor,
+        }) = self.own_file
+        else {
+            return;
+        };
+        if refused.identity != Some(identity) || refused.reason == Refused::Avoided {
+            return;
+        }
+        self.state.avoid.push(identity);
+        if let Err(errno) = pid_file::lock_again(descriptor) {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The lock of the pid file was lost to another process: {}. Stop that one: a second \
+                 daemon must not run",
+                errno::text(errno)
+            );
+        }
+    }
+
+    fn refusal(&self, refused: NotLocked) -> Refusal {
+        let held_as = refused.identity.and_then(|identity| self.held_as(identity));
+        match refused.reason {
+            Refused::Taken(stranger) => held_as.unwrap_or(Refusal::Taken(stranger)),
+            Refused::Avoided => held_as.unwrap_or(Refusal::Unsteady),
+            Refused::Unsteady => Refusal::Unsteady,
+            Refused::Leaves => Refusal::Leaves,
+            Refused::Open(errno) => Refusal::File(errno),
+            Refused::Lock(errno) => Refusal::Lock(errno),
+        }
+    }
+
+    /// The refusal of a file that is held under another name here, or is the daemon's own.
+    fn held_as(&self, identity: FileIdentity) -> Option<Refusal> {
+        let is_own = || self.own_file.is_some_and(|own| own.identity == identity);
+        match self.state.table().find_file(identity) {
+            Some(id) => Some(Refusal::HeldAs(id)),
+            None => is_own().then_some(Refusal::Own),
+        }
+    }
+
+    /// Gives back one holding of an owner. When this returns, the kernel has let go of what nobody
+    /// holds any more.
+    ///
+    /// # Errors
+    /// Why there is nothing to give back.
+    pub fn release(&mut self, place: Place<'_>, owner: &Owner) -> Result<(), NotReleased> {
+        let table = &mut self.state.table;
+        table.may_release(place.lockspace, place.name, owner.key())?;
+        let event = Event::ReleasedBy(owner.pid, owner.uuid, name_of(place));
+        if let Left::Resource(resource) = self.record(event, Given::default()) {
+            self.end(*resource);
+        }
+        Ok(())
+    }
+
+    /// The kernel lets go of a resource that nobody holds any more.
+    fn end(&mut self, resource: Resource<Lease>) {
+        if let Some(resource) = self.park(resource) {
+            let end = End::of(&resource);
+            let (lease, name) = resource.into_lease();
+            end.at(&name).run(lease);
+        }
+    }
+
+    /// The same file is held under another name with a POSIX lock, which would go with the resource's,
+    /// and with any descriptor of the file that is closed: its descriptors are kept with the other name.
+    /// The resource comes back if it is not so.
+    fn park(&mut self, resource: Resource<Lease>) -> Option<Resource<Lease>> {
+        let Some(theirs) = self.state.process_lock_on(resource.identity) else {
+            return Some(resource);
+        };
+        let Some((lockspace, name)) = self.state.table().get(theirs).map(|held| {
+            let (lockspace, name) = (held.lockspace(), held.name());
+            (lockspace.to_vec(), name.to_vec())
+        }) else {
+            return Some(resource);
+        };
+        let (lease, _) = resource.into_lease();
+        for descriptor in lease.park() {
+            let name = ResourceName {
+                lockspace: &lockspace,
+                name: &name,
+            };
+            let event = Event::Parked(name, descriptor.number());
+            let given = Given {
+                file: Some(descriptor),
+                ..Given::default()
+            };
+            self.record(event, given);
+        }
+        None
+    }
+
+    /// A process is dead: nobody holds any more what it held, for whichever domains. How many files are
+    /// to be freed, which [`Custody::free_some`] does.
+    pub fn owner_died(&mut self, pid: Pid) -> usize {
+        if !self.state.table().holds(pid) {
+            return 0;
+        }
+        let before = self.state.left_count();
+        self.record(Event::Died(pid), Given::default());
+        self.state.left_count().saturating_sub(before)
+    }
+
+    /// Frees so many of the files that dead owners left, at most.
+    pub fn free_some(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(resource) = self.state.next_left_mut() else {
+                return;
+            };
+            // The kernel first: as long as it has the lock, the ledger has it. Where another name of the
+            // file has a POSIX lock, nothing is closed.
+            let number = resource.lease.descriptor.number();
+            let identity = resource.identity;
+            if self.state.process_lock_on(identity).is_none()
+                && let Some(resource) = self.state.next_left_mut()
+            {
+                let end = End::of(resource);
+                end.let_go(resource);
+            }
+            if let Left::Resource(resource) = self.record(Event::Freed(number), Given::default()) {
+                self.park(*resource);
+            }
+        }
+    }
+
+    /// Makes the file of a resource, if it is missing.
+    ///
+    /// # Errors
+    /// Why it is not there.
+    pub fn create(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        self.known_and_free(place)?;
+        Ok(Create { place }.run()?)
+    }
+
+    /// Removes the file of a resource, in a directory lockspace and while nobody holds it under
+    /// any name. One that is not there is fine.
+    ///
+    /// # Errors
+    /// Why it is still there.
+    pub fn delete(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        self.known_and_free(place)?;
+        if place.is_default() {
+            return Err(Refusal::DefaultLockspace);
+        }
+        let delete = Delete { place };
+        match delete.find()? {
+            Found::File(identity) => {
+                if let Some(refusal) = self.held_as(identity) {
+                    return Err(refusal);
+                }
+            }
+            Found::NameAlone => (),
+        }
+        Ok(delete.run()?)
+    }
+
+    fn known_and_free(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        if !self.state.has_lockspace(place.lockspace) {
+            return Err(Refusal::NoLockspace);
+        }
+        match self.state.table.find(place.lockspace, place.name) {
+            Some(id) => Err(Refusal::Held(id)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn name_of(place: Place<'_>) -> ResourceName<'_> {
+    ResourceName {
+        lockspace: place.lockspace,
+        name: place.name,
+    }
+}

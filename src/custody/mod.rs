@@ -1,0 +1,470 @@
+//! All that lasts, and the door to it.
+//!
+//! [`Custody`] owns the [`State`] and the [`Ledger`]. Every change is one method here, which writes it
+//! down and makes it; nothing else can do one without the other, because nothing else gets hold of
+//! either. An event is written first and then applied. Where the kernel comes first (a file was
+//! locked), an event that cannot be written undoes it. What has happened and cannot be refused is applied
+//! in any case, and a ledger that could not take it is written anew before anything more is granted.
+#![forbid(unsafe_code)]
+
+pub mod adopt;
+pub mod clients;
+pub mod descriptor;
+pub mod event;
+pub mod fences;
+pub mod ledger;
+pub mod locking;
+pub mod own_connections;
+pub mod roll;
+pub mod servers;
+pub mod settings;
+pub mod state;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+use crate::host::errno::Errno;
+
+use self::clients::{Arrival, Client, ClientId, Traffic};
+use self::descriptor::{Descriptor, Number, Open};
+use self::event::{Event, OwnerRecord};
+use self::fences::{Fence, Stage, Watched};
+use self::ledger::Ledger;
+use self::servers::{Listening, Server, Service};
+use self::settings::{LogSettings, Settings};
+use self::state::{Left, Source, State};
+use crate::host::clock::Moment;
+use crate::host::file::{FileIdentity, Lockable};
+use crate::host::refusal::Refusal;
+use crate::locks::table::{Owner, Pid};
+
+/// What a connection or a lock usually takes of the ledger at most, bytes.
+const LEDGER_ENTRY: usize = 512;
+/// A ledger up to this size is no waste, bytes.
+const SMALL_LEDGER: usize = 256 * 1024;
+
+/// All that lasts.
+#[derive(Debug)]
+pub struct Custody {
+    state: State<Open>,
+    ledger: Ledger,
+    own_file: Option<OwnFile>,
+    /// What a connection or a lock took of the ledger when it was last found too long, bytes.
+    ledger_entry: usize,
+}
+
+/// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
+#[derive(Clone, Copy, Debug)]
+struct OwnFile {
+    identity: FileIdentity,
+    descriptor: RawFd,
+}
+
+/// What an event of a change takes from whoever makes it.
+#[derive(Default)]
+struct Given<'a> {
+    file: Option<Lockable>,
+    other: Option<OwnedFd>,
+    owner: Option<&'a Owner>,
+}
+
+impl<'a> Given<'a> {
+    fn of_owner(owner: &'a Owner) -> Given<'a> {
+        Given {
+            owner: Some(owner),
+            ..Given::default()
+        }
+    }
+}
+
+impl Source<Open> for Given<'_> {
+    fn file(&mut self, _: Number) -> Result<Lockable, String> {
+        self.file.take().ok_or_else(|| "there is no file".into())
+    }
+
+    fn other(&mut self, _: Number) -> Result<OwnedFd, String> {
+        self.other
+            .take()
+            .ok_or_else(|| "there is no descriptor".into())
+    }
+
+    fn owner(&mut self, record: OwnerRecord<'_>) -> Owner {
+        self.owner.cloned().unwrap_or_else(|| record.to_owner())
+    }
+}
+
+impl Custody {
+    /// Of nothing yet.
+    pub fn new(ledger: Ledger) -> Custody {
+        Custody {
+            state: State::default(),
+            ledger,
+            own_file: None,
+            ledger_entry: 0,
+        }
+    }
+
+    /// Goes on with a state that was taken over, and the ledger that says it. Without one, it is written
+    /// down in the ledger that is there.
+    pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) {
+        self.state = state;
+        match ledger {
+            Some(ledger) => self.ledger = ledger,
+            None => {
+                if self.renew().is_err() {
+                    self.ledger.lose();
+                }
+            }
+        }
+    }
+
+    /// The poll of an earlier image that watches every client by its descriptor, if there is one, to
+    /// go on with it.
+    pub fn take_poll(&mut self) -> Option<Number> {
+        self.state.poll.take()
+    }
+
+    /// To look at.
+    pub fn state(&self) -> &State<Open> {
+        &self.state
+    }
+
+    /// Writes an event down and makes its change. If it cannot be written nothing changes.
+    fn commit(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Result<Left<Open>, Errno> {
+        self.ledger.append(&event)?;
+        Ok(self.apply(event, given))
+    }
+
+    /// Writes down what has happened, or must, and makes its change.
+    fn record(&mut self, event: Event<'_>, mut given: Given<'_>) -> Left<Open> {
+        if self.ledger.append(&event).is_err() {
+            self.ledger.lose();
+        }
+        self.apply(event, &mut given)
+    }
+
+    fn apply(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Left<Open> {
+        match self.state.apply(event, given) {
+            Ok(left) => left,
+            Err(reason) => {
+                debug_assert!(false, "a change that cannot be: {reason}");
+                tracing::error!(
+                    target: "locking.lock_daemon",
+                    "A change of the daemon's state does not fit ({reason}): this is a fault of the \
+                     program; please report it"
+                );
+                self.ledger.lose();
+                Left::Nothing
+            }
+        }
+    }
+
+    // The process and its servers.
+
+    /// The process's own things, but for its log, which is as it was.
+    pub fn set_process(&mut self, settings: Settings) {
+        self.record(Event::Process(Box::new(settings)), Given::default());
+    }
+
+    /// The pid file, to be kept from whoever asks for it as a resource.
+    pub fn set_own_file(&mut self, file: Option<(FileIdentity, RawFd)>) {
+        self.own_file = file.map(|(identity, descriptor)| OwnFile {
+            identity,
+            descriptor,
+        });
+    }
+
+    /// The log has these settings now.
+    pub fn log_changed(&mut self, settings: LogSettings) {
+        self.record(Event::Logging(Box::new(settings)), Given::default());
+    }
+
+    /// After how long without clients and locks the daemon ends, seconds; 0 for never.
+    pub fn set_idle_timeout(&mut self, seconds: u32) {
+        self.record(Event::IdleTimeout(seconds), Given::default());
+    }
+
+    /// A server's numbers.
+    pub fn set_server(&mut self, service: Service, server: Server) {
+        if *self.state.server(service) != server {
+            self.record(Event::Server(service, server), Given::default());
+        }
+    }
+
+    /// One more socket that clients connect to.
+    pub fn listens(&mut self, listening: Listening<OwnedFd>) {
+        let event = Event::Listening(listening.by_number());
+        let given = Given {
+            other: Some(listening.socket),
+            ..Given::default()
+        };
+        self.record(event, given);
+    }
+
+    /// A socket that clients connect to, by its place.
+    pub fn listener(&self, place: usize) -> Option<BorrowedFd<'_>> {
+        let listening = self.state.listeners().get(place)?;
+        Some(listening.socket.as_fd())
+    }
+
+    /// Nobody is let in any more: the sockets, to be removed.
+    pub fn stops_listening(&mut self) -> Vec<Listening<OwnedFd>> {
+        match self.record(Event::Deaf, Given::default()) {
+            Left::Listeners(listeners) => listeners,
+            _ => Vec::new(),
+        }
+    }
+
+    // Clients.
+
+    /// The number for a new connection, which counts also if it is turned away.
+    pub fn take_id(&mut self, service: Service) -> u64 {
+        self.state.take_id(service)
+    }
+
+    /// A client connected.
+    pub fn connected(&mut self, socket: OwnedFd, arrival: Arrival) {
+        let event = Event::Connected(socket.number(), arrival);
+        let given = Given {
+            other: Some(socket),
+            ..Given::default()
+        };
+        self.record(event, given);
+    }
+
+    /// A client made a call, or was let in after it had been refused.
+    pub fn called(&mut self, id: ClientId) {
+        let client = self.state.client(id);
+        if client.is_some_and(|client| !client.has_called || client.is_refused()) {
+            self.record(Event::Called(Number(id.0)), Given::default());
+        }
+    }
+
+    /// A client said for which owner it calls.
+    pub fn registers(&mut self, id: ClientId, owner: &Owner) {
+        let Some(client) = self.state.client(id) else {
+            return;
+        };
+        if client.owner.as_deref() == Some(owner) {
+            return;
+        }
+        let event = Event::Registered(Number(id.0), owner.into());
+        self.record(event, Given::of_owner(owner));
+    }
+
+    /// A client gave up its right to call.
+    pub fn restricts(&mut self, id: ClientId) {
+        self.record(Event::Restricted(Number(id.0)), Given::default());
+    }
+
+    /// A client's connection is over. False if that was known.
+    pub fn leaves(&mut self, id: ClientId) -> bool {
+        let is_news = self
+            .state
+            .client(id)
+            .is_some_and(|client| !client.is_over());
+        if is_news {
+            self.record(Event::Leaving(Number(id.0)), Given::default());
+        }
+        is_news
+    }
+
+    /// A client is cleared away. Whoever gets it closes the socket, and only then can another client
+    /// have its number.
+    pub fn gone(&mut self, id: ClientId) -> Option<Client<OwnedFd>> {
+        self.state.client(id)?;
+        match self.record(Event::Gone(Number(id.0)), Given::default()) {
+            Left::Client(client) => Some(client),
+            _ => None,
+        }
+    }
+
+    /// The bytes of a client that were on their way, to go on with them: passed on once more they would
+    /// be worked on or sent twice.
+    pub fn take_traffic(&mut self, id: ClientId) -> Option<Traffic> {
+        let traffic = self.state.traffic().get(&id)?.clone();
+        self.record(
+            Event::Traffic(Number(id.0), Box::default()),
+            Given::default(),
+        );
+        Some(traffic)
+    }
+
+    // Owners.
+
+    /// An owner is to be fenced: it was sent SIGTERM.
+    pub fn fencing(&mut self, pid: Pid, process: OwnedFd, next_step: Moment) {
+        let event = Event::Fencing(Fence {
+            pid,
+            process: process.number(),
+            stage: Stage::Asked,
+            next_step,
+        });
+        let given = Given {
+            other: Some(process),
+            ..Given::default()
+        };
+        self.record(event, given);
+    }
+
+    /// The fencing of an owner took its next step.
+    pub fn fence_goes_on(&mut self, pid: Pid, stage: Stage, next_step: Moment) {
+        let Some(fence) = self.state.fences().get(&pid) else {
+            return;
+        };
+        let event = Event::Fencing(Fence {
+            stage,
+            next_step,
+            ..fence.by_number()
+        });
+        self.record(event, Given::default());
+    }
+
+    /// An owner need not be fenced any more: its process, if it was being fenced.
+    pub fn fenced(&mut self, pid: Pid) -> Option<OwnedFd> {
+        self.state.fences().get(&pid)?;
+        match self.record(Event::Fenced(pid), Given::default()) {
+            Left::Process(process) => Some(process),
+            _ => None,
+        }
+    }
+
+    /// An owner is to be fenced and its process cannot be reached. False if that was known.
+    pub fn is_out_of_reach(&mut self, pid: Pid) -> bool {
+        let is_news = !self.state.is_unreachable(pid);
+        if is_news {
+            self.record(Event::Unreachable(pid), Given::default());
+        }
+        is_news
+    }
+
+    /// An owner can be reached, or holds nothing any more.
+    pub fn is_within_reach(&mut self, pid: Pid) {
+        if self.state.is_unreachable(pid) {
+            self.record(Event::Reachable(pid), Given::default());
+        }
+    }
+
+    /// An owner holds something without a connection of its own: it is watched through this pidfd, or
+    /// cannot be seen. What it was watched through before is closed.
+    pub fn watches(&mut self, pid: Pid, process: Option<OwnedFd>) {
+        let event = Event::Watched(Watched {
+            pid,
+            process: process.as_ref().map(Descriptor::number),
+        });
+        let given = Given {
+            other: process,
+            ..Given::default()
+        };
+        self.record(event, given);
+    }
+
+    /// An owner is not watched any more: what it was watched through, to be closed.
+    pub fn unwatches(&mut self, pid: Pid) -> Option<Watched<OwnedFd>> {
+        let was = self.state.watched().contains_key(&pid);
+        let left = was.then(|| self.record(Event::Unwatched(pid), Given::default()));
+        match left? {
+            Left::Process(process) => Some(Watched {
+                pid,
+                process: Some(process),
+            }),
+            _ => Some(Watched { pid, process: None }),
+        }
+    }
+
+    // The ledger.
+
+    /// Writes the ledger anew, to have it short. If that fails it stays as it is.
+    ///
+    /// # Errors
+    /// Those of the memory file.
+    pub fn renew(&mut self) -> Result<(), Errno> {
+        self.ledger.rewrite(self.state.entries())
+    }
+
+    /// Whether the ledger has grown too long, or lacks something, and is to be written anew.
+    pub fn wants_renewal(&self) -> bool {
+        self.ledger.wants_compaction()
+    }
+
+    /// Whether the ledger lacks something: nothing is granted until it is written anew.
+    pub fn is_behind(&self) -> bool {
+        self.ledger.is_stale()
+    }
+
+    /// Puts off the next renewal after one that failed, until the ledger has grown as much again.
+    pub fn put_off_renewal(&mut self) {
+        self.ledger.put_off_compaction();
+    }
+
+    /// Gives back the memory of a ledger that is much too long for what it has to say by now. It is not
+    /// written anew again and again where few have much to say.
+    pub fn give_memory_back(&mut self) {
+        let held = self.state.table().len();
+        let entries = self.state.client_count().saturating_add(held);
+        let enough = entries
+            .saturating_mul(self.ledger_entry.saturating_mul(2).max(LEDGER_ENTRY))
+            .max(SMALL_LEDGER);
+        if self.ledger.size() > enough && self.renew().is_ok() {
+            self.ledger_entry = self.ledger.size().checked_div(entries).unwrap_or(0);
+        }
+    }
+
+    /// Closes the ledger for a handover, with the bytes that are on their way and the poll that watches
+    /// the clients. Until then bytes are not written down: they would be worked on or sent once more.
+    ///
+    /// # Errors
+    /// What the host refuses, or what cannot be written: then nobody can take over.
+    pub fn close(
+        &mut self,
+        traffic: impl Iterator<Item = (ClientId, Traffic)>,
+        poll: RawFd,
+    ) -> Result<(), Errno> {
+        if self.ledger.is_stale() {
+            self.renew()?;
+        }
+        for service in Service::ALL {
+            // The numbers of connections that were turned away are in no event.
+            let server = *self.state.server(service);
+            self.commit(Event::Server(service, server), &mut Given::default())?;
+        }
+        debug_assert!(self.is_written_down(), "the ledger does not say what is");
+        for (id, traffic) in traffic {
+            let event = Event::Traffic(Number(id.0), Box::new(traffic));
+            self.commit(event, &mut Given::default())?;
+        }
+        self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
+        self.ledger.close();
+        Ok(())
+    }
+
+    /// Goes on after a handover that failed.
+    pub fn reopen(&mut self) {
+        self.ledger.reopen();
+        self.state.traffic.clear();
+        self.state.poll = None;
+        if self.renew().is_err() {
+            self.ledger.lose();
+        }
+    }
+
+    /// The ledger's descriptor, which is the same for its life; what the host refused, if there is
+    /// none: then it cannot be passed on.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn ledger(&self) -> Result<&OwnedFd, Refusal> {
+        self.ledger.descriptor()
+    }
+
+    /// Whether the ledger, read, says what is.
+    pub fn is_written_down(&self) -> bool {
+        fn said<'a>(entries: impl Iterator<Item = Event<'a>>) -> Vec<String> {
+            let mut said: Vec<String> = entries.map(|event| format!("{event:?}")).collect();
+            said.sort_unstable();
+            said
+        }
+        self.ledger
+            .replay()
+            .is_ok_and(|replayed| said(replayed.entries()) == said(self.state.entries()))
+    }
+}

@@ -1,0 +1,57 @@
+//! What a call may use, borrowed side by side from the reactor for one turn; and what it may ask of the
+//! reactor.
+
+use super::deadlines::Deadlines;
+use super::reserve::Reserve;
+use super::waiting_room::WaitingRoom;
+use crate::custody::Custody;
+use crate::custody::clients::ClientId;
+use crate::custody::servers::Service;
+use crate::host::names::Names;
+use crate::locks::table::Pid;
+use crate::wire::error::Error;
+
+/// What a call may use.
+#[derive(Debug)]
+pub struct Hall<'a> {
+    /// All that lasts.
+    pub custody: &'a mut Custody,
+    /// Clients that there is no room for.
+    pub waiting: &'a mut WaitingRoom,
+    /// What happens when.
+    pub deadlines: &'a mut Deadlines,
+    /// Descriptors for the time when there are no others.
+    pub reserve: &'a Reserve,
+    /// The names of users and groups.
+    pub names: &'a mut Names,
+    /// What is to be done behind the turn.
+    pub orders: &'a mut Vec<Order>,
+}
+
+impl Hall<'_> {
+    /// A client that was refused for want of room makes its first call: may it be served after all?
+    ///
+    /// # Errors
+    /// The answer to the call.
+    pub fn admit(&mut self, id: ClientId, is_known: bool) -> Result<(), Error> {
+        let about = (is_known, self.reserve.can_refuse());
+        self.waiting.admit(id, about, self.custody, self.deadlines)
+    }
+}
+
+/// What a call asks of the reactor, which does it when the turn is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// The daemon ends.
+    Stop,
+    /// This connection ends.
+    End(ClientId),
+    /// There may be room now for clients of this server that wait.
+    LetIn(Service),
+    /// The number of this process may have belonged to another one that is dead: its locks go first.
+    Settle(Pid),
+    /// A lock was granted over a connection that may not be the owner's own.
+    Watch(ClientId),
+    /// This client spoke for another owner before.
+    Spoke(ClientId, (Pid, [u8; 16])),
+}

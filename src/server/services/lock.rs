@@ -1,0 +1,321 @@
+//! The lock program: a decoded call is checked, carried out, and answered with nothing or an error.
+//! The checks come in libvirt's order: flags, then whether the connection is restricted, then whether it
+//! has registered, then what the call itself wants.
+
+use crate::custody::Custody;
+use crate::custody::clients::ClientId;
+use crate::custody::locking::{Decided, Refusal};
+use crate::host::process;
+use crate::locks::holder;
+use crate::locks::lockspace::NotMade;
+use crate::locks::place::Place;
+use crate::locks::table::{Mode, NotReleased, Owner, Pid};
+use crate::log::Printable;
+use crate::server::hall::{Hall, Order};
+use crate::wire::error::{Code, Domain, Error};
+use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
+
+/// How a call that is not refused ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Called {
+    /// It is done: the kernel and the ledger have what the answer says.
+    Done,
+    /// Something was ordered that has to be done first.
+    Again,
+}
+
+/// Carries out a call.
+///
+/// # Errors
+/// The error to answer with.
+pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called, Error> {
+    let procedure = call.procedure();
+    check_flags(procedure, call)?;
+    let Some(client) = hall.custody.state().client(id) else {
+        return Err(not_registered());
+    };
+    if client.restricted {
+        let detail = "lock manager connection has been restricted";
+        return Err(Error::new(Code::OperationDenied, Domain::Rpc, detail));
+    }
+    // Cheap to copy: the name is shared.
+    let owner = client.owner.as_deref().cloned();
+    let is_lent = client.own_owner().is_none();
+    let custody = &mut *hall.custody;
+    match *call {
+        Call::Register {
+            uuid,
+            name,
+            id: domain_id,
+            pid,
+            ..
+        } => {
+            if domain_id == 0 {
+                return Err(not_registered());
+            }
+            let now = Owner {
+                pid,
+                id: domain_id,
+                name: name.into(),
+                uuid: *uuid,
+            };
+            custody.registers(id, &now);
+            if let Some(before) = owner.filter(|before| *before != now) {
+                hall.orders
+                    .push(Order::Spoke(id, (before.pid, before.uuid)));
+            }
+        }
+        Call::Restrict { .. } => {
+            registered(owner.as_ref())?;
+            custody.restricts(id);
+        }
+        Call::New { path, .. } => {
+            registered(owner.as_ref())?;
+            new_lockspace(custody, path)?;
+        }
+        Call::CreateLockspace { path } => {
+            if !custody.state().has_lockspace(path) {
+                make_lockspace(custody, path)?;
+            }
+        }
+        Call::CreateResource { target, .. } => {
+            registered(owner.as_ref())?;
+            let place = place(target);
+            custody.create(place).map_err(|refusal| {
+                let what = [b"cannot create file '", place.path().as_slice(), b"'"].concat();
+                refused(custody, place, refusal, Domain::None, &what)
+            })?;
+        }
+        Call::DeleteResource { target, .. } => {
+            registered(owner.as_ref())?;
+            let place = place(target);
+            custody.delete(place).map_err(|refusal| {
+                let what = [
+                    b"Unable to delete lockspace resource ",
+                    place.path().as_slice(),
+                ]
+                .concat();
+                refused(custody, place, refusal, Domain::Lockspace, &what)
+            })?;
+        }
+        Call::AcquireResource { target, flags } => {
+            let owner = registered(owner.as_ref())?;
+            if is_lent && is_of_a_dead_one(custody, owner.pid) {
+                hall.orders.push(Order::Settle(owner.pid));
+                return Ok(Called::Again);
+            }
+            acquire(owner, custody, place(target), flags)?;
+            if is_lent {
+                hall.orders.push(Order::Watch(id));
+            }
+        }
+        Call::ReleaseResource { target, .. } => {
+            release(registered(owner.as_ref())?, custody, place(target))?;
+        }
+    }
+    Ok(Called::Done)
+}
+
+/// A lock is about to be asked for on behalf of an owner. Should its number have belonged to another one
+/// that is dead, its locks go before anybody mistakes the two for one.
+fn is_of_a_dead_one(custody: &Custody, pid: Pid) -> bool {
+    let state = custody.state();
+    let fence = state.fences().get(&pid).map(|fence| &fence.process);
+    let watched = state.watched().get(&pid);
+    let watched = watched.and_then(|watched| watched.process.as_ref());
+    fence.is_some_and(process::is_dead) || watched.is_some_and(process::is_dead)
+}
+
+fn place(target: Target<'_>) -> Place<'_> {
+    Place {
+        lockspace: target.lockspace,
+        name: target.name,
+    }
+}
+
+fn check_flags(procedure: Procedure, call: &Call<'_>) -> Result<(), Error> {
+    let (flags, known) = match *call {
+        Call::Register { flags, .. }
+        | Call::Restrict { flags }
+        | Call::New { flags, .. }
+        | Call::CreateResource { flags, .. }
+        | Call::DeleteResource { flags, .. }
+        | Call::ReleaseResource { flags, .. } => (flags, 0),
+        Call::AcquireResource { flags, .. } => (flags, SHARED | AUTOCREATE),
+        Call::CreateLockspace { .. } => (0, 0),
+    };
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(Error::flags(Domain::Rpc, procedure.function(), unknown)),
+    }
+}
+
+fn registered(owner: Option<&Owner>) -> Result<&Owner, Error> {
+    owner.ok_or_else(not_registered)
+}
+
+fn not_registered() -> Error {
+    let detail = "lock owner details have not been registered";
+    Error::new(Code::OperationInvalid, Domain::Rpc, detail)
+}
+
+fn new_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
+    if path.is_empty() {
+        let detail = "the default lockspace already exists";
+        return Err(Error::new(Code::OperationInvalid, Domain::Rpc, detail));
+    }
+    if custody.state().has_lockspace(path) {
+        let detail = [b"Lockspace for path ", path, b" already exists"].concat();
+        return Err(Error::new(Code::InternalError, Domain::Rpc, detail));
+    }
+    make_lockspace(custody, path)
+}
+
+fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
+    custody.make_lockspace(path).map_err(|reason| match reason {
+        NotMade::NotADirectory => {
+            let detail = [
+                b"Lockspace location ",
+                path,
+                b" exists, but is not a directory",
+            ]
+            .concat();
+            Error::new(Code::InternalError, Domain::Lockspace, detail)
+        }
+        NotMade::TooMany => {
+            let detail = [b"There are too many lockspaces for another one, ", path].concat();
+            Error::new(Code::InternalError, Domain::Lockspace, detail)
+        }
+        NotMade::System(errno) => {
+            let what = [b"Unable to create lockspace ", path].concat();
+            Error::system(Domain::Lockspace, &what, errno)
+        }
+    })
+}
+
+fn acquire(
+    owner: &Owner,
+    custody: &mut Custody,
+    place: Place<'_>,
+    flags: u32,
+) -> Result<(), Error> {
+    let mode = if flags & SHARED == 0 {
+        Mode::Exclusive
+    } else {
+        Mode::Shared
+    };
+    let autocreate = flags & AUTOCREATE != 0;
+    if custody.open_lockspace(place.lockspace) {
+        tracing::info!(
+            target: "locking.lock_daemon",
+            "Lockspace {} is opened on its first use: it was not made on this daemon",
+            Printable(place.lockspace)
+        );
+    }
+    let decided = custody.decide(owner, place, mode, autocreate);
+    let done = match decided {
+        Ok(Decided::Done) => return Ok(()),
+        Ok(Decided::Work(acquisition)) => acquisition.run(),
+        Err(refusal) => return Err(not_acquired(custody, place, autocreate, refusal)),
+    };
+    custody
+        .conclude(owner, (place, mode, autocreate), done)
+        .map_err(|refusal| not_acquired(custody, place, autocreate, refusal))
+}
+
+fn not_acquired(custody: &Custody, place: Place<'_>, autocreate: bool, refusal: Refusal) -> Error {
+    let verb = if autocreate { "open/create" } else { "open" };
+    let what = [
+        format!("Unable to {verb} resource ").as_bytes(),
+        &place.path(),
+    ]
+    .concat();
+    refused(custody, place, refusal, Domain::Lockspace, &what)
+}
+
+fn release(owner: &Owner, custody: &mut Custody, place: Place<'_>) -> Result<(), Error> {
+    if !custody.state().has_lockspace(place.lockspace) {
+        return Err(no_lockspace(place));
+    }
+    custody
+        .release(place, owner)
+        .map_err(|reason| match reason {
+            NotReleased::NotHeld => resource_error(place, b"' is not locked"),
+            NotReleased::NotYours => {
+                let detail = format!("owner {} does not hold the resource lock", owner.pid);
+                Error::new(Code::InternalError, Domain::Lockspace, detail)
+            }
+        })
+}
+
+fn no_lockspace(place: Place<'_>) -> Error {
+    let detail = [b"Lockspace for path ", place.lockspace, b" does not exist"].concat();
+    Error::new(Code::InternalError, Domain::Rpc, detail)
+}
+
+fn resource_error(place: Place<'_>, state: &[u8]) -> Error {
+    let detail = [b"Lockspace resource '", place.name, state].concat();
+    Error::new(Code::ResourceBusy, Domain::Lockspace, detail)
+}
+
+/// Libvirt's words, and by whom behind them.
+fn is_locked(place: Place<'_>, by: &[u8]) -> Error {
+    resource_error(place, &[b"' is locked", by].concat())
+}
+
+/// The error of a refused call; where a system call failed, `what` was attempted.
+fn refused(
+    custody: &Custody,
+    place: Place<'_>,
+    refusal: Refusal,
+    domain: Domain,
+    what: &[u8],
+) -> Error {
+    match refusal {
+        Refusal::NoLockspace => no_lockspace(place),
+        Refusal::Held(id) => is_locked(place, &holder::of_resource(custody.state().table(), id)),
+        Refusal::HeldAs(id) => {
+            is_locked(place, &holder::of_other_name(custody.state().table(), id))
+        }
+        Refusal::Own => is_locked(place, b": by virtlockd itself, whose pid file it is"),
+        Refusal::Taken(stranger) => is_locked(place, &holder::of_stranger(stranger)),
+        Refusal::Unsteady => is_locked(place, b": its file is replaced again and again"),
+        Refusal::Leaves => {
+            let detail = [
+                b"resource name '",
+                place.name,
+                b"' leaves lockspace directory '",
+                place.lockspace,
+                b"'",
+            ];
+            Error::new(Code::InvalidArgument, Domain::Lockspace, detail.concat())
+        }
+        Refusal::DefaultLockspace => {
+            let detail = [
+                b"resource '",
+                place.name,
+                b"' of the default lockspace is not deleted",
+            ];
+            Error::new(Code::OperationDenied, Domain::Lockspace, detail.concat())
+        }
+        Refusal::File(errno) => Error::system(domain, what, errno),
+        Refusal::Unrecorded(errno) => {
+            let what = [
+                b"Unable to record the lock on '",
+                place.path().as_slice(),
+                b"'",
+            ]
+            .concat();
+            Error::system(Domain::Lockspace, &what, errno)
+        }
+        Refusal::Lock(errno) => {
+            let what = [
+                b"Unable to acquire lock on '",
+                place.path().as_slice(),
+                b"'",
+            ]
+            .concat();
+            Error::system(Domain::Lockspace, &what, errno)
+        }
+    }
+}
