@@ -651,7 +651,7 @@ impl Reactor {
         let service = client.arrival.server;
         let spoke_for = client.owner.as_deref().map(|owner| owner.pid);
         match left {
-            Left::Owner(pid, process) => owners.owner_left(pid, process),
+            Left::Owner(pid, process) => owners.owner_left(id, pid, process),
             Left::Nothing => {
                 if let Some(pid) = spoke_for {
                     if !owners.custody.state().table().holds(pid) {

@@ -121,14 +121,14 @@ impl Owners<'_> {
 
     /// The connection that stood for an owner is over: the owner is fenced, or its locks are free if
     /// it is dead already.
-    pub fn owner_left(&mut self, pid: Pid, process: Result<Process, Errno>) {
+    pub fn owner_left(&mut self, id: ClientId, pid: Pid, process: Result<Process, Errno>) {
         // Process 1 of a host or container cannot be fenced: it goes with everything else.
         if pid == 1 {
             return self.free(pid);
         }
         match process {
             Ok(process) if !process.is_dead() => self.fence(pid, process.into_pidfd()),
-            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free_unless_succeeded(pid),
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free_unless_succeeded(pid, Some(id)),
             Err(errno) => self.is_out_of_reach(pid, errno),
         }
     }
@@ -147,9 +147,9 @@ impl Owners<'_> {
     }
 
     /// Frees the locks of an owner that is dead, unless another one has its number by now: the table
-    /// could not tell the locks of the two apart.
-    pub fn free_unless_succeeded(&mut self, pid: Pid) {
-        if self.has_successor(pid) {
+    /// could not tell the locks of the two apart. The connection that `ended` is nobody's any more.
+    pub fn free_unless_succeeded(&mut self, pid: Pid, ended: Option<ClientId>) {
+        if self.has_successor(pid, ended) {
             tracing::warn!(
                 target: "locking.lock_daemon",
                 "A process with pid {pid} is dead and a later one of the same number holds \
@@ -163,7 +163,7 @@ impl Owners<'_> {
 
     /// Whether the number of a dead owner belongs to another one by now. Somebody else may have kept
     /// the connection of the dead one open for long.
-    fn has_successor(&self, pid: Pid) -> bool {
+    fn has_successor(&self, pid: Pid, ended: Option<ClientId>) -> bool {
         let number_is_free = match Process::open_any(pid) {
             Ok(process) => process.is_dead(),
             Err(errno) => errno == Errno::ESRCH,
@@ -171,11 +171,10 @@ impl Owners<'_> {
         // All connections are looked through only in the rare other case.
         !number_is_free
             && (self.is_watched_and_dead(pid) == Some(false)
-                || self
-                    .custody
-                    .state()
-                    .clients()
-                    .any(|(_, client)| client.own_owner().is_some_and(|owner| owner.pid == pid)))
+                || self.custody.state().clients().any(|(id, client)| {
+                    let owner = client.own_owner();
+                    Some(id) != ended && owner.is_some_and(|owner| owner.pid == pid)
+                }))
     }
 
     /// Begins to fence an owner.
@@ -307,7 +306,7 @@ impl Owners<'_> {
         self.deadlines.unset(Deadline::StillAlive(pid));
         self.watch.remove(process.as_raw_fd());
         drop(process);
-        self.free_unless_succeeded(pid);
+        self.free_unless_succeeded(pid, None);
     }
 }
 

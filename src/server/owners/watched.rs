@@ -224,7 +224,7 @@ impl Owners<'_> {
             // A later process of the same number, which is being fenced, has the rest freed.
             let state = self.custody.state();
             if !state.fences().contains_key(&pid) && state.table().holds(pid) {
-                self.free_unless_succeeded(pid);
+                self.free_unless_succeeded(pid, None);
             }
         }
     }
