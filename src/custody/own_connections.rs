@@ -7,17 +7,9 @@ use std::collections::BTreeMap;
 
 use crate::locks::table::{Owner, Pid};
 
-/// A domain, told apart well enough: the halves of its uuid as one. Each connection of a guest has an
-/// entry, so it is short.
-type Domain = [u32; 2];
-
-fn domain(uuid: &[u8; 16]) -> Domain {
-    let word = |at: usize| {
-        let bytes = uuid.get(at..).and_then(|rest| rest.first_chunk::<4>());
-        bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
-    };
-    [word(0) ^ word(8), word(4) ^ word(12)]
-}
+/// A domain's uuid, whole: people write uuids by hand, and what is made of a part or a mixture of such a
+/// one is easily the same for two.
+type Domain = [u8; 16];
 
 /// How many connections there are that owners made themselves, and that are not over.
 #[derive(Debug, Default)]
@@ -28,16 +20,13 @@ pub struct OwnConnections {
 impl OwnConnections {
     /// An owner has one more.
     pub fn add(&mut self, owner: &Owner) {
-        let count = self
-            .counts
-            .entry((owner.pid, domain(&owner.uuid)))
-            .or_insert(0);
+        let count = self.counts.entry((owner.pid, owner.uuid)).or_insert(0);
         *count = count.saturating_add(1);
     }
 
     /// An owner has one less.
     pub fn remove(&mut self, owner: &Owner) {
-        let key = (owner.pid, domain(&owner.uuid));
+        let key = (owner.pid, owner.uuid);
         if let Some(count) = self.counts.get_mut(&key) {
             *count = count.saturating_sub(1);
             if *count == 0 {
@@ -52,8 +41,8 @@ impl OwnConnections {
     }
 
     /// Whether an owner has one.
-    pub fn has(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
-        self.counts.contains_key(&(pid, domain(uuid)))
+    pub fn has(&self, pid: Pid, uuid: &Domain) -> bool {
+        self.counts.contains_key(&(pid, *uuid))
     }
 
     /// Whether a process has one, for whichever domain.
@@ -62,14 +51,13 @@ impl OwnConnections {
     }
 
     fn of_process(&self, pid: Pid) -> impl Iterator<Item = &Domain> {
-        let all = (pid, [0; 2])..=(pid, [u32::MAX; 2]);
+        let all = (pid, [0; 16])..=(pid, [u8::MAX; 16]);
         self.counts.range(all).map(|((_, domain), _)| domain)
     }
 
     /// Whether the process of an owner has connections for other domains.
-    pub fn has_other_domains(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
-        let own = domain(uuid);
-        self.of_process(pid).any(|other| *other != own)
+    pub fn has_other_domains(&self, pid: Pid, uuid: &Domain) -> bool {
+        self.of_process(pid).any(|other| other != uuid)
     }
 }
 
@@ -83,7 +71,7 @@ mod tests {
             pid: 7,
             id: 1,
             name: (*b"guest").into(),
-            uuid: std::array::from_fn(|at| number.wrapping_mul(at as u8)),
+            uuid: [number; 16],
         };
         let mut own = OwnConnections::default();
         own.add(&owner(1));
