@@ -147,7 +147,8 @@ impl Memory {
 
     /// Gives back the memory of whole pages in this range; they read as zeros.
     pub fn empty(&mut self, range: Range<usize>) -> Result<(), Errno> {
-        let whole = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
+        let end = range.end.saturating_sub(range.end % PAGE);
+        let whole = range.start.next_multiple_of(PAGE)..end;
         match &self.0 {
             Place::File(file) if whole.start < whole.end => {
                 let hole =

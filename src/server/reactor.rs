@@ -503,6 +503,28 @@ impl Reactor {
         connection.queued = false;
         let start = Moment::now();
         let end = end.unwrap_or_else(|| self.pace.turn_end(start));
+        let mut turned = self.turn(id, start, end);
+        while turned == Turned::Ordered {
+            self.carry_out_orders();
+            turned = self.turn(id, start, end);
+        }
+        if turned == Turned::Over {
+            self.end_connection(id);
+        }
+        self.count_admin_bytes(id);
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        connection.appetite = turned.appetite(connection.appetite);
+        if turned == Turned::Unfinished {
+            self.lines.enqueue(id, connection);
+        }
+    }
+
+    fn turn(&mut self, id: ClientId, start: Moment, end: Moment) -> Turned {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return Turned::Over;
+        };
         let mut turn = Turn {
             hall: Hall {
                 custody: &mut self.custody,
@@ -516,16 +538,7 @@ impl Reactor {
             buffers: &mut self.buffers,
             pace: self.pace,
         };
-        let turned = turn.run(id, connection, start, end);
-        connection.appetite = turned.appetite(connection.appetite);
-        match turned {
-            Turned::Over => self.end_connection(id),
-            // Behind what it ordered.
-            Turned::Unfinished => self.lines.enqueue(id, connection),
-            Turned::Short | Turned::Long => (),
-        }
-        self.count_admin_bytes(id);
-        self.carry_out_orders();
+        turn.run(id, connection, start, end)
     }
 
     /// Does what calls asked for.
