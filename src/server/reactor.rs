@@ -294,7 +294,11 @@ impl Reactor {
             .collect();
         for (id, is_refused, is_over) in clients {
             if !is_watched {
-                while_it_may_pass(|| add(&self.watch, Source::Connection(id), Some(id.0)))?;
+                while_it_may_pass(|| {
+                    self.watch
+                        .add(Source::Connection(id), id.0)
+                        .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))
+                })?;
             }
             let traffic = self.custody.take_traffic(id);
             let has_traffic = traffic.is_some();
