@@ -3,8 +3,9 @@
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
 //! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
 //! stands for other domains, too, over connections that go on: these must not die with one of them,
-//! so it is left alone, and the locks stay. The signals go to the very process that connected, through a pidfd, never to a number that another process may
-//! have by now. Nothing here waits: the pidfd becomes readable, or the deadline passes.
+//! so it is left alone, and the locks stay. The signals go to the very process that connected, through
+//! a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd becomes
+//! readable, or the deadline passes.
 
 use std::os::fd::AsRawFd;
 
@@ -20,14 +21,13 @@ use super::deadlines::Deadline;
 use super::holder;
 use super::token::Source;
 use crate::host::clock::Moment;
-use crate::host::errno::Errno;
-use crate::host::{process, stream};
-use crate::log::Printable;
-use crate::restart::event::Event;
-
-use crate::host::process::Process;
+use crate::host::errno::{self, Errno};
+use crate::host::process::{self, Process};
+use crate::host::stream;
 use crate::locks::keeper::Estate;
 use crate::locks::table::{OwnerKey, Pid, Table};
+use crate::log::Printable;
+use crate::restart::event::Event;
 
 /// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
 pub const GRACE_MS: u64 = 1600;
@@ -220,7 +220,7 @@ impl Daemon {
                 "{} closed its connection but cannot be fenced, because its process cannot be \
                  reached: {}. Its locks stay until it can be or the daemon ends: stop the process \
                  by hand",
-                self.owner_text(pid), crate::host::errno::text(reason)
+                self.owner_text(pid), errno::text(reason)
             );
         }
     }
@@ -277,7 +277,7 @@ impl Daemon {
             Err(Errno::ESRCH) => return self.free(pid),
             Err(errno) => tracing::error!(
                 target: "locking.lock_daemon",
-                "{text} could not be sent SIGTERM: {}", crate::host::errno::text(errno)
+                "{text} could not be sent SIGTERM: {}", errno::text(errno)
             ),
         }
         let kill_at = Moment::now().plus_ms(GRACE_MS);
@@ -347,7 +347,7 @@ impl Daemon {
                     target: "locking.lock_daemon",
                     "{text} could not be sent SIGKILL: {}. Its locks are kept until it is dead. It is \
                      tried again in {} s: find out why, or stop the process by hand",
-                    crate::host::errno::text(errno), KILL_AGAIN_MS / 1000
+                    errno::text(errno), KILL_AGAIN_MS / 1000
                 );
             }
         }
