@@ -3,8 +3,8 @@
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
 //! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
 //! stands for other domains, too, over connections that go on: these must not die with one of them,
-//! so it is left alone, and the locks stay. The signals go to the very process that connected, through
-//! a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd becomes
+//! so it is left alone, and the locks stay. Nor does it die with one that has given back all that it
+//! had. The signals go to the very process that connected, through a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd becomes
 //! readable, or the deadline passes.
 
 use std::os::fd::AsRawFd;
@@ -146,11 +146,22 @@ impl Daemon {
             Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
             Err(errno) => matches!(*errno, Errno::ESRCH | Errno::EINVAL),
         };
+        if !is_dead && self.state == State::Serving && self.holds_for_others_only(owner) {
+            self.watch_process(owner.pid);
+            return None;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return None;
         }
         Some((owner.pid, process))
+    }
+
+    /// Whether what a process holds is other domains' alone. One that has given back all that was its own
+    /// has left in peace, and the others must not die of it.
+    pub fn holds_for_others_only(&self, owner: OwnerKey) -> bool {
+        let table = self.keeper.table();
+        table.held_by(owner) == 0 && table.held_by(OwnerKey::of_process(owner.pid)) == 0
     }
 
     /// Whether the process of an owner stands for other domains over connections that it made itself
