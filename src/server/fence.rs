@@ -3,8 +3,9 @@
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
 //! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
 //! stands for other domains, too, over connections that go on: these must not die with one of them,
-//! so it is left alone, and the locks stay. The signals go to the very process that connected, through a pidfd, never to a number that another process may
-//! have by now. Nothing here waits: the pidfd becomes readable, or the deadline passes.
+//! so it is left alone, and the locks stay. Nor does it die with one that has given back all that it
+//! had. The signals go to the very process that connected, through a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd becomes
+//! readable, or the deadline passes.
 
 use std::os::fd::AsRawFd;
 
@@ -20,14 +21,13 @@ use super::deadlines::Deadline;
 use super::holder;
 use super::token::Source;
 use crate::host::clock::Moment;
-use crate::host::errno::Errno;
-use crate::host::{process, stream};
-use crate::log::Printable;
-use crate::restart::event::Event;
-
-use crate::host::process::Process;
+use crate::host::errno::{self, Errno};
+use crate::host::process::{self, Process};
+use crate::host::stream;
 use crate::locks::keeper::Estate;
 use crate::locks::table::{OwnerKey, Pid, Table};
+use crate::log::Printable;
+use crate::restart::event::Event;
 
 /// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
 pub const GRACE_MS: u64 = 1600;
@@ -146,11 +146,22 @@ impl Daemon {
             Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
             Err(errno) => matches!(*errno, Errno::ESRCH | Errno::EINVAL),
         };
+        if !is_dead && self.state == State::Serving && self.holds_for_others_only(owner) {
+            self.watch_process(owner.pid);
+            return None;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return None;
         }
         Some((owner.pid, process))
+    }
+
+    /// Whether what a process holds is other domains' alone. One that has given back all that was its own
+    /// has left in peace, and the others must not die of it.
+    pub fn holds_for_others_only(&self, owner: OwnerKey) -> bool {
+        let table = self.keeper.table();
+        table.held_by(owner) == 0 && table.held_by(OwnerKey::of_process(owner.pid)) == 0
     }
 
     /// Whether the process of an owner stands for other domains over connections that it made itself
@@ -220,7 +231,7 @@ impl Daemon {
                 "{} closed its connection but cannot be fenced, because its process cannot be \
                  reached: {}. Its locks stay until it can be or the daemon ends: stop the process \
                  by hand",
-                self.owner_text(pid), crate::host::errno::text(reason)
+                self.owner_text(pid), errno::text(reason)
             );
         }
     }
@@ -277,7 +288,7 @@ impl Daemon {
             Err(Errno::ESRCH) => return self.free(pid),
             Err(errno) => tracing::error!(
                 target: "locking.lock_daemon",
-                "{text} could not be sent SIGTERM: {}", crate::host::errno::text(errno)
+                "{text} could not be sent SIGTERM: {}", errno::text(errno)
             ),
         }
         let kill_at = Moment::now().plus_ms(GRACE_MS);
@@ -347,7 +358,7 @@ impl Daemon {
                     target: "locking.lock_daemon",
                     "{text} could not be sent SIGKILL: {}. Its locks are kept until it is dead. It is \
                      tried again in {} s: find out why, or stop the process by hand",
-                    crate::host::errno::text(errno), KILL_AGAIN_MS / 1000
+                    errno::text(errno), KILL_AGAIN_MS / 1000
                 );
             }
         }

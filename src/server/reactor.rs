@@ -1,7 +1,7 @@
 //! The loop.
 //!
 //! Six things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
-//! owner that is being fenced, and the end of a successor that is being looked at. The kernel reports
+//! owner that is fenced or watched, and the end of a successor that is being looked at. The kernel reports
 //! each change once (edge-triggered), so what it said is kept in lists of things to do. Connections
 //! on which something happened have a turn first; what needs longer waits in line behind them and is
 //! worked off in short pieces, with a poll after each few: whoever comes with one call never waits
@@ -116,8 +116,9 @@ impl Reactor {
     /// [`Reactor::refusals`].
     pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
-        let poll = while_it_may_pass(|| Poll::new().map_err(&no_poll))?;
-        let registry = while_it_may_pass(|| {
+        // Where there is no other way it is tried for a while, whatever the reason.
+        let poll = patiently(|| Poll::new().map_err(&no_poll))?;
+        let registry = patiently(|| {
             let copy = poll.registry().try_clone();
             copy.map_err(Refusal::of("a descriptor cannot be copied (fcntl)"))
         })?;
@@ -210,7 +211,7 @@ impl Reactor {
         let source = Source::Listener(self.daemon.listeners.len());
         let descriptor = listener.socket.as_raw_fd();
         self.daemon.listeners.push(listener);
-        while_it_may_pass(|| watch(source, self.poll.registry(), Some(descriptor)))
+        patiently(|| watch(source, self.poll.registry(), Some(descriptor)))
     }
 
     /// Runs until the daemon has ended.

@@ -143,6 +143,20 @@ impl Daemon {
         }
     }
 
+    /// Watches a process that is known to be the one of this number, if it holds anything for a domain
+    /// without a connection of its own.
+    pub fn watch_process(&mut self, pid: Pid) {
+        if self.has_lent(pid) && self.watches.of(pid).is_none() && self.fences.of(pid).is_none() {
+            self.begin_to_watch(pid, None);
+        }
+    }
+
+    /// Whether a process holds anything for a domain without a connection of its own.
+    fn has_lent(&self, pid: Pid) -> bool {
+        let has_none = |owner: &Owner| !self.own_connections.has(pid, &owner.uuid);
+        self.keeper.table().owners_of(pid).any(has_none)
+    }
+
     fn begin_to_watch(&mut self, pid: Pid, asked_by: Option<Pid>) {
         let mut asked_by = asked_by;
         if let Some(peer) = asked_by {
@@ -225,9 +239,7 @@ impl Daemon {
     /// the others lack the same.
     pub fn watch_wanted(&mut self) {
         while let Some((pid, asked_by)) = self.watches.wanted.pop_first() {
-            let has_none = |owner: &Owner| !self.own_connections.has(pid, &owner.uuid);
-            let is_wanted = self.keeper.table().owners_of(pid).any(has_none);
-            if !is_wanted || self.fences.of(pid).is_some() {
+            if !self.has_lent(pid) || self.fences.of(pid).is_some() {
                 continue;
             }
             self.begin_to_watch(pid, asked_by);

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use crate::locks::table::OwnerKey;
 use crate::server::connection::{Connection, Phase, Service};
 use crate::server::daemon::Daemon;
 use crate::wire::admin::{Answer, Client, LIST_LIMIT, Parameter, Value};
@@ -123,7 +124,10 @@ pub fn close(daemon: &mut Daemon, place: usize, caller: &str) {
     );
     let ends = daemon.ends_with(connection);
     // What is to be said of one whose process goes on is said where its connection ends.
-    match ends.filter(|owner| !daemon.stands_for_others(*owner)) {
+    let is_stopped = |owner: &OwnerKey| {
+        !daemon.holds_for_others_only(*owner) && !daemon.stands_for_others(*owner)
+    };
+    match ends.filter(is_stopped) {
         Some(owner) => tracing::warn!(
             target: "admin.admin_server",
             "{client} is disconnected because {caller} asked for it. {} holds locks and is stopped \
