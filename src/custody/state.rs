@@ -469,6 +469,19 @@ impl<F: Form> State<F> {
         }
     }
 
+    /// Whether what a process holds is other domains' alone. One that has given back all that was its own
+    /// has left in peace, and the others must not die of it.
+    pub fn holds_for_others_only(&self, owner: OwnerKey) -> bool {
+        let of_process = OwnerKey::of_process(owner.pid);
+        self.table.held_by(owner) == 0 && self.table.held_by(of_process) == 0
+    }
+
+    /// Whether a process holds anything for a domain without a connection of its own.
+    pub fn has_lent(&self, pid: Pid) -> bool {
+        let has_none = |owner: &Owner| !self.has_own_connection(pid, &owner.uuid);
+        self.table.owners_of(pid).any(has_none)
+    }
+
     /// Whether the process of an owner has connections of its own for other domains.
     pub fn stands_for_others(&self, owner: OwnerKey) -> bool {
         match self.own_connections.of(owner.pid) {

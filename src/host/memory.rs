@@ -41,10 +41,7 @@ struct File {
 
 /// Whether there is not enough of something, which is no refusal: it may be had later.
 fn is_lack(reason: Errno) -> bool {
-    let is_full = matches!(
-        reason,
-        Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN
-    );
+    let is_full = matches!(reason, Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN);
     is_full || errno::may_pass(reason)
 }
 

@@ -142,8 +142,9 @@ impl Reactor {
     /// What the host refuses for which there is no other way.
     pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
-        let poll = while_it_may_pass(|| Poll::new().map_err(&no_poll))?;
-        let registry = while_it_may_pass(|| {
+        // Where there is no other way it is tried for a while, whatever the reason.
+        let poll = patiently(|| Poll::new().map_err(&no_poll))?;
+        let registry = patiently(|| {
             let copy = poll.registry().try_clone();
             copy.map_err(Refusal::of("a descriptor cannot be copied (fcntl)"))
         })?;
@@ -260,7 +261,7 @@ impl Reactor {
     fn open_door(&mut self, service: Service, descriptor: i32) -> Result<(), Refusal> {
         let source = Source::Listener(self.gate.len());
         self.gate.open(service);
-        while_it_may_pass(|| add(&self.watch, source, Some(descriptor)))
+        patiently(|| add(&self.watch, source, Some(descriptor)))
     }
 
     /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
@@ -294,11 +295,9 @@ impl Reactor {
             .collect();
         for (id, is_refused, is_over) in clients {
             if !is_watched {
-                while_it_may_pass(|| {
-                    self.watch
-                        .add(Source::Connection(id), id.0)
-                        .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))
-                })?;
+                let watched = || self.watch.add(Source::Connection(id), id.0);
+                patiently(watched)
+                    .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             }
             let traffic = self.custody.take_traffic(id);
             let has_traffic = traffic.is_some();

@@ -3,9 +3,10 @@
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
 //! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
 //! stands for other domains, too, over connections that go on: these must not die with one of them,
-//! so it is left alone, and the locks stay. The signals go to the very process that connected, through
-//! a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd
-//! becomes readable, or the deadline passes.
+//! so it is left alone, and the locks stay. Nor does it die with one that has given back all that it
+//! had. The signals go to the very process that connected, through a pidfd, never to a number that
+//! another process may have by now. Nothing here waits: the pidfd becomes readable, or the deadline
+//! passes.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -62,6 +63,11 @@ impl Owners<'_> {
             Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
             Err(errno) => matches!(*errno, Errno::ESRCH | Errno::EINVAL),
         };
+        let state = self.custody.state();
+        if !is_dead && !self.is_ending && state.holds_for_others_only(owner) {
+            self.watch_process(owner.pid);
+            return Left::Nothing;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return Left::Nothing;

@@ -20,7 +20,7 @@ use crate::custody::own_connections::Own;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
-use crate::locks::table::{Owner, Pid};
+use crate::locks::table::Pid;
 use crate::server::deadlines::Deadline;
 use crate::server::watch::Source;
 
@@ -78,6 +78,18 @@ impl Owners<'_> {
             && !state.fences().contains_key(&pid)
         {
             self.begin_to_watch(pid, Some(asked_by));
+        }
+    }
+
+    /// Watches a process that is known to be the one of this number, if it holds anything for a domain
+    /// without a connection of its own.
+    pub fn watch_process(&mut self, pid: Pid) {
+        let state = self.custody.state();
+        if state.has_lent(pid)
+            && !state.watched().contains_key(&pid)
+            && !state.fences().contains_key(&pid)
+        {
+            self.begin_to_watch(pid, None);
         }
     }
 
@@ -163,9 +175,7 @@ impl Owners<'_> {
     pub fn watch_wanted(&mut self) {
         while let Some((pid, asked_by)) = self.wanted.pop_first() {
             let state = self.custody.state();
-            let has_none = |owner: &Owner| !state.has_own_connection(pid, &owner.uuid);
-            let is_wanted = state.table().owners_of(pid).any(has_none);
-            if !is_wanted || state.fences().contains_key(&pid) {
+            if !state.has_lent(pid) || state.fences().contains_key(&pid) {
                 continue;
             }
             self.begin_to_watch(pid, asked_by);

@@ -129,7 +129,7 @@ pub fn close(hall: &mut Hall<'_>, id: ClientId, caller: &str) {
     // What is to be said of one whose process goes on for other domains is said where its connection ends.
     let ends = state
         .ends_with(client)
-        .filter(|owner| !state.stands_for_others(*owner));
+        .filter(|owner| !state.holds_for_others_only(*owner) && !state.stands_for_others(*owner));
     match ends {
         Some(owner) => tracing::warn!(
             target: "admin.admin_server",
