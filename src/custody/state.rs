@@ -727,12 +727,9 @@ fn no_client(number: Number) -> String {
 
 fn client_entries<D: Descriptor>(client: &Client<D>) -> impl Iterator<Item = Event<'_>> + Clone {
     let number = client.socket.number();
-    let arrival = Arrival {
-        refused: client.is_refused(),
-        ..client.arrival
-    };
     let owner = client.owner.as_deref();
-    std::iter::once(Event::Connected(number, arrival))
+    // Also when it is over, one that was refused is not among those that are served.
+    std::iter::once(Event::Connected(number, client.arrival))
         .chain(client.has_called.then_some(Event::Called(number)))
         .chain(owner.map(|owner| Event::Registered(number, owner.into())))
         .chain(client.restricted.then_some(Event::Restricted(number)))
@@ -862,8 +859,13 @@ impl State<Saved> {
         }
         if let Some(mut client) = self.clients.remove(before.0) {
             client.socket = now;
-            let Arrival { server, id, .. } = client.arrival;
-            if !client.is_refused() {
+            let Arrival {
+                server,
+                id,
+                refused,
+                ..
+            } = client.arrival;
+            if !refused {
                 self.served.of_mut(server).insert(id, ClientId(now.0));
             }
             // The kernel has just given this number: it is nobody else's.
