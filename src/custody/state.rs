@@ -9,7 +9,7 @@ use super::clients::{Arrival, Client, ClientId, Standing, Traffic};
 use super::descriptor::{Descriptor, Form, Number, Saved};
 use super::event::{Event, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
-use super::own_connections::OwnConnections;
+use super::own_connections::{Own, OwnConnections};
 use super::roll::Roll;
 use super::servers::{Both, Listening, Server, Service};
 use super::settings::Settings;
@@ -144,6 +144,9 @@ impl<F: Form> State<F> {
     ) -> Result<Left<F>, String> {
         match event {
             Event::Connected(descriptor, arrival) => {
+                if descriptor.0 < 0 {
+                    return Err(format!("it uses descriptor {}", descriptor.0));
+                }
                 let next = arrival
                     .id
                     .checked_add(1)
@@ -385,7 +388,7 @@ impl<F: Form> State<F> {
             && !client.is_over()
             && let Some(owner) = client.own_owner()
         {
-            self.own_connections.remove(owner);
+            self.own_connections.remove(owner.pid, owner.uuid);
         }
     }
 
@@ -395,7 +398,10 @@ impl<F: Form> State<F> {
             && !client.is_over()
             && let Some(owner) = client.own_owner()
         {
-            self.own_connections.add(owner);
+            let clients = &self.clients;
+            let one = (owner.pid, ClientId(number.0), owner.uuid);
+            self.own_connections
+                .add(one, |id| Some(clients.get(id.0)?.owner.as_deref()?.uuid));
         }
     }
 
@@ -441,12 +447,35 @@ impl<F: Form> State<F> {
         // Of what was taken over from libvirt's daemon it may not be known which domain holds it.
         let mut holders = self.table.owners_of(pid);
         holders.any(|owner| owner.key().uuid.is_none_or(|known| known == *uuid))
-            || self.own_connections.has(pid, uuid)
+            || self.has_own_connection(pid, uuid)
     }
 
-    /// Which domains processes stand for over connections of their own.
+    /// The connections that processes made for themselves.
     pub fn own_connections(&self) -> &OwnConnections {
         &self.own_connections
+    }
+
+    /// The domain of a client that has registered.
+    fn domain_of(&self, id: ClientId) -> Option<[u8; 16]> {
+        Some(self.client(id)?.owner.as_deref()?.uuid)
+    }
+
+    /// Whether an owner has a connection of its own.
+    pub fn has_own_connection(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
+        match self.own_connections.of(pid) {
+            Own::Nothing => false,
+            Own::One(id) => self.domain_of(id) == Some(*uuid),
+            Own::Many(counts) => counts.contains_key(uuid),
+        }
+    }
+
+    /// Whether the process of an owner has connections of its own for other domains.
+    pub fn stands_for_others(&self, owner: OwnerKey) -> bool {
+        match self.own_connections.of(owner.pid) {
+            Own::Nothing => false,
+            Own::One(id) => self.domain_of(id) != owner.uuid,
+            Own::Many(counts) => counts.keys().any(|other| Some(*other) != owner.uuid),
+        }
     }
 
     /// Takes a file out of what dead owners left. It is mostly the last one of the first of them.

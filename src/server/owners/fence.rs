@@ -78,19 +78,19 @@ impl Owners<'_> {
     /// and that go on.
     pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
         let state = self.custody.state();
-        let uuid = owner.uuid.unwrap_or_default();
-        if !state.own_connections().has_other_domains(owner.pid, &uuid) {
+        if !state.stands_for_others(owner) {
             return false;
         }
         // They may be of an earlier process that had the number, and that is dead while somebody else
         // keeps them open. All connections are looked through only where there are some of the number.
         let (names_processes, reserve) = (self.names_processes, &mut *self.reserve);
-        let mut others = state.clients().filter(|(_, client)| {
+        let clients = state.clients().map(|(_, client)| client);
+        let mut others = clients.filter(|client| {
             let other = client.own_owner();
             !client.is_over()
                 && other.is_some_and(|other| other.pid == owner.pid && other.key() != owner)
         });
-        others.any(|(_, client)| {
+        others.any(|client| {
             let process = process_of(client, names_processes, reserve);
             process.is_ok_and(|process| !process.is_dead())
         })

@@ -16,6 +16,7 @@ use foldhash::HashMap;
 
 use super::Owners;
 use crate::custody::clients::ClientId;
+use crate::custody::own_connections::Own;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
@@ -43,7 +44,7 @@ impl Owners<'_> {
         if let Some(client) = state.client(id)
             && client.own_owner().is_none()
             && let Some(owner) = client.owner.as_deref()
-            && !state.own_connections().has(owner.pid, &owner.uuid)
+            && !state.has_own_connection(owner.pid, &owner.uuid)
         {
             let (pid, asked_by) = (owner.pid, client.peer().pid);
             self.watch_holder(pid, asked_by);
@@ -58,7 +59,7 @@ impl Owners<'_> {
             return;
         };
         let peer = client.peer().pid;
-        if pid > 0 && pid == peer && !state.own_connections().has(pid, &uuid) {
+        if pid > 0 && pid == peer && !state.has_own_connection(pid, &uuid) {
             self.watch_holder(pid, peer);
         }
         self.end_idle_watch(pid);
@@ -158,7 +159,7 @@ impl Owners<'_> {
     pub fn watch_wanted(&mut self) {
         while let Some((pid, asked_by)) = self.wanted.pop_first() {
             let state = self.custody.state();
-            let has_none = |owner: &Owner| !state.own_connections().has(pid, &owner.uuid);
+            let has_none = |owner: &Owner| !state.has_own_connection(pid, &owner.uuid);
             let is_wanted = state.table().owners_of(pid).any(has_none);
             if !is_wanted || state.fences().contains_key(&pid) {
                 continue;
@@ -260,8 +261,8 @@ impl Owners<'_> {
             .filter(|owner| {
                 let pid = owner.pid;
                 let has_own = match owner.key().uuid {
-                    Some(uuid) => state.own_connections().has(pid, &uuid),
-                    None => state.own_connections().has_any(pid),
+                    Some(uuid) => state.has_own_connection(pid, &uuid),
+                    None => !matches!(state.own_connections().of(pid), Own::Nothing),
                 };
                 !has_own
                     && !state.watched().contains_key(&pid)
