@@ -9,7 +9,7 @@
 //! A number is only watched if it means the same to whoever registered it as it does here. An owner
 //! that cannot be watched is named in the log once, because its death frees nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
 use foldhash::HashMap;
@@ -27,10 +27,6 @@ use crate::server::watch::Source;
 /// How long until it is tried again to watch an owner for which there was no descriptor or no memory,
 /// milliseconds.
 const WATCH_RETRY_MS: u64 = 1000;
-
-/// Owners that could not be watched yet, for want of descriptors or memory: those of which it is
-/// still to be found out whether their number means the same here with the process that knows.
-pub type Wanted = BTreeMap<Pid, Option<Pid>>;
 
 /// Why an owner's process is not watched.
 enum Unseen {
