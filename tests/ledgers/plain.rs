@@ -194,8 +194,7 @@ impl Plain {
         }
         let served = |service| {
             let clients = self.clients.iter();
-            let served =
-                clients.filter(|it| it.arrival.server == service && !it.arrival.refused);
+            let served = clients.filter(|it| it.arrival.server == service && !it.arrival.refused);
             let served = served.map(|it| (it.arrival.id, ClientId(it.descriptor)));
             served.collect::<BTreeMap<_, _>>()
         };
@@ -203,7 +202,11 @@ impl Plain {
             assert_eq!(*state.served(service), served(service), "{service:?}");
         }
         let mut own: Vec<(Pid, [u8; 16])> = Vec::new();
-        for client in self.clients.iter().filter(|it| it.standing != Standing::Over) {
+        for client in self
+            .clients
+            .iter()
+            .filter(|it| it.standing != Standing::Over)
+        {
             let owner = client.owner.as_ref();
             let peer = client.arrival.peer.map(|peer| peer.pid);
             if let Some(owner) = owner.filter(|it| it.pid > 0 && Some(it.pid) == peer) {
@@ -215,7 +218,9 @@ impl Plain {
         }
         let avoided = self.resources.iter();
         let avoided = avoided.filter(|it| it.kind == KindRecord::Process);
-        let mut avoided: Vec<_> = avoided.map(|it| (it.identity.device, it.identity.inode)).collect();
+        let mut avoided: Vec<_> = avoided
+            .map(|it| (it.identity.device, it.identity.inode))
+            .collect();
         let avoid = state.avoid().iter();
         let mut avoid: Vec<_> = avoid.map(|it| (it.device, it.inode)).collect();
         avoided.sort_unstable();
@@ -263,8 +268,9 @@ impl Plain {
     pub fn sorted(mut self) -> Plain {
         self.clients
             .sort_by_key(|client| (client.arrival.server, client.arrival.id, client.descriptor));
-        self.resources
-            .sort_by(|one, other| (&one.lockspace, &one.name).cmp(&(&other.lockspace, &other.name)));
+        self.resources.sort_by(|one, other| {
+            (&one.lockspace, &one.name).cmp(&(&other.lockspace, &other.name))
+        });
         for resource in &mut self.resources {
             resource.holders.sort_by_key(|(owner, _)| owner.key());
         }
