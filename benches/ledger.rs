@@ -6,13 +6,14 @@ mod support;
 use std::hint::black_box;
 
 use support::{Cost, Table as Report, cost, spent};
+use virtlockd::custody::clients::Arrival;
+use virtlockd::custody::descriptor::{Number, Saved};
+use virtlockd::custody::event::{Event, KindRecord, ResourceName};
+use virtlockd::custody::ledger::{self, Ledger};
+use virtlockd::custody::servers::Service;
+use virtlockd::custody::state::State;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::locks::table::{Mode, Owner};
-use virtlockd::restart::event::Event;
-use virtlockd::restart::ledger::{self, Ledger};
-use virtlockd::restart::state::{
-    ClientState, LockKindState, ResourceState, Service, State, Traffic,
-};
 
 const SIZES: [u32; 3] = [10, 1000, 6000];
 /// Calls between two looks at the clock.
@@ -27,47 +28,69 @@ fn owner(number: u32) -> Owner {
     }
 }
 
-fn descriptor(number: u32) -> i32 {
-    i32::try_from(10 + number).expect("a small number")
+fn descriptor(number: u32) -> Number {
+    Number(i32::try_from(10 + number).expect("a small number"))
+}
+
+fn granted<'a>(owner: &'a Owner, name: &'a [u8], descriptor: Number, inode: u64) -> Event<'a> {
+    Event::Granted {
+        owner: owner.into(),
+        resource: ResourceName {
+            lockspace: b"",
+            name,
+        },
+        descriptor,
+        identity: FileIdentity { device: 1, inode },
+        mode: Mode::Exclusive,
+        autocreate: false,
+        created: false,
+        kind: KindRecord::OpenFile,
+    }
 }
 
 /// Guests with one connection and two locks each.
-fn state(guests: u32) -> State {
+fn state(guests: u32) -> State<Saved> {
     let mut state = State::default();
     for number in 0..guests {
         let owner = owner(number);
-        state.clients.push(ClientState {
-            descriptor: descriptor(number * 3),
+        let client = descriptor(number * 3);
+        let arrival = Arrival {
             server: Service::Lock,
             id: u64::from(number) + 1,
             peer: None,
             start_time: None,
             connected_at: 1_795_325_634,
-            has_called: true,
             refused: false,
-            owner: Some(owner.clone()),
-            restricted: true,
-            traffic: Traffic::default(),
+        };
+        let name = |disk| format!("/var/lib/libvirt/images/guest-{number}-{disk}.raw");
+        let names = [name(1), name(2)];
+        let disks = (1..).zip(&names).map(|(disk, name)| {
+            let number = number * 3 + disk;
+            granted(
+                &owner,
+                name.as_bytes(),
+                descriptor(number),
+                u64::from(number),
+            )
         });
-        for disk in 1..3 {
-            state.resources.push(ResourceState {
-                lockspace: Vec::new(),
-                name: format!("/var/lib/libvirt/images/guest-{number}-{disk}.raw").into_bytes(),
-                descriptor: descriptor(number * 3 + disk),
-                identity: Some(FileIdentity {
-                    device: 1,
-                    inode: u64::from(number * 3 + disk),
-                }),
-                mode: Mode::Exclusive,
-                autocreate: false,
-                created: false,
-                kind: LockKindState::OpenFile,
-                parked: Vec::new(),
-                holders: vec![(owner.clone(), 1)],
-            });
-        }
+        let client = [
+            Event::Connected(client, arrival),
+            Event::Called(client),
+            Event::Registered(client, (&owner).into()),
+            Event::Restricted(client),
+        ];
+        state = state
+            .with(client.into_iter().chain(disks))
+            .expect("events that fit");
     }
     state
+}
+
+fn ledger_of(state: &State<Saved>) -> Ledger {
+    let mut ledger = Ledger::new().expect("memory for a ledger");
+    let written = ledger.rewrite(state.entries());
+    written.expect("room in the ledger");
+    ledger
 }
 
 fn main() {
@@ -86,37 +109,24 @@ fn main() {
         let owner = owner(1_000_000);
         let name: &[u8] = b"/var/lib/libvirt/images/visitor.raw";
         let pair = cost(request.time(), CALLS, || {
-            let mut ledger = Ledger::of(&state).expect("memory for a ledger");
+            let mut ledger = ledger_of(&state);
             spent(|| {
                 for _ in 0..CALLS {
-                    let granted = Event::Granted {
-                        owner: (&owner).into(),
-                        lockspace: b"",
-                        name,
-                        descriptor: 9,
-                        identity: FileIdentity {
-                            device: 1,
-                            inode: 1 << 40,
-                        },
-                        mode: Mode::Exclusive,
-                        autocreate: false,
-                        created: false,
-                        kind: LockKindState::OpenFile,
-                    };
-                    let released = Event::Released {
-                        pid: owner.pid,
+                    let granted = granted(&owner, name, Number(9), 1 << 40);
+                    let resource = ResourceName {
                         lockspace: b"",
                         name,
                     };
+                    let released = Event::ReleasedBy(owner.pid, owner.uuid, resource);
                     ledger.append(&granted).expect("room in the ledger");
                     ledger.append(&released).expect("room in the ledger");
                 }
             })
         });
         let written = cost(request.time(), u64::from(guests), || {
-            spent(|| drop(black_box(Ledger::of(&state).expect("memory for a ledger"))))
+            spent(|| drop(black_box(ledger_of(&state))))
         });
-        let ledger = Ledger::of(&state).expect("memory for a ledger");
+        let ledger = ledger_of(&state);
         let read = cost(request.time(), u64::from(guests), || {
             spent(|| {
                 drop(black_box(

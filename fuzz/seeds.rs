@@ -4,16 +4,18 @@
 use std::path::Path;
 
 use serde_json::Value;
+use virtlockd::custody::clients::Arrival;
+use virtlockd::custody::descriptor::Number;
+use virtlockd::custody::event::{Event, KindRecord, OwnerRecord, ResourceName};
+use virtlockd::custody::fences::{Fence, Stage, Watched};
+use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::servers::{Listening, Server, Service};
+use virtlockd::custody::state::State;
 use virtlockd::host::clock::Moment;
 use virtlockd::host::file::FileIdentity;
 use virtlockd::host::stream::Peer;
-use virtlockd::locks::table::{Mode, Owner};
-use virtlockd::restart::ledger::Ledger;
+use virtlockd::locks::table::Mode;
 use virtlockd::restart::libvirt_json;
-use virtlockd::restart::state::{
-    ClientState, FenceState, ListenerState, LockKindState, ResourceState, Service, State,
-    WatchState,
-};
 use virtlockd::wire::frame::{self, Frame, HEADER, LONGEST, STATUS_ERROR, Split};
 use virtlockd::wire::{admin, lock};
 
@@ -76,11 +78,19 @@ pub fn all() -> Vec<Seed> {
             text.as_bytes(),
         );
     }
-    let mut state = state();
-    let events = |state| Ledger::of(state).expect("a ledger").content()[32..].to_vec();
-    add(&mut seeds, "ledger", "state", &events(&state));
-    add(&mut seeds, "ledger", "nothing", &events(&State::default()));
-    state.fences.clear();
+    let events = |events: &[Event<'_>]| {
+        let mut ledger = Ledger::new().expect("a ledger");
+        let before = ledger.content().len();
+        for event in events {
+            ledger.append(event).expect("room in the ledger");
+        }
+        ledger.content()[before..].to_vec()
+    };
+    let (held, ending) = (held(), ending());
+    let all = [&held[..], &ending].concat();
+    add(&mut seeds, "ledger", "state", &events(&all));
+    add(&mut seeds, "ledger", "nothing", &events(&[]));
+    let state = State::of_events(held).expect("events that fit");
     let document = libvirt_json::write(&state, 1).expect("a document");
     add(&mut seeds, "libvirt_json", "state", &document);
     seeds
@@ -267,79 +277,108 @@ fn step_of(steps: &mut Vec<u8>, connection: u8, bytes: &[u8]) {
     }
 }
 
-/// A state with one of everything.
-fn state() -> State {
-    let owner = |pid| Owner {
+fn guest(pid: i32) -> OwnerRecord<'static> {
+    OwnerRecord {
         pid,
         id: 7,
-        name: (*b"guest").into(),
+        name: b"guest",
         uuid: [7; 16],
-    };
-    let mut state = State::default();
-    state.lock_server.limit = 9;
-    state.lock_server.unauthenticated_limit = 9;
-    state.lock_server.next_id = 3;
-    state.lockspaces.push(b"/lockspace".to_vec());
-    state.listeners.push(ListenerState {
-        server: Service::Lock,
-        descriptor: 3,
-        path: Some(b"virtlockd".to_vec()),
-    });
+    }
+}
+
+fn granted(
+    lockspace: &'static [u8],
+    number: i32,
+    mode: Mode,
+    owner: OwnerRecord<'static>,
+) -> Event<'static> {
+    Event::Granted {
+        owner,
+        resource: ResourceName {
+            lockspace,
+            name: b"/disk",
+        },
+        descriptor: Number(number),
+        identity: FileIdentity {
+            device: 1,
+            inode: number as u64,
+        },
+        mode,
+        autocreate: !lockspace.is_empty(),
+        created: false,
+        kind: KindRecord::OpenFile,
+    }
+}
+
+/// A state that libvirt's document has words for.
+fn held() -> Vec<Event<'static>> {
+    let mut events = vec![
+        Event::Lockspace(b"/lockspace"),
+        Event::Listening(Listening {
+            server: Service::Lock,
+            socket: Number(3),
+            path: Some(b"virtlockd".to_vec()),
+        }),
+    ];
     let peer = Peer {
         pid: 42,
         uid: 0,
         gid: 0,
     };
-    for (descriptor, server) in [(4, Service::Lock), (5, Service::Admin)] {
-        state.clients.push(ClientState {
-            descriptor,
+    for (number, server) in [(4, Service::Lock), (5, Service::Admin)] {
+        let arrival = Arrival {
             server,
             id: 1,
             peer: Some(peer),
             start_time: None,
             connected_at: 1_700_000_000,
-            has_called: true,
             refused: false,
-            owner: (server == Service::Lock).then(|| owner(42)),
-            restricted: false,
-            traffic: Default::default(),
-        });
+        };
+        events.push(Event::Connected(Number(number), arrival));
+        events.push(Event::Called(Number(number)));
     }
-    let holders = [vec![(owner(42), 1)], vec![(owner(42), 2), (owner(43), 1)]];
-    for (number, holders) in holders.into_iter().enumerate() {
-        let is_disk = number == 0;
-        state.resources.push(ResourceState {
-            lockspace: if is_disk {
-                vec![]
-            } else {
-                b"/lockspace".to_vec()
-            },
-            name: b"/disk".to_vec(),
-            descriptor: 6 + number as i32,
-            identity: Some(FileIdentity {
-                device: 1,
-                inode: number as u64,
-            }),
-            mode: if is_disk {
-                Mode::Exclusive
-            } else {
-                Mode::Shared
-            },
-            autocreate: !is_disk,
-            created: false,
-            kind: LockKindState::OpenFile,
-            parked: vec![],
-            holders,
-        });
-    }
-    state.fences.push(FenceState {
+    events.push(Event::Registered(Number(4), guest(42)));
+    let shared = ResourceName {
+        lockspace: b"/lockspace",
+        name: b"/disk",
+    };
+    events.extend([
+        granted(b"", 6, Mode::Exclusive, guest(42)),
+        granted(b"/lockspace", 7, Mode::Shared, guest(42)),
+        Event::Joined(guest(42), shared),
+        Event::Joined(guest(43), shared),
+    ]);
+    let server = Server {
+        limit: 9,
+        unauthenticated_limit: 9,
+        next_id: 3,
+        ..Server::default()
+    };
+    events.push(Event::Server(Service::Lock, server));
+    events
+}
+
+/// What may happen then, one of everything.
+fn ending() -> Vec<Event<'static>> {
+    let watched = [(44, Some(Number(9))), (45, None)];
+    let watched = watched.map(|(pid, process)| Event::Watched(Watched { pid, process }));
+    let fencing = Event::Fencing(Fence {
         pid: 43,
-        descriptor: 8,
-        killed: false,
-        next_step: Moment::now(),
+        process: Number(8),
+        stage: Stage::Asked,
+        next_step: Moment(1_700_000_000_000),
     });
-    state.watches = [(44, Some(9)), (45, None)]
-        .map(|(pid, descriptor)| WatchState { pid, descriptor })
-        .to_vec();
-    state
+    let rest = [
+        fencing,
+        Event::Unreachable(46),
+        Event::Unreachable(47),
+        Event::Reachable(47),
+        granted(b"/other", 10, Mode::Exclusive, guest(48)),
+        granted(b"/another", 11, Mode::Exclusive, guest(48)),
+        Event::Died(48),
+        Event::Freed(Number(11)),
+        Event::Leaving(Number(4)),
+        Event::Poll(Number(12)),
+    ];
+    watched.into_iter().chain(rest).collect()
 }

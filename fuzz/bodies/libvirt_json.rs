@@ -1,13 +1,15 @@
 //! The C daemon's state document: any bytes give a state or a reason; a state that was read and
 //! can be written is read again as the same.
 
+use virtlockd::custody::descriptor::Saved;
+use virtlockd::custody::servers::Service;
+use virtlockd::custody::state::State;
 use virtlockd::restart::libvirt_json;
-use virtlockd::restart::state::{Service, State};
 
 /// The process that the document must be for.
 const PID: u32 = 1;
 
-fn read(document: &[u8]) -> Option<State> {
+fn read(document: &[u8]) -> Option<State<Saved>> {
     let socket = |service: Service| service.name().as_bytes().to_vec();
     libvirt_json::read(document, PID, socket).ok()
 }

@@ -175,6 +175,8 @@ impl Ledger {
             is_stale: false,
         };
         ledger.reopen();
+        // To map the file at once has brought back what was given back.
+        let _ = ledger.memory.empty(HEADER..ledger.live.start);
         Ok((state, Some(ledger)))
     }
 

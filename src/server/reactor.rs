@@ -550,9 +550,18 @@ impl Reactor {
                 Order::End(id) => self.end_connection(id),
                 Order::LetIn(service) => self.let_in(service),
                 Order::Settle(pid) => self.owners().bury(pid),
-                Order::Watch(id) => self.owners().watch_owner(id),
+                Order::Watch(id) => self.watch_owner(id),
                 Order::Spoke(id, before) => self.owners().owner_changed(id, before),
             }
+        }
+    }
+
+    /// A client that speaks for others was granted a lock.
+    fn watch_owner(&mut self, id: ClientId) {
+        let was_trusted = self.connections.get(id.0).is_some_and(|it| it.shares_numbers);
+        let is_trusted = self.owners().watch_owner(id, was_trusted);
+        if let Some(connection) = self.connections.get_mut(id.0) {
+            connection.shares_numbers = is_trusted;
         }
     }
 

@@ -57,6 +57,8 @@ pub struct Connection {
     pub appetite: Appetite,
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
+    /// Whether its peer was seen to mean the same process by a number as this daemon does.
+    pub shares_numbers: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
     pub counted: u32,
     on_the_way: Option<Box<OnTheWay>>,

@@ -28,6 +28,9 @@ use crate::server::watch::Source;
 /// milliseconds.
 const WATCH_RETRY_MS: u64 = 1000;
 
+/// Why a number says nothing here.
+const OTHER_NAMESPACE: &str = "the client that took them is in another pid namespace";
+
 /// Why an owner's process is not watched.
 enum Unseen {
     /// It may be possible a moment later.
@@ -38,8 +41,9 @@ enum Unseen {
 
 impl Owners<'_> {
     /// An owner was granted a lock over this connection. If that is not its own, and it has none, it is
-    /// watched from now on.
-    pub fn watch_owner(&mut self, id: ClientId) {
+    /// watched from now on. Whether the client is now known to mean the same process by a number as
+    /// this daemon; `is_trusted` says that it was before.
+    pub fn watch_owner(&mut self, id: ClientId, is_trusted: bool) -> bool {
         let state = self.custody.state();
         if let Some(client) = state.client(id)
             && client.own_owner().is_none()
@@ -48,6 +52,28 @@ impl Owners<'_> {
         {
             let (pid, asked_by) = (owner.pid, client.peer().pid);
             self.watch_holder(pid, asked_by);
+            return is_trusted || self.means_the_watched(pid, asked_by);
+        }
+        is_trusted
+    }
+
+    /// Whether a client that names an owner by a number that is watched was seen to mean that process.
+    /// Should it be another one to him, the death of the one must not free what the other holds: then
+    /// nobody's does.
+    fn means_the_watched(&mut self, pid: Pid, asked_by: Pid) -> bool {
+        let watched = self.custody.state().watched().get(&pid);
+        if watched.is_none_or(|watched| watched.process.is_none()) {
+            return false;
+        }
+        match self.with_spare(|| process::shares_numbers(asked_by)) {
+            Ok(true) => true,
+            Ok(false) => {
+                self.end_watch(pid);
+                self.is_unseen(pid, OTHER_NAMESPACE);
+                false
+            }
+            // It is gone, or cannot be looked at now: what is known stays.
+            Err(_) => false,
         }
     }
 
@@ -113,10 +139,7 @@ impl Owners<'_> {
     fn means_the_same_to(&mut self, peer: Pid) -> Result<(), Unseen> {
         match self.with_spare(|| process::shares_numbers(peer)) {
             Ok(true) => Ok(()),
-            Ok(false) => {
-                let reason = "the client that took them is in another pid namespace".into();
-                Err(Unseen::Ever(reason))
-            }
+            Ok(false) => Err(Unseen::Ever(OTHER_NAMESPACE.into())),
             Err(reason) if errno::may_pass(reason) => Err(Unseen::ForNow),
             Err(reason) => Err(Unseen::Ever(format!(
                 "in which pid namespace the client that took them is cannot be told: {}",
