@@ -366,7 +366,7 @@ mod tests {
         fn outcome(&mut self, asked: &Call<'_>) -> Result<(), Error> {
             let mut hall = Hall {
                 custody: &mut self.custody,
-                waiting: &mut WaitingRoom::default(),
+                waiting: &mut WaitingRoom::new(true),
                 deadlines: &mut Deadlines::default(),
                 reserve: &Reserve::default(),
                 names: &mut Names::default(),
