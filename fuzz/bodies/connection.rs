@@ -83,7 +83,7 @@ pub fn run(data: &[u8]) {
         let registry = poll.registry().try_clone().expect("its registry");
         let mut daemon = Daemon {
             custody: Custody::new(Ledger::new().expect("a ledger")),
-            waiting: WaitingRoom::default(),
+            waiting: WaitingRoom::new(true),
             lines: Lines::default(),
             deadlines: Deadlines::default(),
             reserve: Reserve::default(),

@@ -102,7 +102,7 @@ impl Daemon {
         });
         Daemon {
             custody,
-            waiting: WaitingRoom::default(),
+            waiting: WaitingRoom::new(true),
             deadlines: Deadlines::default(),
             reserve: Reserve::default(),
             names: Names::default(),
