@@ -1,19 +1,134 @@
 //! The lock daemon of libvirt: it holds the locks on the disks of virtual machines, so that two
 //! machines never write one disk, and so that libvirtd can restart without losing them.
 //!
-//! The map, from the top down; a module uses only what stands below it.
+//! # The map
 //!
-//! * `main.rs`, [`cli`], [`config`], [`exit`]: options, `virtlockd.conf`, and how the program may end.
-//! * [`life`]: the process: the order of a start, who was here before, and how it goes on from there.
-//! * [`server`]: what passes: the reactor, one state machine a connection, the two programs it serves, and
-//!   the killing of owners that leave while they hold locks.
-//! * [`restart`]: ways from one image of the process to the next.
-//! * [`custody`]: what lasts: all of it as one value, changed through one door that writes each change
-//!   down, in the ledger.
-//! * [`locks`]: who holds what. It knows owners and files; sockets and bytes are not its business.
-//! * [`wire`]: bytes to messages and back. No input or output, no state.
-//! * [`log`]: libvirt's log settings and lines, on top of `tracing`.
-//! * [`host`]: what a Unix daemon owes its host. The only place with `unsafe`.
+//! A room is a folder. From the top down: `main.rs`, `life/`, the words (`cli.rs`, `config.rs`, `exit.rs`),
+//! `server/`, `restart/`, `custody/`, `locks/`, `log/`, `host/`; and `wire/` below `server/`, beside
+//! `restart/`, `custody/` and `locks/`. A room uses those below it, never one above or beside it, and no
+//! file imports one that imports it. `tests/house.rs` holds this and more against the code, and this map.
+//!
+//! A request travels one way: the poll, the connection's turn, a frame cut by its conversation, dispatch,
+//! the service, custody's door, the table, the file, the ledger, the reply into the same turn's output, one
+//! write. What it means for others (an owner to be fenced, room for somebody who waits) is left as an
+//! order, which the reactor carries out behind the turn. An upgrade closes the ledger; the next image reads
+//! it, adopts its descriptors and goes on.
+//!
+//! ```text
+//! main.rs                 from the words to the exit code
+//! lib.rs                  this map
+//! cli.rs                  the command line, with every form that getopt_long takes
+//! config.rs               virtlockd.conf: libvirt's grammar, and the keys known here
+//! exit.rs                 exit codes, and the error that carries one to main
+//! life/                   the process: how it starts, who was here before, how it goes on
+//!   start.rs              the order of a start
+//!   plan.rs               what is known before there is a daemon
+//!   serve.rs              from a plan to a daemon that serves, and the run to its end
+//!   takeover.rs           the state that an earlier image left: a ledger, or libvirt's document
+//!   go_on.rs              from that state to a running reactor
+//!   rehearsal.rs          the successor's trial run beside the running daemon
+//!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers
+//!   way_back.rs           back to libvirt's daemon, if this one cannot take over from it
+//! server/                 what passes: a new reactor makes all of it anew
+//!   reactor.rs            the loop; owns the pieces, lends them, carries out orders
+//!   hall.rs               what a call may use, and the orders that it may leave
+//!   lines.rs              who waits for a piece of the daemon's time
+//!   deadlines.rs          what is to happen when
+//!   watch.rs              the poll, and what a readiness event is about
+//!   reserve.rs            descriptors for the time when there are no others
+//!   waiting_room.rs       clients that there is no room for
+//!   flow.rs               whether a connection goes on after a frame
+//!   stop.rs               the end of the daemon
+//!   upgrade.rs            SIGUSR1: the successor is checked, then everything is handed to it
+//!   clients/              one connection, from its coming to its end
+//!     accept.rs           who may connect, and whether there is room
+//!     connection.rs       the passing half of a client: bytes on their way
+//!     conversation.rs     bytes in, frames out; no socket
+//!     turn.rs             what one connection sent is read, worked on and answered
+//!   services/             the two programs that clients call
+//!     dispatch.rs         from a frame to its procedure, in libvirt's order of checks
+//!     lock.rs             the lock program
+//!     admin/              the admin program
+//!       clients.rs        a server's clients: who they are, and their end on demand
+//!       parameters.rs     a server's numbers: workers and client limits
+//!       logging.rs        log outputs and filters
+//!   owners/               owners and their processes
+//!     fence.rs            who must die: SIGTERM, SIGKILL, and what follows
+//!     watched.rs          owners without a connection of their own
+//!     estates.rs          what the dead held is freed, a few locks at a time
+//! restart/                ways from one image of the process to the next
+//!   handover.rs           is there a program that can take over; the exec
+//!   libvirt_json.rs       libvirt's state document, read and written
+//! custody/                what lasts: the door, which writes each change down and makes it
+//!   locking.rs            the door's part for locks: table, file and event put together
+//!   state.rs              all that lasts, as one value that events change
+//!   event.rs              every change, as data
+//!   ledger.rs             the events in a memory file
+//!   adopt.rs              the numbers of a saved state become open descriptors
+//!   descriptor.rs         a descriptor in the state: open, or its number
+//!   roll.rs               things found by the number of a descriptor
+//!   servers.rs            the two servers' numbers and sockets
+//!   clients.rs            a client as far as it lasts
+//!   own_connections.rs    for which domains processes speak over connections of their own
+//!   fences.rs             who is to die, and whose death is waited for
+//!   settings.rs           the process's own
+//! locks/                  who holds what
+//!   table.rs              decisions, on plain data
+//!   lease.rs              a kernel's lock on a file: taken, looked after, let go
+//!   job.rs                the other work on a resource's file, as values
+//!   place.rs              where a resource's file is
+//!   lockspace.rs          a lockspace's directory
+//!   holder.rs             who has it, in words
+//! wire/                   bytes to messages and back: no input or output, no state
+//!   xdr.rs                words, strings and lists
+//!   frame.rs              a length, a header, a payload
+//!   lock.rs               the calls of the lock program
+//!   keepalive.rs          PING and PONG
+//!   error.rs              the error of a failed reply
+//!   admin/                the admin program
+//!     program.rs          its numbers and procedures
+//!     call.rs             calls
+//!     answer.rs           what they return
+//!     parameter.rs        named values
+//! log/                    libvirt's log settings and lines, on top of tracing
+//!   level.rs              the four levels
+//!   settings.rs           outputs and filters, as people write them
+//!   resolve.rs            which settings count
+//!   saved.rs              the settings as they are passed on
+//!   line.rs               a record and its layout
+//!   stream.rs             lines to a file or standard error
+//!   datagram.rs           records to syslog and the journal
+//!   output.rs             one open output
+//!   logger.rs             filters and outputs, and their exchange
+//!   subscriber.rs         from an event of tracing to a record
+//! host/                   what a Unix daemon owes its host; the only unsafe
+//!   errno.rs              error numbers, also those without a name
+//!   refusal.rs            what the host refused, as words
+//!   patience.rs           tries again what may succeed a moment later
+//!   file.rs               files and their locks
+//!   whole_file.rs         a file read whole without waiting
+//!   paths.rs              libvirt's default paths
+//!   pid_file.rs           the pid file and its lock
+//!   descriptors.rs        descriptors over the start of another program
+//!   memory.rs             a memory file written through a mapping
+//!   heap.rs               the allocator's memory
+//!   limits.rs             the limit of open files
+//!   listen.rs             listening sockets, made or inherited
+//!   stream.rs             connections: read, write, who the peer is
+//!   process.rs            processes through pidfds; the number of our own
+//!   leash.rs              a process group that does not outlive this process
+//!   signals.rs            signals as readable events
+//!   clock.rs              the monotonic clock; the calendar
+//!   timer.rs              one timer for the earliest deadline
+//!   daemonize.rs          the start in the background
+//!   environment.rs        variables meant for this process alone
+//!   names.rs              the names of users and groups
+//!   notify.rs             word to the service manager
+//!   text.rs               what the C library makes of texts
+//! ```
+//!
+//! `dist/` beside them has no code: units, the default configuration, and the list of differences from
+//! libvirt's daemon.
 
 #![cfg_attr(
     not(test),

@@ -180,6 +180,44 @@ fn a_process_outlives_the_connection_of_one_of_its_domains_and_is_fenced_with_th
 }
 
 #[test]
+fn a_process_outlives_a_domain_that_has_given_all_back_and_its_death_still_frees_the_others() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let (pid, shared, lent) = (
+        scene.process.pid(),
+        scene.shared.clone(),
+        scene.host.disk("lent"),
+    );
+    // One whose connection is somebody else's, and one that left and may come back.
+    let mut helper = scene.daemon.client();
+    helper.call(&register(4, pid)).expect_ok();
+    helper.call(&acquire("", &lent, 0)).expect_ok();
+    drop(helper);
+    scene.close(2);
+    wait_until(DEADLINE, "a warning", || scene.logged(&[LEFT_ALONE]) == 1);
+    let (own, kept) = (scene.disk(1), scene.disk(2));
+    scene.calls(1, &release("", &own)).expect_ok();
+    scene.calls(1, &release("", &shared)).expect_ok();
+    scene.close(3);
+    scene.close(1);
+    scene.daemon.client().ping();
+    scene.daemon.wait_until_asleep();
+    assert_eq!(scene.logged(&["it is sent SIGTERM"]), 0);
+    upgrade(&scene.daemon);
+    assert!(scene.process.is_alive());
+    for disk in [&lent, &kept] {
+        scene.host.assert_held(disk);
+    }
+    // Its death is the end of all of them.
+    scene.process.kill();
+    scene.process.wait_end();
+    for disk in [&lent, &kept, &shared] {
+        scene.host.wait_free(disk);
+    }
+}
+
+#[test]
 fn a_process_that_dies_with_all_its_domains_is_not_left_alone() {
     let Some(mut scene) = Scene::new() else {
         return;

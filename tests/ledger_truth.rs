@@ -9,8 +9,10 @@ use support::daemon::Daemon;
 use support::namespace::Namespace;
 use support::owner::{OnTerm, Owner};
 use support::{DEADLINE, wait_until};
-use virtlockd::restart::ledger;
-use virtlockd::restart::state::State;
+use virtlockd::custody::descriptor::Saved;
+use virtlockd::custody::fences::Stage;
+use virtlockd::custody::ledger;
+use virtlockd::custody::state::State;
 
 fn ledger_file(daemon: &Daemon) -> PathBuf {
     let directory = format!("/proc/{}/fd", daemon.pid());
@@ -24,7 +26,7 @@ fn ledger_file(daemon: &Daemon) -> PathBuf {
         .expect("the daemon has a ledger")
 }
 
-fn state(daemon: &Daemon) -> State {
+fn state(daemon: &Daemon) -> State<Saved> {
     daemon.wait_until_asleep();
     let content = std::fs::read(ledger_file(daemon)).expect("read the ledger");
     ledger::replay(&content).expect("replay the ledger")
@@ -34,9 +36,8 @@ fn state(daemon: &Daemon) -> State {
 fn clients(daemon: &Daemon) -> Vec<(Option<String>, bool)> {
     let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     state(daemon)
-        .clients
-        .iter()
-        .map(|client| {
+        .clients()
+        .map(|(_, client)| {
             let owner = client.owner.as_ref().map(|owner| name(&owner.name));
             (owner, client.restricted)
         })
@@ -46,11 +47,11 @@ fn clients(daemon: &Daemon) -> Vec<(Option<String>, bool)> {
 /// The resources that the ledger knows, each with the pids of its holders.
 fn resources(daemon: &Daemon) -> Vec<(String, Vec<i32>)> {
     let mut resources: Vec<_> = state(daemon)
-        .resources
+        .table()
         .iter()
-        .map(|resource| {
-            let name = String::from_utf8_lossy(&resource.name).into_owned();
-            let mut holders: Vec<i32> = resource.holders.iter().map(|(one, _)| one.pid).collect();
+        .map(|(_, resource)| {
+            let name = String::from_utf8_lossy(resource.name()).into_owned();
+            let mut holders: Vec<i32> = resource.holders().map(|(one, _)| one.pid).collect();
             holders.sort_unstable();
             (name, holders)
         })
@@ -79,10 +80,10 @@ fn a_ledger_knows_the_sockets_and_the_process_from_the_start() {
     let namespace = Namespace::sealed();
     let daemon = quiet_daemon(&namespace);
     let state = state(&daemon);
-    assert_eq!(state.listeners.len(), 2);
-    assert!(!state.process.program.is_empty());
-    assert!(state.process.pid_file.is_some());
-    assert!(!state.process.logging.default_output.is_empty());
+    assert_eq!(state.listeners().len(), 2);
+    assert!(!state.settings().program.is_empty());
+    assert!(state.settings().pid_file.is_some());
+    assert!(!state.settings().logging.default_output.is_empty());
 }
 
 #[test]
@@ -138,13 +139,13 @@ fn locks_and_the_fencing_of_their_owners_are_in_the_ledger() {
     assert_eq!(resources(&daemon), [one, two]);
 
     owner.close_connection();
-    let fences = state(&daemon).fences;
+    let fences: Vec<_> = state(&daemon).fences().values().copied().collect();
     assert_eq!(fences.len(), 1);
-    assert_eq!((fences[0].pid, fences[0].killed), (pid, false));
+    assert_eq!((fences[0].pid, fences[0].stage), (pid, Stage::Asked));
     assert_eq!(resources(&daemon).len(), 2);
     assert_eq!(owner.wait_signal(), Some(libc::SIGKILL));
     wait_until(DEADLINE, "the owner's locks to be free", || {
-        state(&daemon).fences.is_empty() && resources(&daemon).is_empty()
+        state(&daemon).fences().is_empty() && resources(&daemon).is_empty()
     });
 }
 
@@ -164,9 +165,10 @@ fn the_ledger_knows_who_is_watched_and_who_cannot_be() {
         client.call(&acquire("", disk, 0)).expect_ok();
     }
     let watched = || {
-        let watches = state(&daemon).watches.into_iter();
-        let mut pids: Vec<_> = watches
-            .map(|watch| (watch.pid, watch.descriptor.is_some()))
+        let state = state(&daemon);
+        let watched = state.watched().values();
+        let mut pids: Vec<_> = watched
+            .map(|watched| (watched.pid, watched.process.is_some()))
             .collect();
         pids.sort_unstable();
         pids

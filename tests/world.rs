@@ -696,13 +696,18 @@ impl World {
         let Ok(effect) = verdict.outcome else {
             return;
         };
+        let is_lock = matches!(effect, Effect::Grant { .. } | Effect::Join(_));
+        let holder = session.pid.filter(|_| is_lock);
+        // One that is dead already and not reaped: it is watched, and freed at once, which takes away what
+        // was made for it.
+        let freed_at_once = holder.filter(|pid| {
+            self.dead.iter().any(|owner| owner.pid() == *pid) && !self.is_own_lent(*pid)
+        });
         let session = self.actors[slot]
             .as_mut()
             .and_then(|actor| actor.sessions[connection].as_mut())
             .expect("an open connection");
         let mut made = None;
-        let is_lock = matches!(effect, Effect::Grant { .. } | Effect::Join(_));
-        let holder = session.pid.filter(|_| is_lock);
         match &effect {
             Effect::Register(pid) => session.pid = Some(*pid),
             Effect::Restrict => session.is_restricted = true,
@@ -710,20 +715,22 @@ impl World {
             _ => {}
         }
         let root = self.outside.path("");
-        self.model.apply(effect, |name| {
-            let status = fs::symlink_metadata(root.join(name));
-            id_of(&status.unwrap_or_else(|error| panic!("{name} should be there: {error}")))
-        });
+        self.model
+            .apply(effect, |name| match fs::symlink_metadata(root.join(name)) {
+                Ok(status) => id_of(&status),
+                Err(_) if freed_at_once.is_some() => FileId {
+                    device: 0,
+                    inode: 0,
+                },
+                Err(error) => panic!("{name} should be there: {error}"),
+            });
         if let Some(name) = made
+            && freed_at_once.is_none()
             && let Some(Node::File(file)) = self.model.files.nodes.get(&name)
         {
             self.outside.keep_handle(*file, &name);
         }
-        // One that is dead already and not reaped: it is watched, and freed at once.
-        if let Some(pid) = holder
-            && self.dead.iter().any(|owner| owner.pid() == pid)
-            && !self.is_own_lent(pid)
-        {
+        if let Some(pid) = freed_at_once {
             self.locks_are_freed(pid);
         }
     }

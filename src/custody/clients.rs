@@ -4,7 +4,7 @@
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::descriptor::Descriptor;
 use super::servers::Service;
@@ -28,11 +28,17 @@ pub struct Arrival {
     pub peer: Option<Peer>,
     /// When that process started, clock ticks since boot, on kernels that cannot name it better
     /// (SO_PEERPIDFD).
+    #[serde(deserialize_with = "or_none")]
     pub start_time: Option<NonZeroU64>,
     /// When it connected, seconds since the epoch.
     pub connected_at: i64,
     /// Whether there was no room for it.
     pub refused: bool,
+}
+
+/// A zero, which an earlier program may have written, says nothing.
+fn or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU64>, D::Error> {
+    Ok(Option::<u64>::deserialize(deserializer)?.and_then(NonZeroU64::new))
 }
 
 /// Where a client stands, as far as it lasts.

@@ -1,76 +1,93 @@
-//! Which domains processes stand for over connections that they made themselves. A connection's end means
-//! the end of its owner, but not where the same process goes on standing for other domains (Xen's are
-//! all libvirtd's own); and an owner that has none is watched. Neither must take a look at every
-//! connection.
+//! Which connections processes made for themselves. A connection's end means the end of its owner, but
+//! not where the same process goes on standing for other domains (Xen's are all libvirtd's own); and an
+//! owner that has none is watched. Neither must take a look at every connection.
 
 use std::collections::BTreeMap;
 
-use crate::locks::table::{Owner, Pid};
+use super::clients::ClientId;
+use crate::locks::table::Pid;
 
-/// A domain, told apart well enough: the halves of its uuid as one. Each connection of a guest has an
-/// entry, so it is short.
-type Domain = [u32; 2];
+/// A domain's uuid, whole: people write uuids by hand, and what is made of a part or a mixture of such a
+/// one is easily the same for two.
+pub type Domain = [u8; 16];
 
-fn domain(uuid: &[u8; 16]) -> Domain {
-    let word = |at: usize| {
-        let bytes = uuid.get(at..).and_then(|rest| rest.first_chunk::<4>());
-        bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
-    };
-    [word(0) ^ word(8), word(4) ^ word(12)]
-}
-
-/// How many connections there are that owners made themselves, and that are not over.
+/// The connections that owners made themselves, and that are not over. Nearly every process has one, and
+/// there are thousands: so for such a one only the connection is kept, which knows its domain.
 #[derive(Debug, Default)]
 pub struct OwnConnections {
-    counts: BTreeMap<(Pid, Domain), u32>,
+    one: BTreeMap<Pid, ClientId>,
+    /// How many a process has for each domain, of those that have had several at a time.
+    many: BTreeMap<Pid, BTreeMap<Domain, u32>>,
+}
+
+/// What a process has.
+#[derive(Clone, Copy, Debug)]
+pub enum Own<'a> {
+    /// No connection of its own.
+    Nothing,
+    /// This one.
+    One(ClientId),
+    /// So many for each domain.
+    Many(&'a BTreeMap<Domain, u32>),
 }
 
 impl OwnConnections {
-    /// An owner has one more.
-    pub fn add(&mut self, owner: &Owner) {
-        let count = self
-            .counts
-            .entry((owner.pid, domain(&owner.uuid)))
-            .or_insert(0);
-        *count = count.saturating_add(1);
+    /// What a process has.
+    pub fn of(&self, pid: Pid) -> Own<'_> {
+        if let Some(id) = self.one.get(&pid) {
+            return Own::One(*id);
+        }
+        self.many.get(&pid).map_or(Own::Nothing, Own::Many)
     }
 
-    /// An owner has one less.
-    pub fn remove(&mut self, owner: &Owner) {
-        let key = (owner.pid, domain(&owner.uuid));
-        if let Some(count) = self.counts.get_mut(&key) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.counts.remove(&key);
+    /// A process has one more, for this domain. `domain_of` knows that of the one that it has.
+    pub fn add(
+        &mut self,
+        (pid, id, domain): (Pid, ClientId, Domain),
+        domain_of: impl Fn(ClientId) -> Option<Domain>,
+    ) {
+        if let Some(counts) = self.many.get_mut(&pid) {
+            return count(counts, domain);
+        }
+        let Some(other) = self.one.remove(&pid) else {
+            self.one.insert(pid, id);
+            return;
+        };
+        let counts = self.many.entry(pid).or_default();
+        if let Some(domain) = domain_of(other) {
+            count(counts, domain);
+        }
+        count(counts, domain);
+    }
+
+    /// A process has one less for this domain.
+    pub fn remove(&mut self, pid: Pid, domain: Domain) {
+        if self.one.remove(&pid).is_some() {
+            return;
+        }
+        let Some(counts) = self.many.get_mut(&pid) else {
+            return;
+        };
+        if let Some(left) = counts.get_mut(&domain) {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                counts.remove(&domain);
             }
+        }
+        if counts.is_empty() {
+            self.many.remove(&pid);
         }
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.counts.is_empty()
+        self.one.is_empty() && self.many.is_empty()
     }
+}
 
-    /// Whether an owner has one.
-    pub fn has(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
-        self.counts.contains_key(&(pid, domain(uuid)))
-    }
-
-    /// Whether a process has one, for whichever domain.
-    pub fn has_any(&self, pid: Pid) -> bool {
-        self.of_process(pid).next().is_some()
-    }
-
-    fn of_process(&self, pid: Pid) -> impl Iterator<Item = &Domain> {
-        let all = (pid, [0; 2])..=(pid, [u32::MAX; 2]);
-        self.counts.range(all).map(|((_, domain), _)| domain)
-    }
-
-    /// Whether the process of an owner has connections for other domains.
-    pub fn has_other_domains(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
-        let own = domain(uuid);
-        self.of_process(pid).any(|other| *other != own)
-    }
+fn count(counts: &mut BTreeMap<Domain, u32>, domain: Domain) {
+    let count = counts.entry(domain).or_insert(0);
+    *count = count.saturating_add(1);
 }
 
 #[cfg(test)]
@@ -78,29 +95,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_has_other_domains_until_the_last_connection_of_the_last_one_is_over() {
-        let owner = |number: u8| Owner {
-            pid: 7,
-            id: 1,
-            name: (*b"guest").into(),
-            uuid: std::array::from_fn(|at| number.wrapping_mul(at as u8)),
-        };
+    fn the_domains_of_a_process_are_known_until_the_last_connection_of_each_is_over() {
         let mut own = OwnConnections::default();
-        own.add(&owner(1));
-        own.add(&owner(1));
-        assert!(own.has(7, &owner(1).uuid) && !own.has(8, &owner(1).uuid));
-        assert!(!own.has_other_domains(7, &owner(1).uuid));
-        own.add(&owner(2));
-        assert!(
-            own.has_other_domains(7, &owner(1).uuid) && own.has_other_domains(7, &owner(2).uuid)
-        );
-        own.remove(&owner(1));
-        assert!(own.has_other_domains(7, &owner(2).uuid));
-        own.remove(&owner(1));
-        assert!(!own.has_other_domains(7, &owner(2).uuid) && !own.has(7, &owner(1).uuid));
-        // One that is over itself asks, too.
-        assert!(own.has_other_domains(7, &owner(1).uuid));
-        own.remove(&owner(2));
+        let [one, other] = [[1; 16], [2; 16]];
+        own.add((7, ClientId(10), one), |_| None);
+        assert!(matches!(own.of(7), Own::One(ClientId(10))));
+        own.remove(7, one);
         assert!(own.is_empty());
+        own.add((7, ClientId(10), one), |_| None);
+        own.add((7, ClientId(11), one), |id| (id.0 == 10).then_some(one));
+        own.add((7, ClientId(12), other), |_| None);
+        own.remove(7, one);
+        let Own::Many(counts) = own.of(7) else {
+            panic!("it has several");
+        };
+        assert!(counts.keys().eq(&[one, other]));
+        own.remove(7, one);
+        assert!(matches!(own.of(7), Own::Many(counts) if counts.keys().eq(&[other])));
+        own.remove(7, other);
+        own.remove(8, other);
+        assert!(own.is_empty() && matches!(own.of(7), Own::Nothing));
     }
 }

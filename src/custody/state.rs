@@ -9,7 +9,7 @@ use super::clients::{Arrival, Client, ClientId, Standing, Traffic};
 use super::descriptor::{Descriptor, Form, Number, Saved};
 use super::event::{Event, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
-use super::own_connections::OwnConnections;
+use super::own_connections::{Own, OwnConnections};
 use super::roll::Roll;
 use super::servers::{Both, Listening, Server, Service};
 use super::settings::Settings;
@@ -144,6 +144,9 @@ impl<F: Form> State<F> {
     ) -> Result<Left<F>, String> {
         match event {
             Event::Connected(descriptor, arrival) => {
+                if descriptor.0 < 0 {
+                    return Err(format!("it uses descriptor {}", descriptor.0));
+                }
                 let next = arrival
                     .id
                     .checked_add(1)
@@ -385,7 +388,7 @@ impl<F: Form> State<F> {
             && !client.is_over()
             && let Some(owner) = client.own_owner()
         {
-            self.own_connections.remove(owner);
+            self.own_connections.remove(owner.pid, owner.uuid);
         }
     }
 
@@ -395,7 +398,10 @@ impl<F: Form> State<F> {
             && !client.is_over()
             && let Some(owner) = client.own_owner()
         {
-            self.own_connections.add(owner);
+            let clients = &self.clients;
+            let one = (owner.pid, ClientId(number.0), owner.uuid);
+            self.own_connections
+                .add(one, |id| Some(clients.get(id.0)?.owner.as_deref()?.uuid));
         }
     }
 
@@ -441,12 +447,48 @@ impl<F: Form> State<F> {
         // Of what was taken over from libvirt's daemon it may not be known which domain holds it.
         let mut holders = self.table.owners_of(pid);
         holders.any(|owner| owner.key().uuid.is_none_or(|known| known == *uuid))
-            || self.own_connections.has(pid, uuid)
+            || self.has_own_connection(pid, uuid)
     }
 
-    /// Which domains processes stand for over connections of their own.
+    /// The connections that processes made for themselves.
     pub fn own_connections(&self) -> &OwnConnections {
         &self.own_connections
+    }
+
+    /// The domain of a client that has registered.
+    fn domain_of(&self, id: ClientId) -> Option<[u8; 16]> {
+        Some(self.client(id)?.owner.as_deref()?.uuid)
+    }
+
+    /// Whether an owner has a connection of its own.
+    pub fn has_own_connection(&self, pid: Pid, uuid: &[u8; 16]) -> bool {
+        match self.own_connections.of(pid) {
+            Own::Nothing => false,
+            Own::One(id) => self.domain_of(id) == Some(*uuid),
+            Own::Many(counts) => counts.contains_key(uuid),
+        }
+    }
+
+    /// Whether what a process holds is other domains' alone. One that has given back all that was its own
+    /// has left in peace, and the others must not die of it.
+    pub fn holds_for_others_only(&self, owner: OwnerKey) -> bool {
+        let of_process = OwnerKey::of_process(owner.pid);
+        self.table.held_by(owner) == 0 && self.table.held_by(of_process) == 0
+    }
+
+    /// Whether a process holds anything for a domain without a connection of its own.
+    pub fn has_lent(&self, pid: Pid) -> bool {
+        let has_none = |owner: &Owner| !self.has_own_connection(pid, &owner.uuid);
+        self.table.owners_of(pid).any(has_none)
+    }
+
+    /// Whether the process of an owner has connections of its own for other domains.
+    pub fn stands_for_others(&self, owner: OwnerKey) -> bool {
+        match self.own_connections.of(owner.pid) {
+            Own::Nothing => false,
+            Own::One(id) => self.domain_of(id) != owner.uuid,
+            Own::Many(counts) => counts.keys().any(|other| Some(*other) != owner.uuid),
+        }
     }
 
     /// Takes a file out of what dead owners left. It is mostly the last one of the first of them.
@@ -685,12 +727,9 @@ fn no_client(number: Number) -> String {
 
 fn client_entries<D: Descriptor>(client: &Client<D>) -> impl Iterator<Item = Event<'_>> + Clone {
     let number = client.socket.number();
-    let arrival = Arrival {
-        refused: client.is_refused(),
-        ..client.arrival
-    };
     let owner = client.owner.as_deref();
-    std::iter::once(Event::Connected(number, arrival))
+    // Also when it is over, one that was refused is not among those that are served.
+    std::iter::once(Event::Connected(number, client.arrival))
         .chain(client.has_called.then_some(Event::Called(number)))
         .chain(owner.map(|owner| Event::Registered(number, owner.into())))
         .chain(client.restricted.then_some(Event::Restricted(number)))
@@ -820,8 +859,13 @@ impl State<Saved> {
         }
         if let Some(mut client) = self.clients.remove(before.0) {
             client.socket = now;
-            let Arrival { server, id, .. } = client.arrival;
-            if !client.is_refused() {
+            let Arrival {
+                server,
+                id,
+                refused,
+                ..
+            } = client.arrival;
+            if !refused {
                 self.served.of_mut(server).insert(id, ClientId(now.0));
             }
             // The kernel has just given this number: it is nobody else's.

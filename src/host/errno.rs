@@ -97,7 +97,12 @@ pub fn of(error: &std::io::Error) -> Errno {
 pub fn may_pass(reason: Errno) -> bool {
     matches!(
         reason,
-        Errno::ENOMEM | Errno::ENOBUFS | Errno::EMFILE | Errno::ENFILE | Errno::EINTR
+        Errno::ENOMEM
+            | Errno::ENOBUFS
+            | Errno::ENOSPC
+            | Errno::EMFILE
+            | Errno::ENFILE
+            | Errno::EINTR
     )
 }
 
@@ -109,6 +114,13 @@ mod tests {
     fn the_text_is_that_of_the_c_library() {
         assert_eq!(text(Errno::EAGAIN), "Resource temporarily unavailable");
         assert_eq!(text(Errno::ELOOP), "Too many levels of symbolic links");
+    }
+
+    // epoll_ctl(2): a user may have so many watches at a time.
+    #[test]
+    fn a_lack_may_pass_and_a_refusal_does_not() {
+        assert!(may_pass(Errno::ENOSPC) && may_pass(Errno::EMFILE));
+        assert!(!may_pass(Errno::EPERM) && !may_pass(Errno::ENOSYS));
     }
 
     #[test]

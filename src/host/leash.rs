@@ -8,7 +8,7 @@
 //! not copy a daemon's page tables, has no room for it.
 //!
 //! What leaves the group, or is in one of which no process has the pipe open any more, goes free. So
-//! does the group of a process that is killed between the start and [`Leash::tie`], the very next
+//! does the group of a process that is killed between the start and [`Collar::tie`], the very next
 //! thing.
 
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -41,10 +41,7 @@ struct File {
 
 /// Whether there is not enough of something, which is no refusal: it may be had later.
 fn is_lack(reason: Errno) -> bool {
-    let is_full = matches!(
-        reason,
-        Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN
-    );
+    let is_full = matches!(reason, Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN);
     is_full || errno::may_pass(reason)
 }
 
@@ -147,7 +144,8 @@ impl Memory {
 
     /// Gives back the memory of whole pages in this range; they read as zeros.
     pub fn empty(&mut self, range: Range<usize>) -> Result<(), Errno> {
-        let whole = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
+        let end = range.end.saturating_sub(range.end % PAGE);
+        let whole = range.start.next_multiple_of(PAGE)..end;
         match &self.0 {
             Place::File(file) if whole.start < whole.end => {
                 let hole =

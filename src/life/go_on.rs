@@ -141,8 +141,8 @@ fn open_reactor(plan: Plan, pid_file: Option<&PidFile>) -> Result<(Reactor, Limi
 }
 
 /// The reactor as it was. Without a ledger of the predecessor's, or with one of an earlier format, one
-/// is written; without limits those in
-/// force stay. Whatever has been taken when this fails is the reactor's, and open.
+/// is written; without limits those in force stay. Whatever has been taken when this fails is the
+/// reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
     state: State<Saved>,

@@ -26,8 +26,11 @@ use crate::restart::libvirt_json::{self, Unusable};
 /// it could not read it again.
 const DOCUMENT_LIMIT: u64 = 256 * 1024 * 1024;
 
+/// A predecessor's state, and its ledger unless that is of an earlier format.
+pub type Theirs = (State<Saved>, Option<Ledger>);
+
 /// The state that a predecessor of this program handed over, if this process was made by it.
-pub fn take_ledger() -> Option<Result<(State<Saved>, Option<Ledger>), StartError>> {
+pub fn take_ledger() -> Option<Result<Theirs, StartError>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.

@@ -273,6 +273,24 @@ impl Holders {
         }
     }
 
+    /// What one owner has, another has from now on. Whether that is a holder who was none before, or is
+    /// the same one.
+    fn give(&mut self, from: OwnerKey, to: OwnerKey) -> bool {
+        match self {
+            Holders::One { owner, .. } => {
+                *owner = to;
+                true
+            }
+            Holders::Many(many) => {
+                let given = many.remove(&from).unwrap_or(0);
+                let times = many.entry(to).or_insert(0);
+                let is_new = *times == 0;
+                *times = times.saturating_add(given);
+                is_new
+            }
+        }
+    }
+
     /// Takes `count` holdings away from `owner`, which has at least as many.
     fn remove(&mut self, owner: OwnerKey, count: u32) -> Left {
         match self {
@@ -606,12 +624,8 @@ impl<L> Table<L> {
                 let Some(resource) = self.resources.get_mut(id.0) else {
                     continue;
                 };
-                let times = resource.holders.times(owner.key());
-                resource.holders.remove(owner.key(), times);
-                for _ in 0..times {
-                    if resource.holders.add(unknown.key()) {
-                        note_holding(&mut self.by_owner, &unknown, id);
-                    }
+                if resource.holders.give(owner.key(), unknown.key()) {
+                    note_holding(&mut self.by_owner, &unknown, id);
                 }
             }
         }

@@ -24,7 +24,7 @@ pub struct Hall<'a> {
     pub reserve: &'a Reserve,
     /// The names of users and groups.
     pub names: &'a mut Names,
-    /// What is to be done behind the turn.
+    /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
 }
 
@@ -40,7 +40,7 @@ impl Hall<'_> {
     }
 }
 
-/// What a call asks of the reactor, which does it when the turn is over.
+/// What a call asks of the reactor, which does it before the answer goes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// The daemon ends.

@@ -23,10 +23,8 @@ use super::clients::turn::{Buffers, Pace, Turn, Turned};
 use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
 use super::lines::{Line, Lines, ROTATION};
-use super::owners::Owners;
-use super::owners::estates::Freeing;
 use super::owners::fence::Left;
-use super::owners::watched::Wanted;
+use super::owners::{Freeing, Owners, Wanted};
 use super::reserve::Reserve;
 use super::stop;
 use super::upgrade::{Going, Upgrade};
@@ -142,8 +140,9 @@ impl Reactor {
     /// What the host refuses for which there is no other way.
     pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
-        let poll = while_it_may_pass(|| Poll::new().map_err(&no_poll))?;
-        let registry = while_it_may_pass(|| {
+        // Where there is no other way it is tried for a while, whatever the reason.
+        let poll = patiently(|| Poll::new().map_err(&no_poll))?;
+        let registry = patiently(|| {
             let copy = poll.registry().try_clone();
             copy.map_err(Refusal::of("a descriptor cannot be copied (fcntl)"))
         })?;
@@ -260,7 +259,7 @@ impl Reactor {
     fn open_door(&mut self, service: Service, descriptor: i32) -> Result<(), Refusal> {
         let source = Source::Listener(self.gate.len());
         self.gate.open(service);
-        while_it_may_pass(|| add(&self.watch, source, Some(descriptor)))
+        patiently(|| add(&self.watch, source, Some(descriptor)))
     }
 
     /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
@@ -294,7 +293,9 @@ impl Reactor {
             .collect();
         for (id, is_refused, is_over) in clients {
             if !is_watched {
-                while_it_may_pass(|| add(&self.watch, Source::Connection(id), Some(id.0)))?;
+                let watched = || self.watch.add(Source::Connection(id), id.0);
+                patiently(watched)
+                    .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             }
             let traffic = self.custody.take_traffic(id);
             let has_traffic = traffic.is_some();
@@ -503,6 +504,28 @@ impl Reactor {
         connection.queued = false;
         let start = Moment::now();
         let end = end.unwrap_or_else(|| self.pace.turn_end(start));
+        let mut turned = self.turn(id, start, end);
+        while turned == Turned::Ordered {
+            self.carry_out_orders();
+            turned = self.turn(id, start, end);
+        }
+        if turned == Turned::Over {
+            self.end_connection(id);
+        }
+        self.count_admin_bytes(id);
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        connection.appetite = turned.appetite(connection.appetite);
+        if turned == Turned::Unfinished {
+            self.lines.enqueue(id, connection);
+        }
+    }
+
+    fn turn(&mut self, id: ClientId, start: Moment, end: Moment) -> Turned {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return Turned::Over;
+        };
         let mut turn = Turn {
             hall: Hall {
                 custody: &mut self.custody,
@@ -516,16 +539,7 @@ impl Reactor {
             buffers: &mut self.buffers,
             pace: self.pace,
         };
-        let turned = turn.run(id, connection, start, end);
-        connection.appetite = turned.appetite(connection.appetite);
-        match turned {
-            Turned::Over => self.end_connection(id),
-            // Behind what it ordered.
-            Turned::Unfinished => self.lines.enqueue(id, connection),
-            Turned::Short | Turned::Long => (),
-        }
-        self.count_admin_bytes(id);
-        self.carry_out_orders();
+        turn.run(id, connection, start, end)
     }
 
     /// Does what calls asked for.
@@ -651,7 +665,7 @@ impl Reactor {
         let service = client.arrival.server;
         let spoke_for = client.owner.as_deref().map(|owner| owner.pid);
         match left {
-            Left::Owner(pid, process) => owners.owner_left(pid, process),
+            Left::Owner(pid, process) => owners.owner_left(id, pid, process),
             Left::Nothing => {
                 if let Some(pid) = spoke_for {
                     if !owners.custody.state().table().holds(pid) {

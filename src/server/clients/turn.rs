@@ -79,6 +79,8 @@ pub enum Turned {
     Long,
     /// Something is left to do.
     Unfinished,
+    /// Its calls asked for something that is to be done before they are answered; then it goes on.
+    Ordered,
     /// The connection is over.
     Over,
 }
@@ -90,7 +92,7 @@ impl Turned {
             (Turned::Short, Appetite::Large) => Appetite::Unknown,
             (Turned::Short | Turned::Over, _) => Appetite::Small,
             (Turned::Long, Appetite::Small) => Appetite::Doubtful,
-            (Turned::Long | Turned::Unfinished, _) => Appetite::Large,
+            (Turned::Long | Turned::Unfinished | Turned::Ordered, _) => Appetite::Large,
         }
     }
 }
@@ -193,15 +195,17 @@ impl Turn<'_> {
             if now >= start.plus_us(LONG_TURN_US) {
                 turned = Turned::Long;
             }
+            if !self.hall.orders.is_empty() {
+                connection.closing |= taken == Taken::Close;
+                self.hold_replies(connection);
+                return Turned::Ordered;
+            }
             if is_over && self.buffers.output.len() >= LONG_REPLIES && taken != Taken::Close {
                 self.hold_replies(connection);
                 return Turned::Unfinished;
             }
             if let Some(turned) = self.answer(id, connection, taken, turned) {
                 return turned;
-            }
-            if taken == Taken::Again {
-                return Turned::Unfinished;
             }
         }
     }

@@ -1,20 +1,11 @@
 //! What dead owners leave behind: their locks are freed a few at a time, so that nobody waits for
 //! thousands.
 
-use std::collections::VecDeque;
-
 use super::Owners;
 use crate::locks::table::Pid;
 
 /// How many locks of a dead owner are freed before somebody else has a turn.
 const LEASES_A_PIECE: usize = 8;
-
-/// The dead owners whose locks are being freed, as an operator reads them: in the order of what they
-/// left.
-#[derive(Debug, Default)]
-pub struct Freeing {
-    dead: VecDeque<(String, usize)>,
-}
 
 impl Owners<'_> {
     /// Frees the locks of an owner that is dead: a few at once, many in pieces.

@@ -3,9 +3,10 @@
 //! An owner whose connection ends may go on writing to its disks, so its locks stay until it is
 //! dead: it is asked to end (SIGTERM), and made to (SIGKILL) 1.6 seconds later. Unless its process
 //! stands for other domains, too, over connections that go on: these must not die with one of them,
-//! so it is left alone, and the locks stay. The signals go to the very process that connected, through
-//! a pidfd, never to a number that another process may have by now. Nothing here waits: the pidfd
-//! becomes readable, or the deadline passes.
+//! so it is left alone, and the locks stay. Nor does it die with one that has given back all that it
+//! had. The signals go to the very process that connected, through a pidfd, never to a number that
+//! another process may have by now. Nothing here waits: the pidfd becomes readable, or the deadline
+//! passes.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -62,6 +63,11 @@ impl Owners<'_> {
             Ok(process) => process.is_dead() || process::is_exiting(owner.pid),
             Err(errno) => matches!(*errno, Errno::ESRCH | Errno::EINVAL),
         };
+        let state = self.custody.state();
+        if !is_dead && !self.is_ending && state.holds_for_others_only(owner) {
+            self.watch_process(owner.pid);
+            return Left::Nothing;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return Left::Nothing;
@@ -78,19 +84,19 @@ impl Owners<'_> {
     /// and that go on.
     pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
         let state = self.custody.state();
-        let uuid = owner.uuid.unwrap_or_default();
-        if !state.own_connections().has_other_domains(owner.pid, &uuid) {
+        if !state.stands_for_others(owner) {
             return false;
         }
         // They may be of an earlier process that had the number, and that is dead while somebody else
         // keeps them open. All connections are looked through only where there are some of the number.
         let (names_processes, reserve) = (self.names_processes, &mut *self.reserve);
-        let mut others = state.clients().filter(|(_, client)| {
+        let clients = state.clients().map(|(_, client)| client);
+        let mut others = clients.filter(|client| {
             let other = client.own_owner();
             !client.is_over()
                 && other.is_some_and(|other| other.pid == owner.pid && other.key() != owner)
         });
-        others.any(|(_, client)| {
+        others.any(|client| {
             let process = process_of(client, names_processes, reserve);
             process.is_ok_and(|process| !process.is_dead())
         })
@@ -121,14 +127,14 @@ impl Owners<'_> {
 
     /// The connection that stood for an owner is over: the owner is fenced, or its locks are free if
     /// it is dead already.
-    pub fn owner_left(&mut self, pid: Pid, process: Result<Process, Errno>) {
+    pub fn owner_left(&mut self, id: ClientId, pid: Pid, process: Result<Process, Errno>) {
         // Process 1 of a host or container cannot be fenced: it goes with everything else.
         if pid == 1 {
             return self.free(pid);
         }
         match process {
             Ok(process) if !process.is_dead() => self.fence(pid, process.into_pidfd()),
-            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free_unless_succeeded(pid),
+            Ok(_) | Err(Errno::ESRCH | Errno::EINVAL) => self.free_unless_succeeded(pid, Some(id)),
             Err(errno) => self.is_out_of_reach(pid, errno),
         }
     }
@@ -147,9 +153,9 @@ impl Owners<'_> {
     }
 
     /// Frees the locks of an owner that is dead, unless another one has its number by now: the table
-    /// could not tell the locks of the two apart.
-    pub fn free_unless_succeeded(&mut self, pid: Pid) {
-        if self.has_successor(pid) {
+    /// could not tell the locks of the two apart. The connection that `ended` is nobody's any more.
+    pub fn free_unless_succeeded(&mut self, pid: Pid, ended: Option<ClientId>) {
+        if self.has_successor(pid, ended) {
             tracing::warn!(
                 target: "locking.lock_daemon",
                 "A process with pid {pid} is dead and a later one of the same number holds \
@@ -163,7 +169,7 @@ impl Owners<'_> {
 
     /// Whether the number of a dead owner belongs to another one by now. Somebody else may have kept
     /// the connection of the dead one open for long.
-    fn has_successor(&self, pid: Pid) -> bool {
+    fn has_successor(&self, pid: Pid, ended: Option<ClientId>) -> bool {
         let number_is_free = match Process::open_any(pid) {
             Ok(process) => process.is_dead(),
             Err(errno) => errno == Errno::ESRCH,
@@ -171,11 +177,10 @@ impl Owners<'_> {
         // All connections are looked through only in the rare other case.
         !number_is_free
             && (self.is_watched_and_dead(pid) == Some(false)
-                || self
-                    .custody
-                    .state()
-                    .clients()
-                    .any(|(_, client)| client.own_owner().is_some_and(|owner| owner.pid == pid)))
+                || self.custody.state().clients().any(|(id, client)| {
+                    let owner = client.own_owner();
+                    Some(id) != ended && owner.is_some_and(|owner| owner.pid == pid)
+                }))
     }
 
     /// Begins to fence an owner.
@@ -307,7 +312,7 @@ impl Owners<'_> {
         self.deadlines.unset(Deadline::StillAlive(pid));
         self.watch.remove(process.as_raw_fd());
         drop(process);
-        self.free_unless_succeeded(pid);
+        self.free_unless_succeeded(pid, None);
     }
 }
 

@@ -5,10 +5,10 @@ pub mod estates;
 pub mod fence;
 pub mod watched;
 
+use std::collections::{BTreeMap, VecDeque};
+
 use nix::sys::signal::Signal;
 
-use self::estates::Freeing;
-use self::watched::Wanted;
 use super::deadlines::Deadlines;
 use super::lines::Lines;
 use super::reserve::Reserve;
@@ -16,6 +16,17 @@ use super::watch::Watch;
 use crate::custody::Custody;
 use crate::locks::holder;
 use crate::locks::table::Pid;
+
+/// Owners that could not be watched yet, for want of descriptors or memory: those of which it is
+/// still to be found out whether their number means the same here with the process that knows.
+pub type Wanted = BTreeMap<Pid, Option<Pid>>;
+
+/// The dead owners whose locks are being freed, as an operator reads them: in the order of what they
+/// left.
+#[derive(Debug, Default)]
+pub struct Freeing {
+    dead: VecDeque<(String, usize)>,
+}
 
 /// What has to do with owners, borrowed side by side from the reactor.
 #[derive(Debug)]

@@ -9,27 +9,24 @@
 //! A number is only watched if it means the same to whoever registered it as it does here. An owner
 //! that cannot be watched is named in the log once, because its death frees nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
 use foldhash::HashMap;
 
 use super::Owners;
 use crate::custody::clients::ClientId;
+use crate::custody::own_connections::Own;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
-use crate::locks::table::{Owner, Pid};
+use crate::locks::table::Pid;
 use crate::server::deadlines::Deadline;
 use crate::server::watch::Source;
 
 /// How long until it is tried again to watch an owner for which there was no descriptor or no memory,
 /// milliseconds.
 const WATCH_RETRY_MS: u64 = 1000;
-
-/// Owners that could not be watched yet, for want of descriptors or memory: those of which it is
-/// still to be found out whether their number means the same here with the process that knows.
-pub type Wanted = BTreeMap<Pid, Option<Pid>>;
 
 /// Why an owner's process is not watched.
 enum Unseen {
@@ -47,7 +44,7 @@ impl Owners<'_> {
         if let Some(client) = state.client(id)
             && client.own_owner().is_none()
             && let Some(owner) = client.owner.as_deref()
-            && !state.own_connections().has(owner.pid, &owner.uuid)
+            && !state.has_own_connection(owner.pid, &owner.uuid)
         {
             let (pid, asked_by) = (owner.pid, client.peer().pid);
             self.watch_holder(pid, asked_by);
@@ -62,7 +59,7 @@ impl Owners<'_> {
             return;
         };
         let peer = client.peer().pid;
-        if pid > 0 && pid == peer && !state.own_connections().has(pid, &uuid) {
+        if pid > 0 && pid == peer && !state.has_own_connection(pid, &uuid) {
             self.watch_holder(pid, peer);
         }
         self.end_idle_watch(pid);
@@ -77,6 +74,18 @@ impl Owners<'_> {
             && !state.fences().contains_key(&pid)
         {
             self.begin_to_watch(pid, Some(asked_by));
+        }
+    }
+
+    /// Watches a process that is known to be the one of this number, if it holds anything for a domain
+    /// without a connection of its own.
+    pub fn watch_process(&mut self, pid: Pid) {
+        let state = self.custody.state();
+        if state.has_lent(pid)
+            && !state.watched().contains_key(&pid)
+            && !state.fences().contains_key(&pid)
+        {
+            self.begin_to_watch(pid, None);
         }
     }
 
@@ -162,9 +171,7 @@ impl Owners<'_> {
     pub fn watch_wanted(&mut self) {
         while let Some((pid, asked_by)) = self.wanted.pop_first() {
             let state = self.custody.state();
-            let has_none = |owner: &Owner| !state.own_connections().has(pid, &owner.uuid);
-            let is_wanted = state.table().owners_of(pid).any(has_none);
-            if !is_wanted || state.fences().contains_key(&pid) {
+            if !state.has_lent(pid) || state.fences().contains_key(&pid) {
                 continue;
             }
             self.begin_to_watch(pid, asked_by);
@@ -224,7 +231,7 @@ impl Owners<'_> {
             // A later process of the same number, which is being fenced, has the rest freed.
             let state = self.custody.state();
             if !state.fences().contains_key(&pid) && state.table().holds(pid) {
-                self.free_unless_succeeded(pid);
+                self.free_unless_succeeded(pid, None);
             }
         }
     }
@@ -264,8 +271,8 @@ impl Owners<'_> {
             .filter(|owner| {
                 let pid = owner.pid;
                 let has_own = match owner.key().uuid {
-                    Some(uuid) => state.own_connections().has(pid, &uuid),
-                    None => state.own_connections().has_any(pid),
+                    Some(uuid) => state.has_own_connection(pid, &uuid),
+                    None => !matches!(state.own_connections().of(pid), Own::Nothing),
                 };
                 !has_own
                     && !state.watched().contains_key(&pid)

@@ -1,7 +1,7 @@
 //! What the procedures return.
 
-use super::TRANSPORT_UNIX;
 use super::parameter::{self, Parameter};
+use super::program::TRANSPORT_UNIX;
 use crate::wire::frame::{self, Header};
 use crate::wire::xdr::Encoder;
 

@@ -1,7 +1,7 @@
 //! Calls and their arguments, which are borrowed from the bytes that came in.
 
 use super::parameter::{self, Parameter};
-use super::{PROGRAM, Procedure, STRING_LIMIT, TRANSPORT_UNIX, VERSION};
+use super::program::{PROGRAM, Procedure, STRING_LIMIT, TRANSPORT_UNIX, VERSION};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::xdr::{DecodeError, Decoder, Encoder};
 

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::{PARAMETERS_LIMIT, STRING_LIMIT};
+use super::program::{PARAMETERS_LIMIT, STRING_LIMIT};
 use crate::wire::xdr::{DecodeError, Decoder, Encoder};
 
 /// A named value.

@@ -127,11 +127,9 @@ pub fn close(hall: &mut Hall<'_>, id: ClientId, caller: &str) {
         client.peer().pid
     );
     // What is to be said of one whose process goes on for other domains is said where its connection ends.
-    let ends = state.ends_with(client).filter(|owner| {
-        let uuid = owner.uuid.unwrap_or_default();
-        let own = state.own_connections();
-        !own.has_other_domains(owner.pid, &uuid)
-    });
+    let ends = state
+        .ends_with(client)
+        .filter(|owner| !state.holds_for_others_only(*owner) && !state.stands_for_others(*owner));
     match ends {
         Some(owner) => tracing::warn!(
             target: "admin.admin_server",
