@@ -31,10 +31,8 @@ use virtlockd::server::deadlines::Deadlines;
 use virtlockd::server::flow::Flow;
 use virtlockd::server::hall::{Hall, Order};
 use virtlockd::server::lines::Lines;
-use virtlockd::server::owners::Owners;
-use virtlockd::server::owners::estates::Freeing;
 use virtlockd::server::owners::fence::Left;
-use virtlockd::server::owners::watched::Wanted;
+use virtlockd::server::owners::{Freeing, Owners, Wanted};
 use virtlockd::server::reserve::Reserve;
 use virtlockd::server::services::dispatch;
 use virtlockd::server::waiting_room::{NoRoom, WaitingRoom};
@@ -182,7 +180,11 @@ impl Daemon {
         let service = gone.arrival.server;
         let spoke_for = gone.owner.as_deref().map(|owner| owner.pid);
         if let Some(pid) = spoke_for {
-            self.owners().end_idle_watch(pid);
+            let mut owners = self.owners();
+            if !owners.custody.state().table().holds(pid) {
+                owners.custody.is_within_reach(pid);
+            }
+            owners.end_idle_watch(pid);
         }
         self.waiting.forget(client, &mut self.deadlines);
         drop(self.custody.gone(client));
