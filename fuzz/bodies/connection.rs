@@ -1,7 +1,7 @@
 //! A daemon with four connections, three to the lock socket and one to the admin socket: bytes in,
 //! replies out. There is room for two on each socket. After each step every call has had its one
-//! reply, the table is sound, the kernel has the locks that the table says, nobody waits where there
-//! is room, and replaying the ledger gives the daemon's state.
+//! reply, the table is sound, the kernel has the locks that the table says, and nobody waits where there
+//! is room. After each call, and whatever else changes what lasts, the ledger, read, says what is.
 //!
 //! Nothing is killed: the peers cannot be seen, as those of another pid namespace (pid 0). The one
 //! call that is left out is the daemon's shutdown, which may start a program.
@@ -17,16 +17,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use virtlockd::custody::Custody;
+use virtlockd::custody::clients::{Arrival, ClientId, Standing};
+use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::servers::{Server, Service};
 use virtlockd::host::file::{self, Conflict, LockType, Start};
+use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::{Mode, Owner, OwnerKey};
-use virtlockd::restart::event::Event;
-use virtlockd::restart::ledger::{self, Ledger};
-use virtlockd::restart::state::{ClientState, ResourceState, Service, State};
-use virtlockd::server::connection::{Connection, NoRoom, Phase};
-use virtlockd::server::conversation::{Flow, Taken};
-use virtlockd::server::daemon::Daemon;
-use virtlockd::server::dispatch;
+use virtlockd::server::clients::connection::Connection;
+use virtlockd::server::clients::conversation::Taken;
+use virtlockd::server::deadlines::Deadlines;
+use virtlockd::server::flow::Flow;
+use virtlockd::server::hall::{Hall, Order};
+use virtlockd::server::lines::Lines;
+use virtlockd::server::owners::fence::Left;
+use virtlockd::server::owners::{Freeing, Owners, Wanted};
+use virtlockd::server::reserve::Reserve;
+use virtlockd::server::services::dispatch;
+use virtlockd::server::waiting_room::{NoRoom, WaitingRoom};
+use virtlockd::server::watch::Watch;
 use virtlockd::wire::error;
 use virtlockd::wire::frame::{self, HEADER, Header, Kind, LONGEST, STATUS_ERROR, STATUS_OK, Split};
 use virtlockd::wire::lock::{self, Call, LONGEST_FRAME, Procedure, Target};
@@ -41,15 +51,27 @@ const PONG: &[u8] = b"\0\0\0\x1ckeep\0\0\0\x01\0\0\0\x02\0\0\0\x02\0\0\0\0\0\0\0
 
 const SERVICES: [Service; 4] = [Service::Lock, Service::Lock, Service::Admin, Service::Lock];
 
+/// What the reactor owns and lends.
+struct Daemon {
+    custody: Custody,
+    waiting: WaitingRoom,
+    lines: Lines,
+    deadlines: Deadlines,
+    reserve: Reserve,
+    wanted: Wanted,
+    freeing: Freeing,
+    names: Names,
+    watch: Watch,
+    orders: Vec<Order>,
+}
+
 struct Run<'a> {
     world: &'a World,
     daemon: Daemon,
-    /// Where the connections are.
-    places: [usize; SERVICES.len()],
+    /// The connections, as long as they are there.
+    connections: [Option<(ClientId, Connection)>; SERVICES.len()],
     /// The clients' ends of the sockets.
     clients: Vec<UnixStream>,
-    /// The ledger when it was last replayed, and what it said.
-    replayed: (Vec<u8>, Lasting),
 }
 
 pub fn run(data: &[u8]) {
@@ -57,18 +79,30 @@ pub fn run(data: &[u8]) {
     world::with(|world| {
         let poll = mio::Poll::new().expect("a poll");
         let registry = poll.registry().try_clone().expect("its registry");
-        let mut daemon = Daemon::new(registry, Ledger::new().expect("a ledger"));
+        let mut daemon = Daemon {
+            custody: Custody::new(Ledger::new().expect("a ledger")),
+            waiting: WaitingRoom::new(true),
+            lines: Lines::default(),
+            deadlines: Deadlines::default(),
+            reserve: Reserve::default(),
+            wanted: Wanted::new(),
+            freeing: Freeing::default(),
+            names: Names::default(),
+            watch: Watch::new(registry),
+            orders: Vec::new(),
+        };
         for service in Service::ALL {
             // One of the three on the lock socket has to wait until another has ended.
-            daemon.clients_mut(service).limit = 2;
-            daemon.note_server(service);
+            let server = *daemon.custody.state().server(service);
+            daemon
+                .custody
+                .set_server(service, Server { limit: 2, ..server });
         }
         let mut run = Run {
             world,
             daemon,
-            places: [usize::MAX; SERVICES.len()],
+            connections: [const { None }; SERVICES.len()],
             clients: Vec::new(),
-            replayed: (Vec::new(), Lasting::of(State::default())),
         };
         run.connect_missing();
         run.check();
@@ -77,42 +111,137 @@ pub fn run(data: &[u8]) {
     });
 }
 
+impl Daemon {
+    fn owners(&mut self) -> Owners<'_> {
+        Owners {
+            custody: &mut self.custody,
+            deadlines: &mut self.deadlines,
+            watch: &self.watch,
+            reserve: &mut self.reserve,
+            lines: &mut self.lines,
+            wanted: &mut self.wanted,
+            freeing: &mut self.freeing,
+            names_processes: true,
+            is_ending: false,
+        }
+    }
+
+    /// Works on one frame; nothing else may have changed than what the ledger says.
+    fn dispatch(
+        &mut self,
+        client: ClientId,
+        header: Header,
+        payload: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Flow {
+        let mut hall = Hall {
+            custody: &mut self.custody,
+            waiting: &mut self.waiting,
+            deadlines: &mut self.deadlines,
+            reserve: &self.reserve,
+            names: &mut self.names,
+            orders: &mut self.orders,
+        };
+        let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
+        self.check_ledger();
+        flow
+    }
+
+    fn carry_out_orders(&mut self) {
+        while let Some(order) = self.orders.pop() {
+            match order {
+                Order::Stop => panic!("the daemon was not told to end"),
+                Order::End(client) => self.end_connection(client),
+                Order::LetIn(service) => self.let_in(service),
+                Order::Settle(pid) => self.owners().bury(pid),
+                Order::Watch(client) => self.owners().watch_owner(client),
+                Order::Spoke(client, before) => self.owners().owner_changed(client, before),
+            }
+            self.check_ledger();
+        }
+    }
+
+    fn end_connection(&mut self, client: ClientId) {
+        if self.custody.leaves(client) {
+            self.lines.endings.push_back(client);
+        }
+        self.check_ledger();
+    }
+
+    fn let_in(&mut self, service: Service) {
+        self.waiting
+            .let_in(service, &mut self.custody, &mut self.deadlines);
+    }
+
+    fn clear_away(&mut self, client: ClientId) {
+        let left = self.owners().left_with(client);
+        assert!(matches!(left, Left::Nothing), "it stood for nobody");
+        let gone = self.custody.state().client(client).expect("it is there");
+        let service = gone.arrival.server;
+        let spoke_for = gone.owner.as_deref().map(|owner| owner.pid);
+        if let Some(pid) = spoke_for {
+            let mut owners = self.owners();
+            if !owners.custody.state().table().holds(pid) {
+                owners.custody.is_within_reach(pid);
+            }
+            owners.end_idle_watch(pid);
+        }
+        self.waiting.forget(client, &mut self.deadlines);
+        drop(self.custody.gone(client));
+        self.check_ledger();
+        self.reserve.refill();
+        self.let_in(service);
+        self.check_ledger();
+    }
+
+    fn check_ledger(&self) {
+        assert!(!self.custody.is_behind(), "the ledger lacks something");
+        assert!(
+            self.custody.is_written_down(),
+            "the ledger does not say what is"
+        );
+    }
+}
+
 impl Run<'_> {
     fn connect_missing(&mut self) {
-        for (number, service) in SERVICES.into_iter().enumerate() {
-            if self.daemon.connections.contains(self.places[number]) {
+        for (place, server) in self.connections.iter_mut().zip(SERVICES) {
+            if place.is_some() {
                 continue;
             }
             let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
             self.clients.push(theirs);
-            let clients = self.daemon.clients_mut(service);
-            let id = clients.take_id();
-            let has_room = clients.has_room();
+            let daemon = &mut self.daemon;
+            let id = daemon.custody.take_id(server);
+            let has_room = daemon.custody.state().has_room(server);
             let peer = Peer {
                 pid: 0,
                 uid: 0,
                 gid: 0,
             };
-            let phase = if has_room {
-                Phase::Served
-            } else {
-                Phase::Refused(NoRoom::Limit)
+            let client = ClientId(ours.as_raw_fd());
+            let arrival = Arrival {
+                server,
+                id,
+                peer: Some(peer),
+                start_time: None,
+                connected_at: 0,
+                refused: !has_room,
             };
-            let connection = Connection::new(OwnedFd::from(ours), service, id, peer, phase);
-            let place = self.daemon.connections.insert(connection);
-            self.daemon.note_connected(place);
-            if has_room {
-                self.daemon.clients_mut(service).by_id.insert(id, place);
-            } else {
-                self.daemon.wait_for_first_call(place, id);
+            daemon.custody.connected(OwnedFd::from(ours), arrival);
+            *place = Some((client, Connection::new()));
+            if !has_room {
+                let (waiting, deadlines) = (&mut daemon.waiting, &mut daemon.deadlines);
+                let longest = waiting.enter(client, NoRoom::Limit, deadlines);
+                assert_eq!(longest, None, "there are few");
             }
-            self.places[number] = place;
+            daemon.check_ledger();
         }
     }
 
     fn steps(&mut self, mut data: &[u8]) {
         while let Some((&what, rest)) = data.split_first() {
-            let place = self.places[usize::from(what & 3)];
+            let place = usize::from(what & 3);
             if what & 32 != 0 {
                 let Some((choices, rest)) = rest.split_first_chunk() else {
                     return;
@@ -131,11 +260,16 @@ impl Run<'_> {
             if what & 16 != 0 {
                 self.owner_dies(place);
             }
-            if what & 8 != 0 {
-                self.daemon.end_connection(place);
+            if what & 8 != 0
+                && let Some((client, _)) = &self.connections[place]
+            {
+                self.daemon.end_connection(*client);
             }
-            while let Some(place) = self.daemon.ending.pop_front() {
-                self.daemon.clear_away(place);
+            while let Some(client) = self.daemon.lines.endings.pop_front() {
+                self.daemon.clear_away(client);
+                for place in &mut self.connections {
+                    place.take_if(|(known, _)| *known == client);
+                }
             }
             // Before anybody else can take the room.
             self.check_clients();
@@ -147,13 +281,14 @@ impl Run<'_> {
     fn take_in(&mut self, place: usize, mut bytes: &[u8], descriptors: bool) {
         let world = self.world;
         let daemon = &mut self.daemon;
-        let connection = &mut daemon.connections[place];
-        let service = connection.service;
+        let service = SERVICES[place];
+        let (client, connection) = self.connections[place].as_mut().expect("it is connected");
         let longest = match service {
             Service::Lock => LONGEST_FRAME,
             Service::Admin => LONGEST,
         };
         let mut conversation = connection.take_conversation();
+        let mut is_again = false;
         loop {
             let mut out = Vec::new();
             let with_descriptors = descriptors && !bytes.is_empty();
@@ -163,51 +298,60 @@ impl Run<'_> {
                         return Flow::Continue;
                     };
                     let before = out.len();
-                    let flow = dispatch::dispatch(daemon, place, header, &payload, &mut out);
+                    let flow = daemon.dispatch(*client, header, &payload, &mut out);
+                    assert!(!is_again || flow != Flow::Again, "again and again");
+                    is_again = flow == Flow::Again;
                     check_reply(service, header, flow, &out[before..]);
-                    if daemon.connections[place].phase == Phase::Over {
-                        return Flow::Close;
-                    }
                     flow
                 });
-            match taken {
-                Taken::All => break,
-                Taken::Close => {
-                    daemon.end_connection(place);
-                    break;
-                }
-                Taken::Paused => bytes = &[],
+            if taken == Taken::Close {
+                daemon.end_connection(*client);
             }
+            daemon.carry_out_orders();
+            let client = daemon.custody.state().client(*client);
+            if taken == Taken::All || client.is_none_or(|client| client.is_over()) {
+                break;
+            }
+            bytes = &[];
         }
-        daemon.connections[place].keep_conversation(conversation);
+        connection.keep_conversation(conversation);
     }
 
     /// The owner that this connection registered dies.
     fn owner_dies(&mut self, place: usize) {
-        let Some(owner) = self.daemon.connections[place].session.owner() else {
+        let (client, _) = self.connections[place].as_ref().expect("it is connected");
+        let state = self.daemon.custody.state();
+        let owner = state
+            .client(*client)
+            .and_then(|client| client.owner.as_deref());
+        let Some(pid) = owner.map(|owner| owner.pid) else {
             return;
         };
-        let pid = owner.pid;
-        self.daemon.keeper.end_owner(pid);
-        self.daemon.ledger.note(&Event::OwnerEnded { pid });
-        assert!(!self.daemon.keeper.table().holds(pid));
+        self.free(pid);
+        assert!(!self.daemon.custody.state().table().holds(pid));
+    }
+
+    /// Frees what an owner left, in pieces; the ledger has what is not freed yet.
+    fn free(&mut self, pid: i32) {
+        self.daemon.owners().free(pid);
+        self.daemon.check_ledger();
+        while self.daemon.owners().free_some() {
+            self.daemon.check_ledger();
+        }
+        assert_eq!(self.daemon.custody.state().left_count(), 0);
     }
 
     fn check(&mut self) {
-        self.daemon.tend_ledger();
+        if self.daemon.custody.wants_renewal() {
+            self.daemon.custody.renew().expect("memory for the ledger");
+        }
+        self.daemon.check_ledger();
         self.check_table();
         self.check_clients();
-        assert!(!self.daemon.ledger.is_stale());
-        if self.replayed.0 != self.daemon.ledger.content() {
-            let content = self.daemon.ledger.content();
-            let state = ledger::replay(content).expect("the ledger replays");
-            self.replayed = (content.to_vec(), Lasting::of(state));
-        }
-        assert_eq!(self.replayed.1, Lasting::of(self.daemon.state()));
     }
 
     fn check_table(&self) {
-        let table = self.daemon.keeper.table();
+        let table = self.daemon.custody.state().table();
         let mut files = BTreeSet::new();
         let mut held_by: BTreeMap<OwnerKey, usize> = BTreeMap::new();
         for (id, resource) in table.iter() {
@@ -239,29 +383,36 @@ impl Run<'_> {
 
     /// Whoever is served is counted, and nobody waits where there is room.
     fn check_clients(&self) {
+        let state = self.daemon.custody.state();
         for service in Service::ALL {
             let mut served = BTreeMap::new();
-            let clients = self.daemon.clients(service);
-            for (place, connection) in &self.daemon.connections {
-                if connection.service != service {
+            for (id, client) in state.clients() {
+                if client.arrival.server != service {
                     continue;
                 }
-                match connection.phase {
-                    Phase::Served => assert_eq!(served.insert(connection.id, place), None),
-                    Phase::Refused(_) => assert!(!clients.has_room(), "there is room for it"),
-                    Phase::Closing | Phase::Over => panic!("{:?} is left", connection.phase),
+                match client.standing {
+                    Standing::Served => assert_eq!(served.insert(client.arrival.id, id), None),
+                    Standing::Refused => assert!(!state.has_room(service), "there is room for it"),
+                    Standing::Over => panic!("{client:?} is left"),
                 }
             }
-            assert_eq!(clients.by_id, served);
+            assert_eq!(*state.served(service), served);
         }
+        let connections = self.connections.iter().flatten();
+        assert!(
+            connections
+                .clone()
+                .all(|(id, _)| state.client(*id).is_some())
+        );
+        assert_eq!(state.client_count(), connections.count());
     }
 
     fn end(&mut self) {
-        let processes: Vec<i32> = self.daemon.keeper.table().processes().collect();
+        let processes: Vec<i32> = self.daemon.custody.state().table().processes().collect();
         for pid in processes {
-            self.daemon.keeper.end_owner(pid);
+            self.free(pid);
         }
-        assert!(self.daemon.keeper.table().is_empty());
+        assert!(self.daemon.custody.state().table().is_empty());
     }
 }
 
@@ -358,6 +509,10 @@ fn harmless(world: &World, service: Service, header: Header, payload: &[u8]) -> 
 
 /// A call has one reply, a PING one PONG, anything else none.
 fn check_reply(service: Service, header: Header, flow: Flow, reply: &[u8]) {
+    if flow == Flow::Again {
+        assert!(reply.is_empty(), "an answer before the work");
+        return;
+    }
     let is_ping = keepalive::is_ours(&header) && header.procedure == keepalive::PING;
     if is_ping {
         assert_eq!(reply, PONG);
@@ -389,41 +544,5 @@ fn check_reply(service: Service, header: Header, flow: Flow, reply: &[u8]) {
             assert!(error.message.is_some_and(|message| !message.is_empty()));
         }
         (status, _) => panic!("a reply with status {status}"),
-    }
-}
-
-/// What of a state outlives the process, in an order that does not depend on its history. Bytes on
-/// their way are written down at a handover only.
-#[derive(Debug, PartialEq)]
-struct Lasting {
-    clients: BTreeMap<i32, ClientState>,
-    lockspaces: BTreeSet<Vec<u8>>,
-    resources: BTreeMap<(Vec<u8>, Vec<u8>), ResourceState>,
-    fences: usize,
-    limits: [u32; 2],
-    idle_timeout_s: u32,
-}
-
-impl Lasting {
-    fn of(state: State) -> Lasting {
-        let resources = state.resources.into_iter().map(|mut resource| {
-            resource.holders.sort_by_key(|(owner, _)| owner.pid);
-            (
-                (resource.lockspace.clone(), resource.name.clone()),
-                resource,
-            )
-        });
-        let clients = state.clients.into_iter().map(|mut client| {
-            client.traffic = Default::default();
-            (client.descriptor, client)
-        });
-        Lasting {
-            clients: clients.collect(),
-            lockspaces: state.lockspaces.into_iter().collect(),
-            resources: resources.collect(),
-            fences: state.fences.len(),
-            limits: [state.lock_server.limit, state.admin_server.limit],
-            idle_timeout_s: state.process.idle_timeout_s,
-        }
     }
 }

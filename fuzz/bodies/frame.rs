@@ -7,7 +7,8 @@
 //! that a handover follows. When the pieces are used up they are used again. Bit 2 of the first
 //! piece says that it is the admin socket, where frames may be longer.
 
-use virtlockd::server::conversation::{Conversation, Flow, Taken};
+use virtlockd::server::clients::conversation::{Conversation, Taken};
+use virtlockd::server::flow::Flow;
 use virtlockd::wire::frame::{self, Header, LONGEST, Split};
 use virtlockd::wire::lock::LONGEST_FRAME;
 
@@ -89,6 +90,7 @@ fn take_in(pieces: &[Piece<'_>], longest: usize, pause: usize) -> Outcome {
                 }
                 Taken::All => break,
                 Taken::Paused => bytes = &[],
+                Taken::Again => panic!("nothing was asked for again"),
             }
         }
         if piece.handover {

@@ -11,18 +11,23 @@
 //! and so many bytes of the stream. Otherwise four bytes follow that choose a frame (see [`chosen`]).
 
 use std::cell::RefCell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use virtlockd::custody::Custody;
+use virtlockd::custody::clients::{Arrival, ClientId};
+use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::servers::Service;
+use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::Owner;
-use virtlockd::restart::ledger::Ledger;
-use virtlockd::restart::state::Service;
-use virtlockd::server::connection::{Connection, Phase};
-use virtlockd::server::conversation::{Conversation, Flow, Taken};
-use virtlockd::server::daemon::Daemon;
-use virtlockd::server::dispatch;
-use virtlockd::server::lock_service::Session;
+use virtlockd::server::clients::conversation::{Conversation, Taken};
+use virtlockd::server::deadlines::Deadlines;
+use virtlockd::server::flow::Flow;
+use virtlockd::server::hall::Hall;
+use virtlockd::server::reserve::Reserve;
+use virtlockd::server::services::dispatch;
+use virtlockd::server::waiting_room::WaitingRoom;
 use virtlockd::wire::frame::{Header, Kind, LONGEST};
 use virtlockd::wire::keepalive;
 use virtlockd::wire::lock::LONGEST_FRAME;
@@ -41,39 +46,90 @@ const ENOUGH_OUTPUT: usize = 64 * 1024;
 
 thread_local! {
     /// A daemon with a connection of each kind. Nothing that is done here changes it.
-    static DAEMON: RefCell<(Daemon, Vec<usize>)> = RefCell::new(daemon());
+    static DAEMON: RefCell<Daemon> = RefCell::new(Daemon::new());
 }
 
-fn daemon() -> (Daemon, Vec<usize>) {
-    log_reader::install();
-    let poll = mio::Poll::new().expect("a poll");
-    let registry = poll.registry().try_clone().expect("its registry");
-    let mut daemon = Daemon::new(registry, Ledger::new().expect("a ledger"));
-    let owner = || Owner {
-        pid: 7,
-        id: 7,
-        name: (*b"guest").into(),
-        uuid: [7; 16],
-    };
-    let kinds = [
-        (Service::Lock, Session::Unregistered),
-        (Service::Lock, Session::Registered(Box::new(owner()))),
-        (Service::Lock, Session::Restricted(Box::new(owner()))),
-        (Service::Admin, Session::Unregistered),
-    ];
-    let places = kinds.map(|(service, session)| {
-        let (socket, _) = UnixStream::pair().expect("a pair of sockets");
-        let peer = Peer {
-            pid: 0,
-            uid: 0,
-            gid: 0,
+struct Daemon {
+    custody: Custody,
+    waiting: WaitingRoom,
+    deadlines: Deadlines,
+    reserve: Reserve,
+    names: Names,
+    clients: Vec<ClientId>,
+}
+
+impl Daemon {
+    fn new() -> Daemon {
+        log_reader::install();
+        let mut custody = Custody::new(Ledger::new().expect("a ledger"));
+        let owner = Owner {
+            pid: 7,
+            id: 7,
+            name: (*b"guest").into(),
+            uuid: [7; 16],
         };
-        let mut connection =
-            Connection::new(OwnedFd::from(socket), service, 1, peer, Phase::Served);
-        connection.session = session;
-        daemon.connections.insert(connection)
-    });
-    (daemon, places.to_vec())
+        // Whether it has registered, and is restricted.
+        let kinds = [
+            (Service::Lock, false, false),
+            (Service::Lock, true, false),
+            (Service::Lock, true, true),
+            (Service::Admin, false, false),
+        ];
+        let clients = kinds.map(|(server, registered, restricted)| {
+            let (socket, _) = UnixStream::pair().expect("a pair of sockets");
+            let client = ClientId(socket.as_raw_fd());
+            let peer = Peer {
+                pid: 0,
+                uid: 0,
+                gid: 0,
+            };
+            let arrival = Arrival {
+                server,
+                id: custody.take_id(server),
+                peer: Some(peer),
+                start_time: None,
+                connected_at: 0,
+                refused: false,
+            };
+            custody.connected(OwnedFd::from(socket), arrival);
+            if registered {
+                custody.registers(client, &owner);
+            }
+            if restricted {
+                custody.restricts(client);
+            }
+            client
+        });
+        Daemon {
+            custody,
+            waiting: WaitingRoom::new(true),
+            deadlines: Deadlines::default(),
+            reserve: Reserve::default(),
+            names: Names::default(),
+            clients: clients.to_vec(),
+        }
+    }
+
+    fn dispatch(
+        &mut self,
+        client: ClientId,
+        header: Header,
+        payload: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Flow {
+        let mut orders = Vec::new();
+        let mut hall = Hall {
+            custody: &mut self.custody,
+            waiting: &mut self.waiting,
+            deadlines: &mut self.deadlines,
+            reserve: &self.reserve,
+            names: &mut self.names,
+            orders: &mut orders,
+        };
+        let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
+        assert_eq!(orders, []);
+        flow
+    }
 }
 
 pub fn run(data: &[u8]) {
@@ -85,9 +141,10 @@ pub fn run(data: &[u8]) {
     };
     let stream = stream(steps);
     let pieces = frame::pieces(plan, &stream);
-    DAEMON.with_borrow_mut(|(daemon, places)| {
-        let place = places[usize::from(*choice) % places.len()];
-        let service = daemon.connections[place].service;
+    DAEMON.with_borrow_mut(|daemon| {
+        let client = daemon.clients[usize::from(*choice) % daemon.clients.len()];
+        let known = daemon.custody.state().client(client);
+        let service = known.expect("it is connected").arrival.server;
         let (longest, own) = match service {
             Service::Lock => (LONGEST_FRAME, LOCK),
             Service::Admin => (LONGEST, ADMIN),
@@ -101,7 +158,7 @@ pub fn run(data: &[u8]) {
             0 => 0,
             _ => ENOUGH_OUTPUT - 1 - 16 * usize::from((choice >> 2) & 31),
         };
-        let (out, end) = converse(daemon, place, longest, own, &pieces, vec![0; unsent]);
+        let (out, end) = converse(daemon, client, longest, own, &pieces, vec![0; unsent]);
         assert_eq!(end, expected_end);
         assert_eq!(out[unsent..], expected);
     });
@@ -111,7 +168,7 @@ pub fn run(data: &[u8]) {
 /// and how it ended.
 fn converse(
     daemon: &mut Daemon,
-    place: usize,
+    client: ClientId,
     longest: usize,
     own: u32,
     pieces: &[Piece<'_>],
@@ -133,7 +190,7 @@ fn converse(
                         return Flow::Continue;
                     }
                     let before = out.len();
-                    let flow = dispatch::dispatch(daemon, place, header, payload, &mut out);
+                    let flow = daemon.dispatch(client, header, payload, &mut out);
                     assert!(out.len() - before < 1024);
                     flow
                 },
@@ -145,6 +202,7 @@ fn converse(
                     sent.append(&mut out);
                     bytes = &[];
                 }
+                Taken::Again => panic!("nothing was asked for again"),
                 Taken::Close => {
                     assert!(conversation.is_empty());
                     sent.append(&mut out);

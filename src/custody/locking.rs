@@ -390,3 +390,82 @@ fn name_of(place: Place<'_>) -> ResourceName<'_> {
         name: place.name,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::custody::ledger::Ledger;
+    use crate::host::file::{self, Conflict, LockType, Start};
+
+    fn owner(pid: Pid) -> Owner {
+        Owner {
+            pid,
+            id: 1,
+            name: (*b"guest").into(),
+            uuid: [0; 16],
+        }
+    }
+
+    // What two exchanges with the C daemon can leave behind: it shares a file that we hold, under
+    // another name, with a lock of its own kind.
+    #[test]
+    fn no_descriptor_of_a_file_is_closed_while_another_name_holds_it_with_a_posix_lock() {
+        // The other name's last holding is given back, or its owner dies.
+        for (dies, second_owner) in [(false, 7), (true, 8)] {
+            let path =
+                std::env::temp_dir().join(format!("virtlockd-locking-{}", std::process::id()));
+            std::fs::write(&path, "").unwrap();
+            let open = || {
+                use std::os::unix::ffi::OsStrExt;
+                file::open_existing(Start::Anywhere, path.as_os_str().as_bytes()).unwrap()
+            };
+            let (mut first, mut second) = (Lockable::from(open()), Lockable::from(open()));
+            let outside = open();
+            let identity = file::identity(&first).unwrap();
+            first.lock_process(LockType::Read).unwrap();
+            second.lock(LockType::Read).unwrap();
+            let mut custody = Custody::new(Ledger::new().unwrap());
+            let process = LockKind::<Lockable>::Process { parked: Vec::new() };
+            for (pid, name, descriptor, kind) in [
+                (7, &b"first"[..], first, process),
+                (second_owner, b"second", second, LockKind::OpenFile),
+            ] {
+                let owner = owner(pid);
+                let event = Event::Granted {
+                    owner: (&owner).into(),
+                    resource: ResourceName {
+                        lockspace: b"",
+                        name,
+                    },
+                    descriptor: descriptor.number(),
+                    identity,
+                    mode: Mode::Shared,
+                    autocreate: false,
+                    created: false,
+                    kind: (&kind).into(),
+                };
+                let mut given = Given::of_owner(&owner);
+                given.file = Some(descriptor);
+                custody.record(event, given);
+            }
+            if dies {
+                let left = custody.owner_died(second_owner);
+                assert_eq!(left, 1);
+                custody.free_some(left);
+            } else {
+                let second = Place {
+                    lockspace: b"",
+                    name: b"second",
+                };
+                custody.release(second, &owner(second_owner)).unwrap();
+            }
+            let own_pid = i32::try_from(std::process::id()).unwrap();
+            let seen = file::conflict(&outside, LockType::Write).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(seen, Conflict::Process(own_pid));
+            let (_, kept) = custody.state().table().iter().next().unwrap();
+            assert_eq!(kept.lease.kind.parked().len(), 1);
+            assert!(custody.is_written_down(), "what is parked has its event");
+        }
+    }
+}

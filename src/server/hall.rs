@@ -30,11 +30,12 @@ pub struct Hall<'a> {
 
 impl Hall<'_> {
     /// A client that was refused for want of room makes its first call: may it be served after all?
+    /// `known` is the process that it speaks for, if that is an owner that is known.
     ///
     /// # Errors
     /// The answer to the call.
-    pub fn admit(&mut self, id: ClientId, is_known: bool) -> Result<(), Error> {
-        let about = (is_known, self.reserve.can_refuse());
+    pub fn admit(&mut self, id: ClientId, known: Option<Pid>) -> Result<(), Error> {
+        let about = (known, self.reserve.can_refuse());
         self.waiting.admit(id, about, self.custody, self.deadlines)
     }
 }

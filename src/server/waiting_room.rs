@@ -8,6 +8,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::servers::Service;
 use crate::host::clock::Moment;
+use crate::locks::table::Pid;
 use crate::wire::error::{self, Error};
 
 /// How many refused clients may be waiting for their refusal at a time.
@@ -25,12 +26,23 @@ pub enum NoRoom {
 }
 
 /// The refused clients, in the order they came.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct WaitingRoom {
+    /// Whether the kernel names the process of a peer itself.
+    names_processes: bool,
     queue: VecDeque<(ClientId, NoRoom)>,
 }
 
 impl WaitingRoom {
+    /// Without anybody in it. Where the kernel does not name the process of a peer itself, one that could
+    /// not be looked at when it came can never be fenced.
+    pub fn new(names_processes: bool) -> WaitingRoom {
+        WaitingRoom {
+            names_processes,
+            queue: VecDeque::new(),
+        }
+    }
+
     /// A refused client has a while to make the call that its refusal answers. If there are too many,
     /// the one that has waited longest is to be ended.
     #[must_use]
@@ -50,16 +62,17 @@ impl WaitingRoom {
     }
 
     /// A refused client makes its first call: it is served after all if there is room by now, or if it
-    /// speaks for an owner that is known. What libvirtd does on behalf of a guest that runs already
+    /// speaks for an owner that is known, whose process is this. What libvirtd does on behalf of a guest that runs already
     /// must not fail because no new one can be started. `can_refuse` says whether the next one could
-    /// still be refused for want of descriptors.
+    /// still be refused for want of descriptors. One that stands for its owner and could not be fenced
+    /// when it ends is not served.
     ///
     /// # Errors
     /// The answer to the call.
     pub fn admit(
         &mut self,
         id: ClientId,
-        (is_known, can_refuse): (bool, bool),
+        (known, can_refuse): (Option<Pid>, bool),
         custody: &mut Custody,
         deadlines: &mut Deadlines,
     ) -> Result<(), Error> {
@@ -70,8 +83,9 @@ impl WaitingRoom {
         };
         let service = client.arrival.server;
         let has_room = reason == NoRoom::Limit && state.has_room(service);
+        let can_be_fenced = self.names_processes || client.arrival.start_time.is_some();
         let is_served_beyond = !has_room
-            && is_known
+            && known.is_some_and(|pid| pid != client.peer().pid || can_be_fenced)
             && state.has_room_for_known(service)
             && (reason == NoRoom::Limit || can_refuse);
         if is_served_beyond {
@@ -130,5 +144,53 @@ pub fn no_room(reason: NoRoom, limit: u32) -> Error {
             "Too many open files: the lock daemon has no descriptors left for another client; \
              raise its limit of open files or try again later",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU64;
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::custody::clients::Arrival;
+    use crate::custody::ledger::Ledger;
+    use crate::host::stream::Peer;
+
+    #[test]
+    fn a_known_owner_that_could_not_be_fenced_is_not_served_beyond_the_limit() {
+        const PEER: Pid = 4242;
+        let is_served = |names_processes, start_time, known| {
+            let mut custody = Custody::new(Ledger::new().unwrap());
+            let mut deadlines = Deadlines::default();
+            let mut room = WaitingRoom::new(names_processes);
+            let (socket, _other_end) = UnixStream::pair().unwrap();
+            let id = ClientId(socket.as_raw_fd());
+            let peer = Peer {
+                pid: PEER,
+                uid: 0,
+                gid: 0,
+            };
+            let arrival = Arrival {
+                server: Service::Lock,
+                id: 1,
+                peer: Some(peer),
+                start_time: NonZeroU64::new(start_time),
+                connected_at: 0,
+                refused: true,
+            };
+            custody.connected(OwnedFd::from(socket), arrival);
+            let longest = room.enter(id, NoRoom::Descriptors, &mut deadlines);
+            assert_eq!(longest, None);
+            let admitted = room.admit(id, (known, true), &mut custody, &mut deadlines);
+            admitted.is_ok()
+        };
+        assert!(is_served(true, 0, Some(PEER)));
+        assert!(is_served(false, 7, Some(PEER)));
+        assert!(!is_served(false, 0, Some(PEER)));
+        // It speaks for somebody else, who is not fenced when it ends.
+        assert!(is_served(false, 0, Some(PEER + 1)));
+        assert!(!is_served(true, 7, None));
     }
 }

@@ -7,6 +7,7 @@ use super::admin;
 use super::lock::{self as lock_service, Called};
 use crate::custody::clients::{Client, ClientId};
 use crate::custody::servers::Service;
+use crate::locks::table::Pid;
 use crate::log::Printable;
 use crate::server::flow::{Flow, flow};
 use crate::server::hall::Hall;
@@ -37,8 +38,8 @@ pub fn dispatch(
     };
     let service = client.arrival.server;
     if client.is_refused() {
-        let is_known = is_for_known(hall, service, header, payload);
-        if let Err(error) = hall.admit(id, is_known) {
+        let known = known_owner(hall, service, header, payload);
+        if let Err(error) = hall.admit(id, known) {
             error.encode_reply(out, header);
             return Flow::Close;
         }
@@ -84,15 +85,20 @@ fn check_program(service: Service, header: Header) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether a call says that the client speaks for an owner that the daemon knows.
-fn is_for_known(hall: &Hall<'_>, service: Service, header: Header, payload: &[u8]) -> bool {
-    service == Service::Lock
-        && check_program(service, header).is_ok()
-        && Procedure::from_number(header.procedure) == Some(Procedure::Register)
-        && matches!(
-            lock::decode(Procedure::Register, payload),
-            Ok(Call::Register { uuid, pid, .. }) if hall.custody.state().is_known(pid, uuid)
-        )
+/// The process of the owner that a call says the client speaks for, if the daemon knows the owner.
+fn known_owner(hall: &Hall<'_>, service: Service, header: Header, payload: &[u8]) -> Option<Pid> {
+    if service != Service::Lock
+        || check_program(service, header).is_err()
+        || Procedure::from_number(header.procedure) != Some(Procedure::Register)
+    {
+        return None;
+    }
+    match lock::decode(Procedure::Register, payload) {
+        Ok(Call::Register { uuid, pid, .. }) => {
+            hall.custody.state().is_known(pid, uuid).then_some(pid)
+        }
+        _ => None,
+    }
 }
 
 fn lock_call(

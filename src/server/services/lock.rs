@@ -319,3 +319,130 @@ fn refused(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::custody::clients::Arrival;
+    use crate::custody::ledger::Ledger;
+    use crate::custody::servers::Service;
+    use crate::host::memory::Memory;
+    use crate::host::names::Names;
+    use crate::server::deadlines::Deadlines;
+    use crate::server::reserve::Reserve;
+    use crate::server::waiting_room::WaitingRoom;
+
+    /// A daemon with one client, which may call.
+    struct Fixture {
+        custody: Custody,
+        id: ClientId,
+        _other_end: UnixStream,
+    }
+
+    impl Fixture {
+        fn new() -> Fixture {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let id = ClientId(ours.as_raw_fd());
+            let mut custody = Custody::new(Ledger::new().unwrap());
+            let arrival = Arrival {
+                server: Service::Lock,
+                id: custody.take_id(Service::Lock),
+                peer: None,
+                start_time: None,
+                connected_at: 0,
+                refused: false,
+            };
+            custody.connected(OwnedFd::from(ours), arrival);
+            Fixture {
+                custody,
+                id,
+                _other_end: theirs,
+            }
+        }
+
+        fn outcome(&mut self, asked: &Call<'_>) -> Result<(), Error> {
+            let mut hall = Hall {
+                custody: &mut self.custody,
+                waiting: &mut WaitingRoom::new(true),
+                deadlines: &mut Deadlines::default(),
+                reserve: &Reserve::default(),
+                names: &mut Names::default(),
+                orders: &mut Vec::new(),
+            };
+            let called = call(&mut hall, self.id, asked)?;
+            assert_eq!(called, Called::Done);
+            Ok(())
+        }
+
+        fn error_of(&mut self, asked: &Call<'_>) -> Error {
+            self.outcome(asked).unwrap_err()
+        }
+
+        /// Every byte of the ledger's file.
+        fn ledger(&self) -> Vec<u8> {
+            let descriptor = self.custody.ledger().unwrap().try_clone().unwrap();
+            Memory::adopt(descriptor).unwrap().bytes().to_vec()
+        }
+    }
+
+    fn register(id: u32) -> Call<'static> {
+        Call::Register {
+            uuid: &[1; 16],
+            name: b"guest",
+            id,
+            pid: 4242,
+            flags: 0,
+        }
+    }
+
+    #[test]
+    fn flags_are_checked_before_anything_else() {
+        let target = Target {
+            lockspace: b"",
+            name: b"x",
+        };
+        let mut fixture = Fixture::new();
+        let asked = Call::AcquireResource {
+            target,
+            flags: 0x13,
+        };
+        let error = fixture.error_of(&asked);
+        assert!(
+            error
+                .message()
+                .starts_with(b"unsupported flags (0x10) in function")
+        );
+        assert_eq!(
+            fixture.error_of(&Call::Restrict { flags: 0 }),
+            not_registered()
+        );
+        assert_eq!(fixture.error_of(&register(0)), not_registered());
+    }
+
+    #[test]
+    fn who_registers_again_as_the_same_leaves_no_event() {
+        let mut fixture = Fixture::new();
+        let mut ledger_after = |asked: Call<'_>| {
+            fixture.outcome(&asked).unwrap();
+            fixture.ledger()
+        };
+        let once = ledger_after(register(7));
+        assert_eq!(ledger_after(register(7)), once);
+        assert_ne!(ledger_after(register(8)), once);
+    }
+
+    #[test]
+    fn a_restricted_session_is_allowed_nothing_more_and_keeps_its_owner() {
+        let mut fixture = Fixture::new();
+        fixture.outcome(&register(7)).unwrap();
+        fixture.outcome(&Call::Restrict { flags: 0 }).unwrap();
+        let error = fixture.error_of(&register(7));
+        let text = b"operation forbidden: lock manager connection has been restricted";
+        assert_eq!(error.message(), text);
+        let client = fixture.custody.state().client(fixture.id).unwrap();
+        assert_eq!(client.owner.as_deref().unwrap().pid, 4242);
+    }
+}

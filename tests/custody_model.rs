@@ -1,10 +1,10 @@
-//! The keeper of the locks over real files, against the simplest reference that can be: a list of
+//! The door's part for locks, over real files, against the simplest reference that can be: a list of
 //! holdings, a list of strangers' locks, and what `stat` says of a name just before a call.
 //!
 //! Names of one file are tried in every way: hard links, symbolic links, a path into a lockspace's
 //! directory, `./`, names that leave the directory. Strangers lock, remove and make files. After
 //! each step the kernel is asked through second open files what is locked, the directory is listed
-//! to see what was made and removed, and the descriptors are counted.
+//! to see what was made and removed, the descriptors are counted, and the ledger is read.
 //!
 //! A failure prints the shortest steps that show it. `PROPTEST_CASES` makes it run longer.
 
@@ -19,9 +19,11 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use support::TempDir;
+use virtlockd::custody::Custody;
+use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::locking::{Acquired, Refusal};
 use virtlockd::host::errno::Errno;
 use virtlockd::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
-use virtlockd::locks::keeper::{Acquired, Keeper, Refusal};
 use virtlockd::locks::lease;
 use virtlockd::locks::place::Place;
 use virtlockd::locks::table::{Mode, NotReleased, Owner, Pid};
@@ -133,7 +135,7 @@ enum Behind {
 
 struct World {
     scratch: TempDir,
-    keeper: Keeper,
+    custody: Custody,
     lockspaces: BTreeSet<&'static str>,
     rows: Vec<Row>,
     strangers: Vec<Stranger>,
@@ -212,14 +214,15 @@ impl World {
         fs::hard_link(root.join("one/x"), root.join("one/hard")).unwrap();
         symlink("x", root.join("one/link")).unwrap();
         symlink("../disk", root.join("one/out")).unwrap();
-        let mut keeper = Keeper::new();
-        keeper.add_lockspace(root.join(ONE).as_os_str().as_bytes());
+        let mut custody = Custody::new(Ledger::new().unwrap());
+        let known = custody.make_lockspace(root.join(ONE).as_os_str().as_bytes());
+        assert_eq!(known, Ok(()));
         let mut names = BTreeSet::new();
         list(root, &mut names);
         World {
             descriptors: open_descriptors(),
             scratch,
-            keeper,
+            custody,
             lockspaces: BTreeSet::from([DEFAULT, ONE]),
             rows: Vec::new(),
             strangers: Vec::new(),
@@ -243,13 +246,13 @@ impl World {
         }
     }
 
-    fn with_place<T>(&mut self, key: Key, act: impl FnOnce(&mut Keeper, Place<'_>) -> T) -> T {
+    fn with_place<T>(&mut self, key: Key, act: impl FnOnce(&mut Custody, Place<'_>) -> T) -> T {
         let (lockspace, name) = self.call_names(key);
         let place = Place {
             lockspace: &lockspace,
             name: &name,
         };
-        act(&mut self.keeper, place)
+        act(&mut self.custody, place)
     }
 
     /// The path of a place, without dots.
@@ -328,14 +331,18 @@ impl World {
         self.check_kernel();
         self.check_table();
         self.check_names();
+        assert!(
+            self.custody.is_written_down(),
+            "the ledger says something else"
+        );
     }
 
     fn acquire(&mut self, key: Key, pid: Pid, mode: Mode, make: bool) {
         let behind = self.behind(key);
         let target = self.target(key);
         let same_key = self.rows.iter().find(|row| row.key == key).cloned();
-        let acquired = self.with_place(key, |keeper, place| {
-            keeper.acquire(&owner(pid), place, mode, make)
+        let acquired = self.with_place(key, |custody, place| {
+            custody.acquire(&owner(pid), place, mode, make)
         });
         let refused = |expected| assert_eq!(acquired, Err(expected), "{behind:?}");
         if !self.lockspaces.contains(key.0) {
@@ -346,7 +353,7 @@ impl World {
                 assert_held(&acquired, "under the same name");
                 return;
             }
-            assert!(matches!(acquired, Ok(Acquired::Joined(_))), "{acquired:?}");
+            assert!(matches!(acquired, Ok(Acquired::Joined)), "{acquired:?}");
             self.rows.push(Row { pid, ..row });
             return;
         }
@@ -365,7 +372,7 @@ impl World {
                 let Err(Refusal::HeldAs(id)) = acquired else {
                     panic!("{acquired:?}, though the file is held under another name");
                 };
-                assert_eq!(self.keeper.table().get(id).unwrap().identity, file);
+                assert_eq!(self.custody.state().table().get(id).unwrap().identity, file);
                 return;
             }
             let mut strangers = self.strangers.iter().filter(|lock| lock.file == file);
@@ -377,7 +384,7 @@ impl World {
             self.names.insert(target.clone());
         }
         assert!(
-            matches!(acquired, Ok(Acquired::Granted(_))),
+            matches!(acquired, Ok(Acquired::Granted)),
             "{acquired:?} {behind:?}"
         );
         let found = fs::metadata(&target).expect("what was granted is there");
@@ -402,8 +409,7 @@ impl World {
 
     fn release(&mut self, key: Key, pid: Pid) {
         let leading = self.leading();
-        let released =
-            self.with_place(key, |keeper, place| keeper.release(place, owner(pid).key()));
+        let released = self.with_place(key, |custody, place| custody.release(place, &owner(pid)));
         let of_owner = |row: &Row| row.key == key && row.pid == pid;
         match self.rows.iter().position(of_owner) {
             Some(holding) => {
@@ -417,12 +423,14 @@ impl World {
 
     fn end_owner(&mut self, pid: Pid) {
         let leading = self.leading();
-        let before = self.keeper.table().len();
-        let ended = self.keeper.end_owner(pid);
+        let before = self.custody.state().table().len();
+        let ended = self.custody.owner_died(pid);
+        self.custody.free_some(ended);
+        assert_eq!(self.custody.state().left_count(), 0);
         while let Some(holding) = self.rows.iter().position(|row| row.pid == pid) {
             self.end_row(holding, &leading);
         }
-        assert_eq!(ended, before - self.keeper.table().len());
+        assert_eq!(ended, before - self.custody.state().table().len());
     }
 
     /// What the end of a holding does to the names, of which `leading` led to their locked files.
@@ -440,7 +448,7 @@ impl World {
     fn create(&mut self, key: Key) {
         let behind = self.behind(key);
         let target = self.target(key);
-        let created = self.with_place(key, |keeper, place| keeper.create(place));
+        let created = self.with_place(key, |custody, place| custody.create(place));
         let expected = if !self.lockspaces.contains(key.0) {
             Err(Refusal::NoLockspace)
         } else if self.key_is_held(key) {
@@ -463,7 +471,7 @@ impl World {
     fn delete(&mut self, key: Key) {
         let behind = self.behind(key);
         let path = self.path(key);
-        let deleted = self.with_place(key, |keeper, place| keeper.delete(place));
+        let deleted = self.with_place(key, |custody, place| custody.delete(place));
         if !self.lockspaces.contains(key.0) {
             assert_eq!(deleted, Err(Refusal::NoLockspace));
         } else if self.key_is_held(key) {
@@ -485,7 +493,9 @@ impl World {
 
     fn make_lockspace(&mut self, name: &'static str) {
         let directory = self.scratch.path().join(name);
-        let made = self.keeper.make_lockspace(directory.as_os_str().as_bytes());
+        let made = self
+            .custody
+            .make_lockspace(directory.as_os_str().as_bytes());
         assert_eq!(made, Ok(()));
         self.lockspaces.insert(name);
         self.names.insert(directory);
@@ -526,14 +536,14 @@ impl World {
                 self.check_lock(&open(name));
             }
         }
-        for (_, resource) in self.keeper.table().iter() {
+        for (_, resource) in self.custody.state().table().iter() {
             let number = resource.lease.descriptor.as_raw_fd();
             let second = open(Path::new(&format!("/proc/self/fd/{number}")));
             assert_eq!(file::identity(&second), Ok(resource.identity));
             self.check_lock(&second);
         }
         let open_now = open_descriptors();
-        let held = self.keeper.table().len() + self.strangers.len();
+        let held = self.custody.state().table().len() + self.strangers.len();
         assert_eq!(open_now, self.descriptors + held, "descriptors");
     }
 
@@ -564,13 +574,16 @@ impl World {
 
     fn check_table(&mut self) {
         let keys: BTreeSet<Key> = self.rows.iter().map(|row| row.key).collect();
-        assert_eq!(self.keeper.table().len(), keys.len());
+        assert_eq!(self.custody.state().table().len(), keys.len());
         for pid in PIDS {
             let rows = self.rows.iter().filter(|row| row.pid == pid);
             let held: BTreeSet<Key> = rows.map(|row| row.key).collect();
-            assert_eq!(self.keeper.table().held_by(owner(pid).key()), held.len());
+            assert_eq!(
+                self.custody.state().table().held_by(owner(pid).key()),
+                held.len()
+            );
         }
-        for (_, resource) in self.keeper.table().iter() {
+        for (_, resource) in self.custody.state().table().iter() {
             let key = keys.iter().find(|key| {
                 let (lockspace, name) = self.call_names(**key);
                 (resource.lockspace(), resource.name()) == (&lockspace[..], &name[..])
@@ -579,7 +592,7 @@ impl World {
             let row = row.expect("a held resource has a row");
             assert_eq!((resource.mode, resource.identity), (row.mode, row.file));
         }
-        let known: Vec<&[u8]> = self.keeper.lockspaces().collect();
+        let known: Vec<&[u8]> = self.custody.state().lockspaces().collect();
         assert_eq!(known.len(), self.lockspaces.len() - 1);
     }
 
@@ -613,6 +626,6 @@ proptest! {
         for pid in PIDS {
             world.step(Step::EndOwner(pid));
         }
-        prop_assert!(world.keeper.table().is_empty());
+        prop_assert!(world.custody.state().table().is_empty());
     }
 }
