@@ -97,6 +97,8 @@ pub struct Connection {
     pub appetite: Appetite,
     /// Whether the reactor is told when the socket takes bytes again.
     pub waits_to_send: bool,
+    /// Whether its peer was seen to mean the same process by a number as this daemon does.
+    pub shares_numbers: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
     pub counted: u32,
     on_the_way: Option<Box<OnTheWay>>,
@@ -129,6 +131,7 @@ impl Connection {
             queued: false,
             appetite: Appetite::default(),
             waits_to_send: false,
+            shares_numbers: false,
             counted: 0,
             on_the_way: None,
         }

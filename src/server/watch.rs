@@ -30,6 +30,9 @@ use crate::restart::state::WatchState;
 /// milliseconds.
 const WATCH_RETRY_MS: u64 = 1000;
 
+/// Why a number says nothing here.
+const OTHER_NAMESPACE: &str = "the client that took them is in another pid namespace";
+
 /// An owner without a connection of its own.
 #[derive(Debug)]
 pub struct Watched {
@@ -112,7 +115,11 @@ impl Daemon {
             && !self.own_connections.has(owner.pid, &owner.uuid)
         {
             let (pid, asked_by) = (owner.pid, connection.peer.pid);
+            let is_trusted = connection.shares_numbers;
             self.watch_holder(pid, asked_by);
+            if !is_trusted {
+                self.look_at_numbers(place, pid, asked_by);
+            }
         }
     }
 
@@ -140,6 +147,28 @@ impl Daemon {
             && self.fences.of(pid).is_none()
         {
             self.begin_to_watch(pid, Some(asked_by));
+        }
+    }
+
+    /// Somebody names an owner by a number that is watched. Should that be another process to him, the
+    /// death of the one must not free what the other holds: then nobody's does. Each connection is looked
+    /// at once.
+    fn look_at_numbers(&mut self, place: usize, pid: Pid, asked_by: Pid) {
+        if self.watches.of(pid).is_none_or(|it| it.process.is_none()) {
+            return;
+        }
+        match self.with_spare(|| process::shares_numbers(asked_by)) {
+            Ok(true) => {
+                if let Some(connection) = self.connections.get_mut(place) {
+                    connection.shares_numbers = true;
+                }
+            }
+            Ok(false) => {
+                self.end_watch(pid);
+                self.is_unseen(pid, OTHER_NAMESPACE);
+            }
+            // It is gone, or cannot be looked at now: what is known stays.
+            Err(_) => (),
         }
     }
 
@@ -181,10 +210,7 @@ impl Daemon {
     fn means_the_same_to(&mut self, peer: Pid) -> Result<(), Unseen> {
         match self.with_spare(|| process::shares_numbers(peer)) {
             Ok(true) => Ok(()),
-            Ok(false) => {
-                let reason = "the client that took them is in another pid namespace".into();
-                Err(Unseen::Ever(reason))
-            }
+            Ok(false) => Err(Unseen::Ever(OTHER_NAMESPACE.into())),
             Err(reason) if errno::may_pass(reason) => Err(Unseen::ForNow),
             Err(reason) => Err(Unseen::Ever(format!(
                 "in which pid namespace the client that took them is cannot be told: {}",
