@@ -340,6 +340,28 @@ fn a_number_of_another_pid_namespace_is_not_taken_for_a_process_here() {
 }
 
 #[test]
+fn an_owner_of_another_pid_namespace_keeps_its_lock_when_its_namesake_here_dies() {
+    let Some(scene) = Scene::new() else { return };
+    let [here, there] = ["here", "there"].map(|name| scene.host.disk(name));
+    let mut namesake = Guest::start();
+    scene.lend("here", namesake.pid(), &here);
+    assert_eq!(scene.pidfds(), 1);
+    let inner_calls = [
+        with_uuid(register_as("inner", namesake.pid()), 9),
+        acquire("", &there, 0),
+    ];
+    let _inner = Inner::start(&scene, &inner_calls);
+    assert_eq!(scene.logged(&["another pid namespace", UNSEEN]), 1);
+    assert_eq!(scene.pidfds(), 0);
+    upgrade(&scene.daemon);
+    namesake.kill();
+    namesake.0.wait().expect("reap it");
+    scene.daemon.client().ping();
+    scene.daemon.wait_until_asleep();
+    scene.host.assert_held(&there);
+}
+
+#[test]
 fn a_number_of_another_pid_namespace_is_not_watched_behind_libvirts_daemon_either() {
     let Some(theirs) = c_daemon() else {
         return skip("needs libvirt's virtlockd");

@@ -154,7 +154,9 @@ impl Daemon {
                 Order::End(client) => self.end_connection(client),
                 Order::LetIn(service) => self.let_in(service),
                 Order::Settle(pid) => self.owners().bury(pid),
-                Order::Watch(client) => self.owners().watch_owner(client),
+                Order::Watch(client) => {
+                    self.owners().watch_owner(client, false);
+                }
                 Order::Spoke(client, before) => self.owners().owner_changed(client, before),
             }
             self.check_ledger();

@@ -558,7 +558,10 @@ impl Reactor {
 
     /// A client that speaks for others was granted a lock.
     fn watch_owner(&mut self, id: ClientId) {
-        let was_trusted = self.connections.get(id.0).is_some_and(|it| it.shares_numbers);
+        let was_trusted = self
+            .connections
+            .get(id.0)
+            .is_some_and(|it| it.shares_numbers);
         let is_trusted = self.owners().watch_owner(id, was_trusted);
         if let Some(connection) = self.connections.get_mut(id.0) {
             connection.shares_numbers = is_trusted;
