@@ -64,6 +64,7 @@
 //!   state.rs              all that lasts, as one value that events change
 //!   event.rs              every change, as data
 //!   ledger.rs             the events in a memory file
+//!   earlier.rs            the same for a program of before today's format
 //!   adopt.rs              the numbers of a saved state become open descriptors
 //!   descriptor.rs         a descriptor in the state: open, or its number
 //!   roll.rs               things found by the number of a descriptor

@@ -207,6 +207,59 @@ fn a_successor_that_reads_another_format_is_refused() {
     scene.recovers();
 }
 
+/// A version of before ledgers of format 3, as far as this daemon can tell: it takes no later one.
+/// It is this program, which reads the earlier formats, too.
+fn earlier_version() -> String {
+    let program = daemon::program();
+    format!(
+        r#"if [ -n "$VIRTLOCKD_CHECK_LEDGER" ]; then
+    format=$(od -An -tu4 -j8 -N4)
+    if [ $format -gt 2 ]; then
+        echo 'virtlockd (virtlockd-rs) 0.0.1'
+        echo "the ledger: its format $((format)) is newer than 2, the last that this program knows" >&2
+        exit 3
+    fi
+fi
+exec bash -c 'exec -a "$0" {} "$@"' "$0" "$@""#,
+        program.display()
+    )
+}
+
+#[test]
+fn an_earlier_version_is_given_a_ledger_that_it_reads() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    // Somebody who is watched, which that version knows nothing of.
+    let lent = scene.host.disk("lent");
+    let lent_guest = Owner::connect(scene.daemon.lock_socket(), OnTerm::Die);
+    let mut lender = helper_client(&scene.daemon, "lent", lent_guest.pid());
+    lender.call(&acquire("", &lent, 0)).expect_ok();
+    // Half a call is on its way.
+    let call = release("", &lent).frame(77);
+    let (begin, rest) = call.split_at(40);
+    lender.send(begin);
+    scene.daemon.wait_until_asleep();
+    let rival = Rival::of(vec![scene.host.path(&scene.disk), scene.host.path(&lent)]);
+    scene.host.install_script(&earlier_version());
+    upgrade(&scene.daemon);
+    let log = scene.daemon.stderr();
+    assert!(
+        log.contains("this earlier version of the daemon watches no owner"),
+        "{log}"
+    );
+    assert!(refusals(&scene.daemon).is_empty(), "{log}");
+    scene.serves();
+    upgrade(&scene.daemon);
+    scene.host.assert_held(&lent);
+    rival.never_succeeded();
+    lender.send(rest);
+    lender.receive();
+    scene.host.assert_free(&lent);
+    scene.recovers();
+}
+
 #[test]
 fn a_hanging_successor_stops_nobody_and_is_given_up_after_ten_seconds() {
     if !require_root() {

@@ -39,13 +39,13 @@ use crate::host::refusal::Refusal;
 /// one had the poll in it; the third has two extents, and tells owners of one process apart.
 pub const VERSION: u32 = 3;
 
-const MAGIC: &[u8; 8] = b"VLKLEDGR";
+pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
 const HEADER: usize = 64;
 /// The header before format 3.
-const OLD_HEADER: usize = 32;
-const VERSION_AT: usize = 8;
+pub(super) const OLD_HEADER: usize = 32;
+pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
-const CHECKSUM_AT: usize = 24;
+pub(super) const CHECKSUM_AT: usize = 24;
 const EXTENTS_AT: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
@@ -106,6 +106,13 @@ fn configuration() -> impl bincode::config::Config {
 /// granted lock pays for it.
 fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
     bincode::serde::encode_into_slice(event, place, configuration())
+}
+
+/// Writes an event behind what is there.
+pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
+    let bytes = bincode::serde::encode_to_vec(event, configuration());
+    content.extend(bytes.map_err(|_| Errno::EINVAL)?);
+    Ok(())
 }
 
 /// The ledger of a running daemon.
@@ -373,7 +380,7 @@ fn extent_at(which: usize) -> usize {
 }
 
 /// FNV-1a over words of eight bytes: notices what is cut off or mixed up, and is quick.
-fn checksum(bytes: &[u8]) -> u64 {
+pub(super) fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = 0xcbf2_9ce4_8422_2325u64;
     let mut mix = |word: u64| sum = (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3);
     let (words, rest) = bytes.as_chunks::<8>();

@@ -10,6 +10,7 @@
 pub mod adopt;
 pub mod clients;
 pub mod descriptor;
+pub mod earlier;
 pub mod event;
 pub mod fences;
 pub mod ledger;
@@ -34,6 +35,7 @@ use self::settings::{LogSettings, Settings};
 use self::state::{Left, Source, State};
 use crate::host::clock::Moment;
 use crate::host::file::{FileIdentity, Lockable};
+use crate::host::memory::Memory;
 use crate::host::refusal::Refusal;
 use crate::locks::table::{Owner, Pid};
 
@@ -435,6 +437,20 @@ impl Custody {
         self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
         self.ledger.close();
         Ok(())
+    }
+
+    /// The state, with the bytes that are on their way, for programs that read ledgers up to this format
+    /// only: see [`earlier`].
+    ///
+    /// # Errors
+    /// What the kernel says when it has no memory for that.
+    pub fn for_earlier(
+        &self,
+        version: u32,
+        traffic: impl Iterator<Item = (ClientId, Traffic)>,
+    ) -> Result<Memory, Errno> {
+        let traffic = traffic.map(|(id, it)| Event::Traffic(Number(id.0), Box::new(it)));
+        earlier::write(version, self.state.entries().chain(traffic))
     }
 
     /// Goes on after a handover that failed.

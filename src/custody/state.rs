@@ -612,6 +612,11 @@ impl<F: Form> State<F> {
         &self.watched
     }
 
+    /// Whether an owner is to be fenced whose process cannot be reached.
+    pub fn has_unreachable(&self) -> bool {
+        !self.unreachable.is_empty()
+    }
+
     /// Whether an owner that is to be fenced could not be reached.
     pub fn is_unreachable(&self, pid: Pid) -> bool {
         self.unreachable.contains(&pid)

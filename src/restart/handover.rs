@@ -26,6 +26,19 @@ const DIRECTORY_VARIABLE: &str = "VIRTLOCKD_DIRECTORY";
 /// What a successor's second line of output begins with when it can read the ledger.
 pub const READABLE: &str = "ledger readable";
 
+/// What stands in the complaint of a program whose ledgers are of an earlier format, in front of the
+/// last one that it reads. It is part of what those programs say, and may not change.
+pub const NEWER_THAN: &str = "newer than ";
+
+/// Why a successor does not take over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// It reads ledgers up to this format; what it says of this one's.
+    Earlier(u32, String),
+    /// It cannot.
+    Ever(String),
+}
+
 /// Which program takes over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Successor {
@@ -229,12 +242,12 @@ impl Check {
     }
 
     /// What became of it, once it is over.
-    pub fn verdict(mut self) -> Result<Successor, String> {
+    pub fn verdict(mut self) -> Result<Successor, Unfit> {
         let status = match self.child.try_wait() {
             Ok(Some(status)) => status,
             _ => {
                 end(self.child);
-                return Err("it does not end".into());
+                return Err(Unfit::Ever("it does not end".into()));
             }
         };
         // It has ended, so what it said is in the pipes; a child of its own may keep them open.
@@ -243,9 +256,11 @@ impl Check {
         let complaint = complained.lines().next_back().unwrap_or_default();
         let said = String::from_utf8_lossy(&said).into_owned();
         if !status.success() {
-            return Err(format!(
-                "it ends with {status} when asked for its version: {complaint}"
-            ));
+            let reason = format!("it ends with {status} when asked for its version: {complaint}");
+            return Err(match last_format(complaint) {
+                Some(format) => Unfit::Earlier(format, reason),
+                None => Unfit::Ever(reason),
+            });
         }
         let mut lines = said.lines();
         let version = lines.next().unwrap_or_default();
@@ -253,16 +268,17 @@ impl Check {
             return Ok(Successor::Libvirt);
         }
         if !version.contains("(virtlockd-rs)") {
-            return Err(format!("it is no lock daemon: its version is '{version}'"));
+            let reason = format!("it is no lock daemon: its version is '{version}'");
+            return Err(Unfit::Ever(reason));
         }
         if let Some(refusal) = self.without_ledger {
-            return Err(nothing_to_pass_on(refusal));
+            return Err(Unfit::Ever(nothing_to_pass_on(refusal)));
         }
         match lines.next() {
             Some(line) if line.starts_with(READABLE) => Ok(Successor::Ours),
-            _ => Err(format!(
+            _ => Err(Unfit::Ever(format!(
                 "'{version}' does not read the ledger of this daemon: {complaint}"
-            )),
+            ))),
         }
     }
 
@@ -278,6 +294,13 @@ impl Check {
     pub fn reap(mut self) {
         let _ = self.child.try_wait();
     }
+}
+
+/// The last format that a program reads, of what it says about a later one.
+fn last_format(complaint: &str) -> Option<u32> {
+    let (_, behind) = complaint.split_once(NEWER_THAN)?;
+    let digits = behind.split(|it: char| !it.is_ascii_digit()).next()?;
+    digits.parse().ok()
 }
 
 fn end(mut child: Child) {

@@ -14,12 +14,14 @@ use super::lines::Lines;
 use super::watch::{Source, Watch};
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
+use crate::custody::earlier;
 use crate::custody::roll::Roll;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
+use crate::host::memory::Memory;
 use crate::host::{descriptors, notify, process};
 use crate::restart::handover::{
-    self, Check, CommandLine, HANDOVER_VARIABLE, ProgramFile, Successor,
+    self, Check, CommandLine, HANDOVER_VARIABLE, ProgramFile, Successor, Unfit,
 };
 use crate::restart::libvirt_json;
 
@@ -58,6 +60,8 @@ pub struct Upgrade {
     looked_again: bool,
     /// The program that was looked at last.
     seen: Option<ProgramFile>,
+    /// The successor is an earlier version, which reads ledgers up to this format.
+    earlier: Option<u32>,
     /// Successors that took too long and were killed, and are not over yet.
     abandoned: Vec<Check>,
     /// An earlier image of this process may have left such successors behind.
@@ -97,6 +101,7 @@ impl Upgrade {
         let command_line = command_line.clone();
         descriptors::fill_standard_places();
         self.seen = command_line.file();
+        self.earlier = None;
         // Short and true: it is what the successor reads now, and what it will go on from.
         let begun = match going.custody.renew() {
             Ok(()) => {
@@ -105,6 +110,27 @@ impl Upgrade {
             }
             Err(reason) => Err(cannot_write(reason)),
         };
+        self.wait_for(going, begun);
+    }
+
+    /// The successor is an earlier version: it is looked at once more, with a ledger of its own format.
+    fn begin_earlier(&mut self, going: &mut Going<'_>, version: u32) {
+        let Some(command_line) = self.command_line.clone() else {
+            return;
+        };
+        self.earlier = Some(version);
+        let begun = match going.for_earlier(version) {
+            Ok(ledger) => {
+                let withheld = going.kept();
+                Check::begin(&command_line, ledger.descriptor(), &withheld)
+            }
+            Err(reason) => Err(cannot_write(reason)),
+        };
+        self.wait_for(going, begun);
+    }
+
+    /// Waits for what a successor has to say.
+    fn wait_for(&mut self, going: &mut Going<'_>, begun: Result<Check, String>) {
         let check = match begun {
             Ok(check) => check,
             Err(reason) => return self.failed(going, &reason),
@@ -140,7 +166,12 @@ impl Upgrade {
                     .set(Deadline::Quiet, Moment::now().plus_ms(QUIET_MS));
                 self.stage = Stage::Ready(successor);
             }
-            Err(reason) => self.failed(going, &reason),
+            Err(Unfit::Earlier(version, _))
+                if self.earlier.is_none() && earlier::is_earlier(version) =>
+            {
+                self.begin_earlier(going, version);
+            }
+            Err(Unfit::Earlier(_, reason) | Unfit::Ever(reason)) => self.failed(going, &reason),
         }
     }
 
@@ -240,7 +271,12 @@ impl Upgrade {
         let Stage::Ready(successor) = self.stage else {
             return;
         };
-        if successor == Successor::Libvirt && !going.is_quiet() {
+        let is_the_moment = match (successor, self.earlier) {
+            (Successor::Libvirt, _) => going.is_quiet(),
+            (Successor::Ours, Some(_)) => going.is_settled(),
+            (Successor::Ours, None) => true,
+        };
+        if !is_the_moment {
             // Tried again after the next turn, until the time for it is over.
             return;
         }
@@ -258,9 +294,10 @@ impl Upgrade {
             let reason = "its program is exchanged all the time; try again when it is in place";
             return self.failed(going, reason);
         }
-        match successor {
-            Successor::Ours => self.hand_over(going),
-            Successor::Libvirt => self.hand_over_to_libvirt(going),
+        match (successor, self.earlier) {
+            (Successor::Libvirt, _) => self.hand_over_to_libvirt(going),
+            (Successor::Ours, Some(version)) => self.hand_over_to_earlier(going, version),
+            (Successor::Ours, None) => self.hand_over(going),
         }
     }
 
@@ -286,6 +323,23 @@ impl Upgrade {
         going.custody.reopen();
     }
 
+    fn hand_over_to_earlier(&mut self, going: &mut Going<'_>, version: u32) {
+        let ledger = match going.for_earlier(version) {
+            Ok(ledger) => ledger,
+            Err(reason) => return self.failed(going, &cannot_write(reason)),
+        };
+        let number = match ledger.descriptor() {
+            Ok(descriptor) => descriptor.as_raw_fd(),
+            Err(refusal) => {
+                return self.failed(going, &handover::nothing_to_pass_on(refusal));
+            }
+        };
+        warn_of_unwatched(going, "this earlier version of the daemon");
+        let kept = going.kept_for_earlier(number);
+        let value = format!("{number}:{}", process::started());
+        self.replace(going, Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
+    }
+
     fn hand_over_to_libvirt(&mut self, going: &mut Going<'_>) {
         if let Some(reason) = going.gone_client() {
             return self.failed(going, &reason);
@@ -300,29 +354,27 @@ impl Upgrade {
             let _ = std::fs::remove_file(&self.document);
             return self.failed(going, &reason);
         }
-        let watched = state.watched().len();
-        if watched > 0 {
-            tracing::warn!(
-                target: "locking.lock_daemon",
-                "libvirt's daemon watches no owner: should one of the {watched} end that hold locks \
-                 here without a connection of their own, it will not free them"
-            );
-        }
-        let kept = libvirt_json::descriptors(state);
+        warn_of_unwatched(going, "libvirt's daemon");
+        let kept = libvirt_json::descriptors(going.custody.state());
         self.replace(going, Successor::Libvirt, &kept, &[]);
         let _ = std::fs::remove_file(&self.document);
     }
 
     /// The moment for libvirt's daemon did not come.
     pub fn never_quiet(&mut self, going: &mut Going<'_>) {
-        if matches!(self.stage, Stage::Ready(_)) {
-            let reason = format!(
-                "for {} s there was always an owner being fenced or a message on its way, which \
-                 libvirt's daemon cannot go on with; try again",
-                QUIET_MS / 1000
-            );
-            self.failed(going, &reason);
-        }
+        let reason = match self.stage {
+            Stage::Ready(Successor::Libvirt) => {
+                "always an owner being fenced or a message on its way, which libvirt's daemon cannot"
+            }
+            Stage::Ready(Successor::Ours) if self.earlier.is_some() => {
+                "always a dead owner whose locks are being freed, or an owner that cannot be reached, \
+                 which this earlier version cannot"
+            }
+            _ => return,
+        };
+        let seconds = QUIET_MS / 1000;
+        let reason = format!("for {seconds} s there was {reason} go on with; try again");
+        self.failed(going, &reason);
     }
 
     /// The exec. Comes back only if it failed.
@@ -407,6 +459,41 @@ impl Going<'_> {
         self.custody.close(traffic, self.watch.descriptor())
     }
 
+    /// The state for an earlier version of this program. What is on its way goes with it; what the poll
+    /// has said is not needed, because that version asks anew.
+    fn for_earlier(&self, version: u32) -> Result<Memory, Errno> {
+        let traffic = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| !connection.is_quiet())
+            .map(|(number, connection)| (ClientId(number), connection.traffic()));
+        self.custody.for_earlier(version, traffic)
+    }
+
+    /// The numbers of all descriptors that an earlier version needs.
+    fn kept_for_earlier(&self, ledger: i32) -> Vec<i32> {
+        let state = self.custody.state();
+        let mut kept: Vec<i32> = state.descriptors().map(|number| number.0).collect();
+        // It does not know of these, and would never close them.
+        for watched in state.watched().values() {
+            let process = watched.process.as_ref().map(AsRawFd::as_raw_fd);
+            kept.retain(|number| Some(*number) != process);
+        }
+        kept.push(ledger);
+        kept.sort_unstable();
+        kept.dedup();
+        kept
+    }
+
+    /// Whether an earlier version of this program could go on from here: it knows of no dead owner whose
+    /// locks are still to be freed, and would take one that cannot be reached for dead.
+    fn is_settled(&self) -> bool {
+        let state = self.custody.state();
+        state.estates().is_empty()
+            && !state.has_unreachable()
+            && state.clients().all(|(_, client)| !client.is_over())
+    }
+
     /// Whether libvirt's daemon could go on from here: it knows of no message that is on its way
     /// and of no owner that is being fenced.
     fn is_quiet(&self) -> bool {
@@ -432,6 +519,18 @@ impl Going<'_> {
                 )
             })
         })
+    }
+}
+
+/// Tells of the owners whose end the successor will not notice.
+fn warn_of_unwatched(going: &Going<'_>, successor: &str) {
+    let watched = going.custody.state().watched().len();
+    if watched > 0 {
+        tracing::warn!(
+            target: "locking.lock_daemon",
+            "{successor} watches no owner: should one of the {watched} end that hold locks here \
+             without a connection of their own, it will not free them"
+        );
     }
 }
 
