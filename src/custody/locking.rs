@@ -410,8 +410,9 @@ mod tests {
     // another name, with a lock of its own kind.
     #[test]
     fn no_descriptor_of_a_file_is_closed_while_another_name_holds_it_with_a_posix_lock() {
-        // The other name's last holding is given back, or its owner dies.
-        for (dies, second_owner) in [(false, 7), (true, 8)] {
+        // The other name's last holding is given back, or its owner dies; it has a lock of either kind.
+        for (dies, is_posix) in [(false, false), (false, true), (true, false), (true, true)] {
+            let second_owner = if dies { 8 } else { 7 };
             let path =
                 std::env::temp_dir().join(format!("virtlockd-locking-{}", std::process::id()));
             std::fs::write(&path, "").unwrap();
@@ -423,12 +424,18 @@ mod tests {
             let outside = open();
             let identity = file::identity(&first).unwrap();
             first.lock_process(LockType::Read).unwrap();
-            second.lock(LockType::Read).unwrap();
+            let second_kind = if is_posix {
+                second.lock_process(LockType::Read).unwrap();
+                LockKind::Process { parked: Vec::new() }
+            } else {
+                second.lock(LockType::Read).unwrap();
+                LockKind::OpenFile
+            };
             let mut custody = Custody::new(Ledger::new().unwrap());
             let process = LockKind::<Lockable>::Process { parked: Vec::new() };
             for (pid, name, descriptor, kind) in [
                 (7, &b"first"[..], first, process),
-                (second_owner, b"second", second, LockKind::OpenFile),
+                (second_owner, b"second", second, second_kind),
             ] {
                 let owner = owner(pid);
                 let event = Event::Granted {
