@@ -31,6 +31,10 @@ mod picture;
 mod pipeline;
 mod probe;
 mod progress;
+// Shared with the tests, which use more of it.
+#[path = "../../tests/support/protocol.rs"]
+#[allow(dead_code)]
+mod protocol;
 mod reexec;
 mod report;
 mod results;
