@@ -15,9 +15,13 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
 };
 
-use crate::client::{REPLY_BYTES, acquire, paper_pid, register, register_as, release};
+use crate::client::{acquire, paper_pid, register, register_as, release};
 use crate::helper::Helper;
 use crate::measure::Outcome;
+use crate::protocol::{
+    CALL_WITH_FDS, HEADER_BYTES, LOCK_PROGRAM, PING, REGISTER, STATUS_OK, at, frame, put_u32,
+    set_word,
+};
 use crate::subject::{Limits, Server};
 
 /// Indexes and disks of its own.
@@ -232,7 +236,7 @@ impl Attack {
                     bytes
                 }
                 NeverReading => acquire("/run/disks/none").repeat(200),
-                Pings => ping().repeat(2000),
+                Pings => PING.repeat(2000),
                 LongNames => {
                     let register = register_as(&long, INDEX, paper_pid(INDEX));
                     [register, acquire(&long)].concat()
@@ -250,12 +254,11 @@ impl Attack {
                     calls
                 }
                 Descriptors => {
-                    let mut call = greeting.clone();
-                    call.splice(REPLY_BYTES..REPLY_BYTES, 32_u32.to_be_bytes());
-                    let length = u32::try_from(call.len()).map_err(|e| format!("{e}"))?;
-                    call[..4].copy_from_slice(&length.to_be_bytes());
-                    call[19] = 4;
-                    call
+                    let mut payload = Vec::new();
+                    put_u32(&mut payload, 32);
+                    payload.extend_from_slice(&greeting[HEADER_BYTES..]);
+                    let kind = CALL_WITH_FDS;
+                    frame(LOCK_PROGRAM, 1, REGISTER, kind, 0, STATUS_OK, &payload)
                 }
                 Vanishing => Vec::new(),
                 OverTheLimit | NoDescriptors => greeting.clone(),
@@ -400,15 +403,6 @@ impl Attack {
 fn half_frame() -> Vec<u8> {
     let mut bytes = acquire("/run/disks/none");
     bytes.resize(100_000, b'x');
-    bytes[..4].copy_from_slice(&LARGEST_FRAME.to_be_bytes());
-    bytes
-}
-
-/// A PING of the keepalive program.
-fn ping() -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for word in [28_u32, 0x6b65_6570, 1, 1, 2, 0, 0] {
-        bytes.extend_from_slice(&word.to_be_bytes());
-    }
+    set_word(&mut bytes, at::LENGTH, LARGEST_FRAME);
     bytes
 }

@@ -1,5 +1,5 @@
-//! A client of the lock program, with an encoding of its own: a bench that borrowed the library's
-//! encoder would not notice if both sides were wrong in the same way.
+//! A client of the lock program. Its messages are those of the tests (`protocol`): a bench that
+//! borrowed the library's encoder would not notice if both sides were wrong in the same way.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -11,17 +11,13 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::measure::Outcome;
+use crate::protocol::{
+    Call, ErrorObject, HEADER_BYTES, LOCK_PROGRAM, REPLY, STATUS_OK, at, length_word, set_word,
+    word,
+};
 
-const LOCK_PROGRAM: u32 = 0x0EA7_BEEF;
-const REGISTER: u32 = 1;
-const RESTRICT: u32 = 2;
-const ACQUIRE: u32 = 6;
-const RELEASE: u32 = 7;
-const TYPE_REPLY: u32 = 1;
-const STATUS_OK: u32 = 0;
-
-/// Bytes of a reply without a result, and of every header.
-pub const REPLY_BYTES: usize = 28;
+/// Bytes of a reply without a result.
+pub const REPLY_BYTES: usize = HEADER_BYTES;
 /// The greatest error reply the client reads.
 const ERROR_BYTES: usize = 64 * 1024;
 /// How long a blocking client waits for one reply. The C daemon stops for 3 s for each owner that it
@@ -36,23 +32,6 @@ pub fn paper_pid(index: u32) -> u32 {
     0x4000_0000 + index
 }
 
-fn frame(procedure: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(REPLY_BYTES + payload.len()).expect("a bench frame is small");
-    let mut bytes = Vec::with_capacity(REPLY_BYTES + payload.len());
-    for word in [length, LOCK_PROGRAM, 1, procedure, 0, 0, 0] {
-        bytes.extend_from_slice(&word.to_be_bytes());
-    }
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
-fn put_string(payload: &mut Vec<u8>, text: &str) {
-    let length = u32::try_from(text.len()).expect("a bench string is small");
-    payload.extend_from_slice(&length.to_be_bytes());
-    payload.extend_from_slice(text.as_bytes());
-    payload.resize(payload.len().next_multiple_of(4), 0);
-}
-
 /// REGISTER as libvirt sends it for the `index`-th guest.
 pub fn register(index: u32, pid: u32) -> Vec<u8> {
     register_as(&format!("guest-{index}"), index, pid)
@@ -60,78 +39,72 @@ pub fn register(index: u32, pid: u32) -> Vec<u8> {
 
 /// REGISTER with any name.
 pub fn register_as(name: &str, index: u32, pid: u32) -> Vec<u8> {
-    let mut payload = vec![0; 12];
-    payload.extend_from_slice(&index.to_be_bytes());
-    put_string(&mut payload, name);
-    for word in [index + 1, pid, 0] {
-        payload.extend_from_slice(&word.to_be_bytes());
-    }
-    frame(REGISTER, &payload)
+    let mut uuid = [0; 16];
+    set_word(&mut uuid, 12, index);
+    let call = Call::Register {
+        uuid,
+        name,
+        id: index + 1,
+        pid,
+        flags: 0,
+    };
+    call.frame(0)
 }
 
 /// RESTRICT, the last call on the connection that a guest keeps.
 pub fn restrict() -> Vec<u8> {
-    frame(RESTRICT, &[0; 4])
-}
-
-fn resource(procedure: u32, disk: &str) -> Vec<u8> {
-    let mut payload = Vec::new();
-    put_string(&mut payload, "");
-    put_string(&mut payload, disk);
-    payload.extend_from_slice(&0_u32.to_be_bytes());
-    frame(procedure, &payload)
+    Call::<&str>::Restrict { flags: 0 }.frame(0)
 }
 
 /// ACQUIRE_RESOURCE, exclusive, in the default lockspace.
 pub fn acquire(disk: &str) -> Vec<u8> {
-    resource(ACQUIRE, disk)
+    let call = Call::Acquire {
+        path: "",
+        name: disk,
+        flags: 0,
+    };
+    call.frame(0)
 }
 
 /// RELEASE_RESOURCE in the default lockspace.
 pub fn release(disk: &str) -> Vec<u8> {
-    resource(RELEASE, disk)
+    let call = Call::Release {
+        path: "",
+        name: disk,
+        flags: 0,
+    };
+    call.frame(0)
 }
 
 /// Writes the serial into an encoded frame.
 pub fn stamp(frame: &mut [u8], serial: u32) {
-    frame[20..24].copy_from_slice(&serial.to_be_bytes());
-}
-
-fn word(bytes: &[u8], offset: usize) -> u32 {
-    let word = bytes
-        .get(offset..offset + 4)
-        .expect("the caller read a whole header");
-    u32::from_be_bytes(word.try_into().expect("four bytes"))
+    set_word(frame, at::SERIAL, serial);
 }
 
 /// Whether these 28 bytes are the good reply to the call with this serial.
 pub fn is_ok(reply: &[u8], serial: u32) -> bool {
-    word(reply, 0) as usize == REPLY_BYTES
-        && word(reply, 4) == LOCK_PROGRAM
-        && word(reply, 16) == TYPE_REPLY
-        && word(reply, 20) == serial
-        && word(reply, 24) == STATUS_OK
+    length_word(reply) == Some(REPLY_BYTES)
+        && word(reply, at::PROGRAM) == LOCK_PROGRAM
+        && word(reply, at::TYPE) as i32 == REPLY
+        && word(reply, at::SERIAL) == serial
+        && word(reply, at::STATUS) as i32 == STATUS_OK
 }
 
 /// Says what is wrong with a reply; `rest` reads what follows the header.
 fn complaint(header: &[u8], serial: u32, rest: &mut impl Read) -> String {
-    let length = word(header, 0) as usize;
-    if word(header, 24) == STATUS_OK || length <= REPLY_BYTES || length > ERROR_BYTES {
+    let length = word(header, at::LENGTH) as usize;
+    let status = word(header, at::STATUS) as i32;
+    if status == STATUS_OK || length <= REPLY_BYTES || length > ERROR_BYTES {
         return format!("reply to call {serial} is not the expected one: {header:02x?}");
     }
     let mut body = vec![0; length - REPLY_BYTES];
     if let Err(error) = rest.read_exact(&mut body) {
         return format!("error reply to call {serial} ends early: {error}");
     }
-    // code, domain, presence of the message, its length, its bytes
-    let text = body.get(12..16).map(|_| word(&body, 12) as usize);
-    let text = text
-        .and_then(|length| body.get(16..16 + length))
-        .unwrap_or_default();
-    format!(
-        "call {serial} was refused: {}",
-        String::from_utf8_lossy(text)
-    )
+    match ErrorObject::parse(&body) {
+        Ok(error) => format!("call {serial} was refused: {}", error.message),
+        Err(fault) => format!("call {serial} was refused, and {fault}"),
+    }
 }
 
 /// Opens a connection. Waits while the backlog is full.

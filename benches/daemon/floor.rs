@@ -18,6 +18,7 @@ use nix::sys::stat::Mode;
 use crate::client::REPLY_BYTES;
 use crate::measure::Outcome;
 use crate::probe;
+use crate::protocol::{ACQUIRE, HEADER_BYTES, RELEASE, REPLY, at, length_word, set_word, word};
 
 const SCRATCH_BYTES: usize = 64 * 1024;
 const LISTENER: u64 = u64::MAX;
@@ -125,16 +126,16 @@ fn answer_all(
     held: &mut HashMap<Vec<u8>, OwnedFd>,
 ) -> Outcome<usize> {
     let mut used = 0;
-    while let Some(length) = bytes.get(used..used + 4) {
-        let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;
+    while let Some(length) = length_word(&bytes[used..]) {
         let Some(frame) = bytes.get(used..used + length) else {
             break;
         };
         do_the_task(frame, held)?;
         let start = out.len();
         out.extend_from_slice(&frame[..REPLY_BYTES]);
-        out[start..start + 4].copy_from_slice(&(REPLY_BYTES as u32).to_be_bytes());
-        out[start + 16..start + 20].copy_from_slice(&1_u32.to_be_bytes());
+        let reply = &mut out[start..];
+        set_word(reply, at::LENGTH, REPLY_BYTES as u32);
+        set_word(reply, at::TYPE, REPLY as u32);
         used += length;
     }
     Ok(used)
@@ -142,15 +143,14 @@ fn answer_all(
 
 /// Acquire: open and lock. Release: unlock and close. Everything else: nothing.
 fn do_the_task(frame: &[u8], held: &mut HashMap<Vec<u8>, OwnedFd>) -> Outcome<()> {
-    let number = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().expect("four bytes"));
-    let procedure = number(12);
-    if procedure != 6 && procedure != 7 {
+    let procedure = word(frame, at::PROCEDURE) as i32;
+    if procedure != ACQUIRE && procedure != RELEASE {
         return Ok(());
     }
     // An empty lockspace path (4 bytes), then the length of the name and the name.
-    let length = number(REPLY_BYTES + 4) as usize;
-    let name = &frame[REPLY_BYTES + 8..REPLY_BYTES + 8 + length];
-    if procedure == 6 {
+    let length = word(frame, HEADER_BYTES + 4) as usize;
+    let name = &frame[HEADER_BYTES + 8..HEADER_BYTES + 8 + length];
+    if procedure == ACQUIRE {
         let file = open(name, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(|e| format!("opening {}: {e}", String::from_utf8_lossy(name)))?;
         fcntl(

@@ -4,11 +4,46 @@
 //! checks what it measures: replies are good, locks are held, and an answer that never comes ends
 //! the bench. `benches/README.md` says how to read the report.
 //!
-//! * `subject.rs`, `floor.rs`: who is measured.
-//! * `client.rs`, `crowd.rs`, `nursery.rs`, `bystander.rs`, `attacker.rs`: those who use the server.
-//! * `rtt.rs` to `hostile.rs`: one scenario each.
-//! * `measure.rs`, `probe.rs`: clock and view from outside.
-//! * `results.rs`, `goals.rs`, `report.rs`, `picture.rs`: what became of it.
+//! This file has the list of the scenarios and runs them. The others, in the order in which a reader
+//! meets them:
+//!
+//! What is measured, and with what:
+//!
+//! * `options.rs`: what the person asked for: scenarios, subjects, sizes.
+//! * `subject.rs`: the three servers, and how each is started in a namespace of its own and ended.
+//! * `floor.rs`: the third of them, a bare server that makes the file calls and checks nothing.
+//! * `helper.rs`: processes of this very program in another role, and how they are talked to.
+//! * `measure.rs`: the clock, percentiles and medians; `Outcome`, the result of all that can fail.
+//! * `probe.rs`: what is seen from outside: locks on files, and /proc's word on a process.
+//!
+//! Those who use the server:
+//!
+//! * `protocol.rs`, in `tests/support/`: the wire protocol of a client, shared with the tests.
+//! * `client.rs`: a client of the lock program, one call at a time.
+//! * `crowd.rs`: idle guests, held by helpers.
+//! * `nursery.rs`: owners that are real processes, and their parent, who kills and reaps them.
+//! * `bystander.rs`: a helper that makes two calls a millisecond and notes how long it waited.
+//! * `attacker.rs`: a helper that does one of fourteen hostile things as fast as it can.
+//!
+//! The scenarios, in the order in which they run:
+//!
+//! * `rtt.rs`: round trips, one call at a time, beside idle guests.
+//! * `pipeline.rs`: 64 calls at once.
+//! * `fan.rs`: many clients that are busy at the same time.
+//! * `boot.rs`: machines start as libvirtd starts them, twenty at a time.
+//! * `storm.rs`: all owners are killed at once.
+//! * `fence.rs`: an owner closes its connection and does not want to die.
+//! * `reexec.rs`: the daemon replaces itself under thousands of guests.
+//! * `idle.rs`: guests that do nothing, and what they cost.
+//! * `hostile.rs`: what a bystander notices of each attacker.
+//!
+//! What becomes of it:
+//!
+//! * `progress.rs`: the line for the person who waits, and the watchdog.
+//! * `results.rs`: the numbers of all runs.
+//! * `goals.rs`: the goals, and whether the numbers meet them.
+//! * `report.rs`: the table for people and the JSON for programs.
+//! * `picture.rs`: the pictures, as SVG.
 
 #![forbid(unsafe_code)]
 
@@ -31,6 +66,10 @@ mod picture;
 mod pipeline;
 mod probe;
 mod progress;
+// Shared with the tests, which use more of it.
+#[path = "../../tests/support/protocol.rs"]
+#[allow(dead_code)]
+mod protocol;
 mod reexec;
 mod report;
 mod results;

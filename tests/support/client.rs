@@ -1,103 +1,21 @@
-//! A blocking client of the wire protocol, written from the protocol's description alone and not
-//! with the crate's own encoder: a mistake there must not be repeated here.
-//!
-//! A message is a length word (it counts itself), six words of header, a payload; integers are
-//! big-endian and every item fills whole words of four bytes.
+//! A blocking client over one connection: it sends calls, takes replies apart and panics, aloud, when
+//! what comes is not what was due. The messages themselves are those of [`super::protocol`].
 
 use super::DEADLINE;
+use super::protocol;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-pub const LOCK_PROGRAM: u32 = 0x0EA7_BEEF;
-pub const ADMIN_PROGRAM: u32 = 0x0690_0690;
-pub const KEEPALIVE_PROGRAM: u32 = 0x6b65_6570;
+pub use super::protocol::*;
 
-/// Message types.
-pub const CALL: i32 = 0;
-pub const REPLY: i32 = 1;
-pub const MESSAGE: i32 = 2;
-pub const CALL_WITH_FDS: i32 = 4;
-
-/// Flags of ACQUIRE_RESOURCE.
-pub const SHARED: u32 = 1;
-pub const AUTOCREATE: u32 = 2;
-
-/// Error codes.
-pub const INTERNAL_ERROR: i32 = 1;
-pub const INVALID_ARG: i32 = 8;
-pub const OPERATION_DENIED: i32 = 29;
-pub const SYSTEM_ERROR: i32 = 38;
-pub const RPC_ERROR: i32 = 39;
-pub const OPERATION_INVALID: i32 = 55;
-pub const RESOURCE_BUSY: i32 = 87;
-
-/// Error domains.
-pub const DOMAIN_NONE: i32 = 0;
-pub const DOMAIN_RPC: i32 = 7;
-pub const DOMAIN_LOCKSPACE: i32 = 51;
+/// A call of the lock program.
+pub type Call = protocol::Call<Vec<u8>>;
 
 /// The uuid that [`register`] uses.
 pub const UUID: [u8; 16] = *b"\x10\x11\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f";
-
-/// The call to the keepalive program that every daemon answers with [`PONG`].
-pub const PING: [u8; 28] = keepalive(1);
-/// The answer to [`PING`].
-pub const PONG: [u8; 28] = keepalive(2);
-
-const fn keepalive(procedure: u8) -> [u8; 28] {
-    let mut bytes = [0; 28];
-    bytes[3] = 28;
-    (bytes[4], bytes[5], bytes[6], bytes[7]) = (b'k', b'e', b'e', b'p');
-    bytes[11] = 1;
-    bytes[15] = procedure;
-    bytes[19] = MESSAGE as u8;
-    bytes
-}
-
-/// A call of the lock program. Strings are bytes: the protocol does not ask for UTF-8.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Call {
-    Register {
-        uuid: [u8; 16],
-        name: Vec<u8>,
-        id: u32,
-        pid: u32,
-        flags: u32,
-    },
-    Restrict {
-        flags: u32,
-    },
-    New {
-        path: Vec<u8>,
-        flags: u32,
-    },
-    CreateResource {
-        path: Vec<u8>,
-        name: Vec<u8>,
-        flags: u32,
-    },
-    DeleteResource {
-        path: Vec<u8>,
-        name: Vec<u8>,
-        flags: u32,
-    },
-    Acquire {
-        path: Vec<u8>,
-        name: Vec<u8>,
-        flags: u32,
-    },
-    Release {
-        path: Vec<u8>,
-        name: Vec<u8>,
-        flags: u32,
-    },
-    CreateLockspace {
-        path: Vec<u8>,
-    },
-}
 
 /// REGISTER of the domain "guest" (uuid [`UUID`], id 7) with this pid.
 pub fn register(pid: i32) -> Call {
@@ -187,7 +105,7 @@ impl std::fmt::Debug for Call {
             | Call::Acquire { path, name, flags }
             | Call::Release { path, name, flags } => {
                 let procedures = ["CREATE_RESOURCE", "DELETE_RESOURCE", "ACQUIRE", "RELEASE"];
-                let procedure = procedures[self.procedure() as usize - 4];
+                let procedure = procedures[(self.procedure() - CREATE_RESOURCE) as usize];
                 let (path, name) = (shortened(path), shortened(name));
                 write!(
                     out,
@@ -206,108 +124,6 @@ fn shortened(bytes: &[u8]) -> String {
     }
 }
 
-impl Call {
-    pub fn procedure(&self) -> i32 {
-        match self {
-            Call::Register { .. } => 1,
-            Call::Restrict { .. } => 2,
-            Call::New { .. } => 3,
-            Call::CreateResource { .. } => 4,
-            Call::DeleteResource { .. } => 5,
-            Call::Acquire { .. } => 6,
-            Call::Release { .. } => 7,
-            Call::CreateLockspace { .. } => 8,
-        }
-    }
-
-    /// The arguments as they stand on the wire.
-    pub fn payload(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        match self {
-            Call::Register {
-                uuid,
-                name,
-                id,
-                pid,
-                flags,
-            } => {
-                out.extend_from_slice(uuid);
-                put_string(&mut out, name);
-                put_u32(&mut out, *id);
-                put_u32(&mut out, *pid);
-                put_u32(&mut out, *flags);
-            }
-            Call::Restrict { flags } => put_u32(&mut out, *flags),
-            Call::New { path, flags } => {
-                put_string(&mut out, path);
-                put_u32(&mut out, *flags);
-            }
-            Call::CreateResource { path, name, flags }
-            | Call::DeleteResource { path, name, flags }
-            | Call::Acquire { path, name, flags }
-            | Call::Release { path, name, flags } => {
-                put_string(&mut out, path);
-                put_string(&mut out, name);
-                put_u32(&mut out, *flags);
-            }
-            Call::CreateLockspace { path } => put_string(&mut out, path),
-        }
-        out
-    }
-
-    /// The whole message.
-    pub fn frame(&self, serial: u32) -> Vec<u8> {
-        frame(
-            LOCK_PROGRAM,
-            1,
-            self.procedure(),
-            CALL,
-            serial,
-            0,
-            &self.payload(),
-        )
-    }
-}
-
-/// Any message, with a correct length word.
-pub fn frame(
-    program: u32,
-    version: u32,
-    procedure: i32,
-    kind: i32,
-    serial: u32,
-    status: i32,
-    payload: &[u8],
-) -> Vec<u8> {
-    let mut out = Vec::with_capacity(28 + payload.len());
-    put_u32(
-        &mut out,
-        u32::try_from(28 + payload.len()).expect("a message fits in 4 GiB"),
-    );
-    put_u32(&mut out, program);
-    put_u32(&mut out, version);
-    put_u32(&mut out, procedure as u32);
-    put_u32(&mut out, kind as u32);
-    put_u32(&mut out, serial);
-    put_u32(&mut out, status as u32);
-    out.extend_from_slice(payload);
-    out
-}
-
-pub fn put_u32(out: &mut Vec<u8>, value: u32) {
-    out.extend_from_slice(&value.to_be_bytes());
-}
-
-/// A counted string, padded with zeros to a multiple of four bytes.
-pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_u32(
-        out,
-        u32::try_from(bytes.len()).expect("a string fits in 4 GiB"),
-    );
-    out.extend_from_slice(bytes);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
 /// A reply, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
@@ -316,19 +132,6 @@ pub enum Reply {
         payload: Vec<u8>,
     },
     Error(ErrorObject),
-}
-
-/// What a refused call gets.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct ErrorObject {
-    pub code: i32,
-    pub domain: i32,
-    pub message: String,
-    pub level: i32,
-    pub str1: Option<String>,
-    pub str2: Option<String>,
-    pub int1: i32,
-    pub int2: i32,
 }
 
 /// For the text of a failure: one line, a long message cut.
@@ -359,41 +162,22 @@ impl std::fmt::Debug for ErrorObject {
 impl Reply {
     /// Takes a whole reply message apart. Panics on anything that is not one.
     pub fn parse(bytes: &[u8]) -> Reply {
-        let mut reader = Reader { bytes, at: 0 };
         assert_eq!(
-            reader.u32() as usize,
-            bytes.len(),
+            length_word(bytes),
+            Some(bytes.len()),
             "the length word of {bytes:02x?}"
         );
-        let (_program, _version, _procedure) = (reader.u32(), reader.u32(), reader.u32());
-        assert_eq!(reader.i32(), REPLY, "the type of the reply {bytes:02x?}");
-        let _serial = reader.u32();
-        match reader.i32() {
-            0 => Reply::Ok {
-                payload: bytes[28..].to_vec(),
+        let kind = word(bytes, at::TYPE) as i32;
+        assert_eq!(kind, REPLY, "the type of the reply {bytes:02x?}");
+        let payload = &bytes[HEADER_BYTES..];
+        match word(bytes, at::STATUS) as i32 {
+            STATUS_OK => Reply::Ok {
+                payload: payload.to_vec(),
             },
-            1 => {
-                let error = ErrorObject {
-                    code: reader.i32(),
-                    domain: reader.i32(),
-                    message: reader.optional_string().expect("an error has a message"),
-                    level: reader.i32(),
-                    ..ErrorObject::default()
-                };
-                assert_eq!(reader.u32(), 0, "an error names no domain object");
-                let (str1, str2) = (reader.optional_string(), reader.optional_string());
-                assert_eq!(reader.u32(), 0, "an error has no third string");
-                let (int1, int2) = (reader.i32(), reader.i32());
-                assert_eq!(reader.u32(), 0, "an error names no network object");
-                assert_eq!(reader.at, bytes.len(), "bytes after the error object");
-                Reply::Error(ErrorObject {
-                    str1,
-                    str2,
-                    int1,
-                    int2,
-                    ..error
-                })
-            }
+            STATUS_ERROR => match ErrorObject::parse(payload) {
+                Ok(error) => Reply::Error(error),
+                Err(fault) => panic!("{fault}: {payload:02x?}"),
+            },
             status => panic!("a reply has status {status}"),
         }
     }
@@ -402,14 +186,17 @@ impl Reply {
     /// something is locked, `by` stands behind it, in the message and in the detail.
     pub fn with_holder(bytes: &[u8], by: &str) -> Vec<u8> {
         const IS_LOCKED: &[u8] = b"' is locked";
-        let mut reader = Reader { bytes, at: 24 };
-        if reader.i32() != 1 {
+        if word(bytes, at::STATUS) as i32 != STATUS_ERROR {
             return bytes.to_vec();
         }
-        reader.at += 8;
-        let message = reader.optional_bytes().expect("an error has a message");
-        reader.at += 8;
-        let (_format, detail) = (reader.optional_bytes(), reader.optional_bytes());
+        let mut reader = Reader::new(bytes);
+        let mut string_after = |words: usize| {
+            reader.at += 4 * words;
+            reader.optional_bytes().expect("a whole error object")
+        };
+        // Code and domain stand before the message, level and domain object behind it.
+        let message = string_after(HEADER_BYTES / 4 + 2).expect("an error has a message");
+        let (_format, detail) = (string_after(2), string_after(0));
         let Some(detail) = detail.filter(|at| bytes[at.clone()].ends_with(IS_LOCKED)) else {
             return bytes.to_vec();
         };
@@ -418,13 +205,12 @@ impl Reply {
         for at in [detail, message] {
             let text = [&bytes[at.clone()], by.as_bytes()].concat();
             let padded = at.end.next_multiple_of(4);
-            let mut string = (text.len() as u32).to_be_bytes().to_vec();
-            string.extend_from_slice(&text);
-            string.resize(string.len().next_multiple_of(4), 0);
+            let mut string = Vec::new();
+            put_string(&mut string, &text);
             longer.splice(at.start - 4..padded, string);
         }
         let length = longer.len() as u32;
-        longer[..4].copy_from_slice(&length.to_be_bytes());
+        set_word(&mut longer, at::LENGTH, length);
         longer
     }
 
@@ -456,46 +242,6 @@ impl Reply {
             "another error: {error:?}"
         );
         &error.message
-    }
-}
-
-struct Reader<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl Reader<'_> {
-    fn u32(&mut self) -> u32 {
-        let word = self.bytes[self.at..self.at + 4]
-            .try_into()
-            .expect("four bytes");
-        self.at += 4;
-        u32::from_be_bytes(word)
-    }
-
-    fn i32(&mut self) -> i32 {
-        self.u32() as i32
-    }
-
-    fn optional_string(&mut self) -> Option<String> {
-        if self.u32() == 0 {
-            return None;
-        }
-        let length = self.u32() as usize;
-        let text = String::from_utf8_lossy(&self.bytes[self.at..self.at + length]).into_owned();
-        self.at += length.next_multiple_of(4);
-        Some(text)
-    }
-
-    /// Where the bytes of an optional string are.
-    fn optional_bytes(&mut self) -> Option<std::ops::Range<usize>> {
-        if self.u32() == 0 {
-            return None;
-        }
-        let length = self.u32() as usize;
-        let start = self.at;
-        self.at += length.next_multiple_of(4);
-        Some(start..start + length)
     }
 }
 
@@ -620,9 +366,11 @@ impl Client {
     }
 
     fn take_frame(&mut self) -> Option<Vec<u8>> {
-        let word = self.unread.first_chunk::<4>()?;
-        let length = u32::from_be_bytes(*word) as usize;
-        assert!(length >= 28, "the daemon sent a length word of {length}");
+        let length = length_word(&self.unread)?;
+        assert!(
+            length >= HEADER_BYTES,
+            "the daemon sent a length word of {length}"
+        );
         if self.unread.len() < length {
             return None;
         }
@@ -708,7 +456,15 @@ pub fn look_up_server(admin: &mut Client, serial: u32) {
     let mut payload = Vec::new();
     put_string(&mut payload, b"virtlockd");
     put_u32(&mut payload, 0);
-    admin.send(&frame(ADMIN_PROGRAM, 1, 5, CALL, serial, 0, &payload));
+    admin.send(&frame(
+        ADMIN_PROGRAM,
+        1,
+        LOOKUP_SERVER,
+        CALL,
+        serial,
+        0,
+        &payload,
+    ));
     let reply = admin.receive();
     assert_eq!(reply[20..24], serial.to_be_bytes());
     Reply::parse(&reply).expect_ok();

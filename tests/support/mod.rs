@@ -1,7 +1,7 @@
 //! What every integration test stands on: skipping aloud, waiting with a deadline, temporary
 //! directories. Its parts start daemons in their own mount namespace ([`namespace`], [`daemon`]),
 //! speak the wire without the crate's own code, so that no mistake cancels itself out
-//! ([`client`]), and act as the process of a virtual machine ([`owner`]).
+//! ([`protocol`], [`client`]), and act as the process of a virtual machine ([`owner`]).
 
 // Every test file compiles its own copy of this module and uses a part of it.
 #![allow(dead_code)]
@@ -13,6 +13,7 @@ pub mod fuse;
 pub mod libvirt;
 pub mod namespace;
 pub mod owner;
+pub mod protocol;
 pub mod random;
 pub mod scene;
 pub mod upgrade;

@@ -5,6 +5,7 @@
 //! front passes it messages through a pipe and gets the replies back.
 
 use super::client::{Call, Reply, register_as};
+use super::protocol::{at, word};
 use super::{DEADLINE, wait_for};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -333,8 +334,7 @@ fn exchange(stream: &mut UnixStream, call: &[u8]) -> std::io::Result<Vec<u8>> {
     stream.write_all(call)?;
     let mut reply = vec![0; 4];
     stream.read_exact(&mut reply)?;
-    let length = u32::from_be_bytes(reply[..4].try_into().expect("four bytes")) as usize;
-    reply.resize(length, 0);
+    reply.resize(word(&reply, at::LENGTH) as usize, 0);
     stream.read_exact(&mut reply[4..])?;
     Ok(reply)
 }
