@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use support::client::{Client, SHARED, acquire, register, release};
 use support::daemon::{self, Daemon};
-use support::owner::Owner;
+use support::owner::{OnTerm, Owner};
 use support::upgrade::{
     CONFIG, Host, Rival, helper_client, long_name, refusals, refused_upgrade, upgrade,
 };
