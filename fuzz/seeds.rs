@@ -1,5 +1,5 @@
-//! What the fuzzer starts from: the bytes captured from libvirt's daemon (`tests/vectors/`), put in
-//! the form of each target's input, and a few texts and states for the rest.
+//! What the fuzzer starts from: the bytes captured from libvirt's daemon (`tests/protocol/vectors/`),
+//! put in the form of each target's input, and a few texts and states for the rest.
 
 use std::path::Path;
 
@@ -41,8 +41,8 @@ const LONGEST_SEED: usize = 4096;
 pub fn all() -> Vec<Seed> {
     let mut seeds = Vec::new();
     for file in VECTORS {
-        let path =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/vectors/{file}.jsonl"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("tests/protocol/vectors/{file}.jsonl"));
         let text = std::fs::read_to_string(&path).expect("read the vectors");
         for line in text.lines() {
             let vector: Value = serde_json::from_str(line).expect("a vector");

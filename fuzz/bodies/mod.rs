@@ -1,6 +1,6 @@
 //! What the fuzz targets do with the bytes they are given. Each body panics when a rule is broken
-//! and returns otherwise. The fuzzer calls them, and so does `tests/regressions.rs` with the bytes
-//! that have found something before.
+//! and returns otherwise. The fuzzer calls them, and so does `tests/model/regressions.rs` with the
+//! bytes that have found something before.
 
 pub mod admin_call;
 pub mod config;

@@ -5,7 +5,7 @@
 //! multiple of the live state it is written anew: beside the events that count, in the same file, whose
 //! descriptor stays the same for its life; then one word says that the new ones count. Whatever
 //! interrupts that, one of the two is whole. This module is the only one that knows the encoding
-//! (bincode through serde); the fixtures under `tests/ledgers/` must load for ever.
+//! (bincode through serde); the fixtures under `tests/restart/ledgers/` must load for ever.
 //!
 //! Layout, integers little-endian:
 //!

@@ -2,7 +2,7 @@
 //!
 //! Nothing here reads or writes a descriptor or remembers anything. Decoding borrows from the
 //! buffer the bytes were read into; encoding appends to a buffer the caller keeps. Every number is
-//! libvirt's, and `tests/vectors.rs` holds bytes of its own daemon against them.
+//! libvirt's, and `tests/protocol/vectors.rs` holds bytes of its own daemon against them.
 #![forbid(unsafe_code)]
 
 pub mod admin;

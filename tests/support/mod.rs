@@ -3,7 +3,7 @@
 //! speak the wire without the crate's own code, so that no mistake cancels itself out
 //! ([`protocol`], [`client`]), and act as the process of a virtual machine ([`owner`]).
 
-// Every test file compiles its own copy of this module and uses a part of it.
+// Every test program compiles its own copy of this module and uses a part of it.
 #![allow(dead_code)]
 
 pub mod client;

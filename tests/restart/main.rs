@@ -1,0 +1,13 @@
+//! One daemon after another: upgrades, successors that cannot take over, the way from libvirt's daemon
+//! and back, and the ledger that goes from one to the next.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod handover_signals;
+mod ledger_truth;
+mod ledgers;
+mod libvirt_upgrade;
+mod successors;
+mod takeover_obstacles;
+mod upgrade;
