@@ -380,7 +380,26 @@ impl Custody {
     /// # Errors
     /// Those of the memory file.
     pub fn renew(&mut self) -> Result<(), Errno> {
+        if self.ledger.descriptor().is_err() && self.renew_elsewhere() {
+            return Ok(());
+        }
         self.ledger.rewrite(self.state.entries())
+    }
+
+    /// What the host refused once it may allow by now: a ledger that cannot be passed on is written anew
+    /// into one that can. False if there is none.
+    fn renew_elsewhere(&mut self) -> bool {
+        let Ok(mut another) = Ledger::new() else {
+            return false;
+        };
+        if another.descriptor().is_err()
+            || another.rewrite(self.state.entries()).is_err()
+            || another.descriptor().is_err()
+        {
+            return false;
+        }
+        self.ledger = another;
+        true
     }
 
     /// Whether the ledger has grown too long, or lacks something, and is to be written anew.
