@@ -90,7 +90,9 @@ impl State<Saved> {
                     None => Ok((known.identity, adopt_lease(known.name, lease, inherited)?)),
                 })?;
         let held = state.table.iter().map(|(_, resource)| resource);
+        let left = state.estates.iter().flat_map(|estate| &estate.resources);
         state.avoid = held
+            .chain(left)
             .filter(|resource| matches!(resource.lease.kind, LockKind::Process { .. }))
             .map(|resource| resource.identity)
             .collect();

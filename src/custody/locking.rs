@@ -166,20 +166,21 @@ impl Custody {
         let mut given = Given::of_owner(owner);
         let created = lease.created;
         given.file = Some(lease.descriptor);
-        match self.commit(event, &mut given) {
-            Ok(_) => Ok(()),
-            Err(errno) => {
-                if let Some(descriptor) = given.file {
-                    let lease = Lease {
-                        descriptor,
-                        kind: LockKind::OpenFile,
-                        created,
-                    };
-                    self.undo(lease, place, identity, mode);
-                }
-                Err(Refusal::Unrecorded(errno))
-            }
+        let errno = match (self.commit(event, &mut given), &given.file) {
+            (Ok(_), None) => return Ok(()),
+            // The state did not take it.
+            (Ok(_), Some(_)) => Errno::EINVAL,
+            (Err(errno), _) => errno,
+        };
+        if let Some(descriptor) = given.file {
+            let lease = Lease {
+                descriptor,
+                kind: LockKind::OpenFile,
+                created,
+            };
+            self.undo(lease, place, identity, mode);
         }
+        Err(Refusal::Unrecorded(errno))
     }
 
     /// A lock that was had is given back, and with it the file if it was made for it.

@@ -469,7 +469,7 @@ impl Custody {
         traffic: impl Iterator<Item = (ClientId, Traffic)>,
     ) -> Result<Memory, Errno> {
         let traffic = traffic.map(|(id, it)| Event::Traffic(Number(id.0), Box::new(it)));
-        earlier::write(version, self.state.entries().chain(traffic))
+        earlier::write(version, self.state.entries_of_the_living().chain(traffic))
     }
 
     /// Goes on after a handover that failed.

@@ -281,9 +281,6 @@ impl<F: Form> State<F> {
             }
             Event::Died(pid) => {
                 let resources = self.table.end_owner(pid);
-                for resource in &resources {
-                    self.forget_process_lock(resource);
-                }
                 if !resources.is_empty() {
                     self.estates.push_back(Estate { pid, resources });
                 }
@@ -504,6 +501,8 @@ impl<F: Form> State<F> {
         if estate.resources.is_empty() {
             self.estates.remove(at);
         }
+        // Not before: a file that is still locked must not be opened and closed.
+        self.forget_process_lock(&resource);
         Ok(Left::Resource(Box::new(resource)))
     }
 
@@ -612,9 +611,9 @@ impl<F: Form> State<F> {
         &self.watched
     }
 
-    /// Whether an owner is to be fenced whose process cannot be reached.
+    /// Whether an owner holds something that is to be fenced and whose process cannot be reached.
     pub fn has_unreachable(&self) -> bool {
-        !self.unreachable.is_empty()
+        self.unreachable.iter().any(|pid| self.table.holds(*pid))
     }
 
     /// Whether an owner that is to be fenced could not be reached.
@@ -686,6 +685,15 @@ impl<F: Form> State<F> {
 
     /// The fewest events that say all this.
     pub fn entries(&self) -> impl Iterator<Item = Event<'_>> + Clone {
+        self.entries_of(true)
+    }
+
+    /// The same, but for what dead owners left.
+    pub fn entries_of_the_living(&self) -> impl Iterator<Item = Event<'_>> + Clone {
+        self.entries_of(false)
+    }
+
+    fn entries_of(&self, has_estates: bool) -> impl Iterator<Item = Event<'_>> + Clone {
         let settings = std::iter::once_with(|| Event::Process(Box::new(self.settings.clone())));
         let listeners = self.listeners.iter();
         let listeners = listeners.map(|it| Event::Listening(it.by_number()));
@@ -694,7 +702,8 @@ impl<F: Form> State<F> {
             .traffic
             .iter()
             .map(|(id, traffic)| Event::Traffic(Number(id.0), Box::new(traffic.clone())));
-        let estates = self.estates.iter().flat_map(estate_entries);
+        let estates = self.estates.iter().filter(move |_| has_estates);
+        let estates = estates.flat_map(estate_entries);
         let held = self.table.iter();
         let held = held.flat_map(|(_, it)| resource_entries(&self.table, it));
         let fences = self.fences.values();

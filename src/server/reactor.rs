@@ -544,8 +544,8 @@ impl Reactor {
 
     /// Does what calls asked for.
     fn carry_out_orders(&mut self) {
-        while let Some(order) = self.orders.pop() {
-            match order {
+        while !self.orders.is_empty() {
+            match self.orders.remove(0) {
                 Order::Stop => self.stop(),
                 Order::End(id) => self.end_connection(id),
                 Order::LetIn(service) => self.let_in(service),
@@ -801,7 +801,10 @@ impl Reactor {
                 self.doing = Doing::Ended;
             }
             Deadline::Memory => {
-                self.custody.give_memory_back();
+                // A successor may be reading the ledger.
+                if !self.upgrade.is_under_way() {
+                    self.custody.give_memory_back();
+                }
                 heap::give_back();
             }
             Deadline::Ledger => (),

@@ -503,7 +503,9 @@ impl Going<'_> {
             let is_refused = client.is_some_and(|client| client.is_refused());
             is_refused || connection.is_quiet()
         };
-        state.fences().is_empty() && self.connections.iter().all(quiet)
+        state.fences().is_empty()
+            && self.connections.iter().all(quiet)
+            && state.clients().all(|(_, client)| !client.is_over())
     }
 
     /// The C daemon dies of a client whose process is gone while its connection lives on.

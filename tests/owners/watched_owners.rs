@@ -4,12 +4,14 @@
 
 use crate::support;
 use crate::support::client::{
-    Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, acquire, register_as, release,
+    Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, SHARED, acquire, register_as, release,
 };
 use crate::support::daemon::{Daemon, WATCHED, c_daemon, program};
 use crate::support::owner::{OnTerm, Owner};
 use crate::support::upgrade::{Host, PROGRAM, helper_client, upgrade};
-use crate::support::{DEADLINE, require_root, require_strace, skip, wait_for, wait_until};
+use crate::support::{
+    DEADLINE, lock_probe, require_root, require_strace, skip, wait_for, wait_until,
+};
 use nix::sys::signal::Signal;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -474,6 +476,33 @@ fn an_owner_that_is_watched_and_has_a_connection_of_its_own_is_fenced_as_any_oth
         scene.logged(&["is dead: 1 of"]) == 1
     });
     assert_eq!(scene.logged(&["is dead: "]), 1, "once");
+}
+
+#[test]
+fn an_owner_is_watched_also_if_its_client_names_another_one_in_the_same_breath() {
+    let Some(scene) = Scene::new() else { return };
+    let disk = scene.host.disk("disk");
+    let share = acquire("", &disk, SHARED);
+    let mut holder = Owner::register(scene.daemon.lock_socket(), "holder", OnTerm::Die);
+    holder.call(&share).expect_ok();
+    let (mut guest, next) = (Guest::start(), Guest::start());
+    let mut client = scene.daemon.client();
+    // Who is known to be quick has more than one call worked on in a turn, if they are quick, too.
+    client.ping();
+    client.ping();
+    let calls = [
+        register_as("guest", guest.pid()),
+        share,
+        register_as("next", next.pid()),
+    ];
+    for reply in client.pipeline(&calls) {
+        reply.expect_ok();
+    }
+    assert_eq!(scene.pidfds(), 1);
+    holder.call(&release("", &disk)).expect_ok();
+    assert!(lock_probe(&scene.host.path(&disk)).is_some(), "it is free");
+    guest.kill();
+    scene.host.wait_free(&disk);
 }
 
 #[test]

@@ -234,6 +234,10 @@ impl Turn<'_> {
             longest,
             |header, payload| {
                 let flow = dispatch::dispatch(hall, id, header, payload, output);
+                // What was ordered is about the state behind this call, not behind those that follow.
+                if !hall.orders.is_empty() && flow == Flow::Continue {
+                    return Flow::Pause;
+                }
                 count = count.wrapping_add(1);
                 let may_pause = count.is_multiple_of(step) && flow == Flow::Continue;
                 if may_pause && Moment::now() >= end {
