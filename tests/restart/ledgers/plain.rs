@@ -216,7 +216,8 @@ impl Plain {
         for (pid, uuid) in own {
             assert!(state.has_own_connection(pid, &uuid), "{pid}");
         }
-        let avoided = self.resources.iter();
+        let left = self.estates.iter().flat_map(|(_, left)| left);
+        let avoided = self.resources.iter().chain(left);
         let avoided = avoided.filter(|it| it.kind == KindRecord::Process);
         let mut avoided: Vec<_> = avoided
             .map(|it| (it.identity.device, it.identity.inode))
