@@ -395,6 +395,7 @@ fn name_of(place: Place<'_>) -> ResourceName<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::custody::event::KindRecord;
     use crate::custody::ledger::Ledger;
     use crate::host::file::{self, Conflict, LockType, Start};
 
@@ -475,5 +476,51 @@ mod tests {
             assert_eq!(kept.lease.kind.parked().len(), 1);
             assert!(custody.is_written_down(), "what is parked has its event");
         }
+    }
+
+    #[test]
+    fn what_a_dead_owner_left_is_not_opened_and_closed_before_it_is_let_go() {
+        use std::os::unix::ffi::OsStrExt;
+        let path = std::env::temp_dir().join(format!("virtlockd-left-{}", std::process::id()));
+        std::fs::write(&path, "").unwrap();
+        let name = path.as_os_str().as_bytes();
+        let open = || file::open_existing(Start::Anywhere, name).unwrap();
+        let mut held = Lockable::from(open());
+        held.lock_process(LockType::Write).unwrap();
+        // Nothing of this process may close it from here on.
+        let outside = open();
+        let identity = file::identity(&held).unwrap();
+        let mut custody = Custody::new(Ledger::new().unwrap());
+        let dead = owner(7);
+        let event = Event::Granted {
+            owner: (&dead).into(),
+            resource: ResourceName {
+                lockspace: b"",
+                name: b"as libvirt's daemon knew it",
+            },
+            descriptor: held.number(),
+            identity,
+            mode: Mode::Exclusive,
+            autocreate: false,
+            created: false,
+            kind: KindRecord::Process,
+        };
+        let mut given = Given::of_owner(&dead);
+        given.file = Some(held);
+        custody.record(event, given);
+        assert_eq!(custody.owner_died(7), 1);
+        let place = Place {
+            lockspace: b"",
+            name,
+        };
+        let ask = |custody: &mut Custody| custody.acquire(&owner(8), place, Mode::Exclusive, false);
+        assert!(matches!(ask(&mut custody), Err(Refusal::Unsteady)));
+        let own_pid = i32::try_from(std::process::id()).unwrap();
+        let seen = file::conflict(&outside, LockType::Write).unwrap();
+        assert_eq!(seen, Conflict::Process(own_pid));
+        custody.free_some(1);
+        let after = ask(&mut custody);
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(after, Ok(Acquired::Granted)));
     }
 }
