@@ -110,7 +110,13 @@ impl Custody {
     pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) {
         self.state = state;
         match ledger {
-            Some(ledger) => self.ledger = ledger,
+            Some(ledger) => {
+                self.ledger = ledger;
+                // One that could not be mapped was read: the next image needs one that can be.
+                if self.ledger.descriptor().is_err() {
+                    self.renew_elsewhere();
+                }
+            }
             None => {
                 if self.renew().is_err() {
                     self.ledger.lose();
@@ -387,7 +393,7 @@ impl Custody {
     }
 
     /// What the host refused once it may allow by now: a ledger that cannot be passed on is written anew
-    /// into one that can. False if there is none.
+    /// into one that can. False if there is none, and then it stays as it is.
     fn renew_elsewhere(&mut self) -> bool {
         let Ok(mut another) = Ledger::new() else {
             return false;
