@@ -105,7 +105,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 return Ok(Called::Again);
             }
             acquire(owner, custody, place(target), flags)?;
-            if is_lent {
+            if is_lent && !custody.state().has_own_connection(owner.pid, &owner.uuid) {
                 hall.orders.push(Order::Watch(id));
             }
         }
