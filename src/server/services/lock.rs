@@ -105,7 +105,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 return Ok(Called::Again);
             }
             acquire(owner, custody, place(target), flags)?;
-            if is_lent && !custody.state().has_own_connection(owner.pid, &owner.uuid) {
+            if is_lent && is_to_be_watched(custody, owner) {
                 hall.orders.push(Order::Watch(id));
             }
         }
@@ -114,6 +114,17 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
         }
     }
     Ok(Called::Done)
+}
+
+/// Whether an owner that was granted a lock over another's connection may have to be watched. One with a
+/// connection of its own need not be, and of one that cannot be seen nothing more is to be found out.
+fn is_to_be_watched(custody: &Custody, owner: &Owner) -> bool {
+    let state = custody.state();
+    let is_unseen = state
+        .watched()
+        .get(&owner.pid)
+        .is_some_and(|watched| watched.process.is_none());
+    !is_unseen && !state.has_own_connection(owner.pid, &owner.uuid)
 }
 
 /// A lock is about to be asked for on behalf of an owner. Should its number have belonged to another one
