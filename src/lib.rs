@@ -4,7 +4,7 @@
 //! # The map
 //!
 //! A room is a folder. From the top down: `main.rs`, `life/`, the words (`cli.rs`, `config.rs`, `exit.rs`),
-//! `server/`, `restart/`, `custody/`, `locks/`, `log/`, `host/`; and `wire/` below `server/`, beside
+//! `server/`, `restart/`, `custody/`, `desk/`, `locks/`, `log/`, `host/`; and `wire/` below `server/`, beside
 //! `restart/`, `custody/` and `locks/`. A room uses those below it, never one above or beside it, and no
 //! file imports one that imports it. `tests/house.rs` holds this and more against the code, and this map.
 //!
@@ -73,6 +73,7 @@
 //!   own_connections.rs    for which domains processes speak over connections of their own
 //!   fences.rs             who is to die, and whose death is waited for
 //!   settings.rs           the process's own
+//! desk/                   what a reactor that dies leaves to the next one
 //! locks/                  who holds what
 //!   table.rs              decisions, on plain data
 //!   lease.rs              a kernel's lock on a file: taken, looked after, let go
@@ -112,6 +113,7 @@
 //!   pid_file.rs           the pid file and its lock
 //!   descriptors.rs        descriptors over the start of another program
 //!   memory.rs             a memory file written through a mapping
+//!   shared.rs             memory that outlives the process that wrote it
 //!   heap.rs               the allocator's memory
 //!   limits.rs             the limit of open files
 //!   listen.rs             listening sockets, made or inherited
@@ -146,6 +148,7 @@
 pub mod cli;
 pub mod config;
 pub mod custody;
+pub mod desk;
 pub mod exit;
 pub mod host;
 pub mod life;

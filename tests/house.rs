@@ -17,7 +17,7 @@ use std::path::Path as FilePath;
 use read::{Path, Source, is, is_word};
 
 /// The rooms from the top, what is in each, and the rooms that it may use.
-const ROOMS: [Room; 11] = [
+const ROOMS: [Room; 12] = [
     Room(
         "main",
         &["main.rs"],
@@ -28,7 +28,7 @@ const ROOMS: [Room; 11] = [
         "life",
         &["life/"],
         &[
-            "words", "server", "restart", "custody", "locks", "wire", "log", "host",
+            "words", "server", "restart", "custody", "desk", "locks", "wire", "log", "host",
         ],
     ),
     Room(
@@ -39,7 +39,7 @@ const ROOMS: [Room; 11] = [
     Room(
         "server",
         &["server/"],
-        &["restart", "custody", "locks", "wire", "log", "host"],
+        &["restart", "custody", "desk", "locks", "wire", "log", "host"],
     ),
     Room(
         "restart",
@@ -48,6 +48,7 @@ const ROOMS: [Room; 11] = [
     ),
     Room("custody", &["custody/"], &["locks", "log", "host"]),
     Room("wire", &["wire/"], &["log", "host"]),
+    Room("desk", &["desk/"], &["log", "host"]),
     Room("locks", &["locks/"], &["log", "host"]),
     Room("log", &["log/"], &["host"]),
     Room("host", &["host/"], &[]),

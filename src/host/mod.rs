@@ -20,6 +20,7 @@ pub mod patience;
 pub mod pid_file;
 pub mod process;
 pub mod refusal;
+pub mod shared;
 pub mod signals;
 pub mod stream;
 pub mod text;
