@@ -99,7 +99,7 @@ impl Placement {
         })
     }
 
-    fn move_the_bench(self) -> Outcome<()> {
+    pub fn move_the_bench(self) -> Outcome<()> {
         let mut set = CpuSet::new();
         for cpu in self.bench_cpus()? {
             set.set(cpu).map_err(|e| format!("naming CPU {cpu}: {e}"))?;
@@ -203,7 +203,7 @@ impl Server {
             .spawn()
             .map_err(|e| format!("starting the {} through setpriv: {e}", subject.title()))?;
         let pid = i32::try_from(child.id()).map_err(|e| format!("a pid: {e}"))?;
-        let root = PathBuf::from(format!("/proc/{pid}/root"));
+        let root = root_of(pid);
         let mut server = Self {
             child,
             pid,
@@ -256,7 +256,7 @@ impl Server {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.root.join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
+        socket_of(self.pid)
     }
 
     /// The path of a disk as requests name it.
@@ -278,6 +278,15 @@ impl Server {
 }
 
 const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
+
+fn root_of(server: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{server}/root"))
+}
+
+/// The socket of the server with this pid, from here.
+pub fn socket_of(server: i32) -> PathBuf {
+    root_of(server).join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
