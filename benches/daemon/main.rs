@@ -10,8 +10,8 @@
 //! What is measured, and with what:
 //!
 //! * `options.rs`: what the person asked for: scenarios, subjects, sizes.
-//! * `subject.rs`: the three servers, and how each is started in a namespace of its own and ended.
-//! * `floor.rs`: the third of them, a bare server that makes the file calls and checks nothing.
+//! * `subject.rs`: the servers that are compared, and how each is started in a namespace of its own and ended.
+//! * `floor.rs`: the last of them, a bare server that makes the file calls and checks nothing.
 //! * `helper.rs`: processes of this very program in another role, and how they are talked to.
 //! * `measure.rs`: the clock, percentiles and medians; `Outcome`, the result of all that can fail.
 //! * `probe.rs`: what is seen from outside: locks on files, and /proc's word on a process.
@@ -221,6 +221,7 @@ fn bench() -> Outcome<bool> {
     leave_out_what_is_not_there(&mut options, &mut results);
     let programs = Programs {
         ours: options.ours.clone(),
+        before: options.before.clone(),
         c: options.c.clone(),
         logs: target.clone(),
     };

@@ -20,11 +20,13 @@ pub enum Subject {
     C,
     /// The daemon of this crate.
     Ours,
+    /// Another build of it, most often an earlier one: what has a change cost?
+    Before,
     /// The bare echo server of `floor.rs`.
     Floor,
 }
 
-pub const SUBJECTS: [Subject; 3] = [Subject::C, Subject::Ours, Subject::Floor];
+pub const SUBJECTS: [Subject; 4] = [Subject::C, Subject::Ours, Subject::Before, Subject::Floor];
 
 impl Subject {
     /// The word in options and in the JSON.
@@ -32,6 +34,7 @@ impl Subject {
         match self {
             Self::C => "c",
             Self::Ours => "ours",
+            Self::Before => "before",
             Self::Floor => "floor",
         }
     }
@@ -41,6 +44,7 @@ impl Subject {
         match self {
             Self::C => "C daemon",
             Self::Ours => "virtlockd-rs",
+            Self::Before => "before",
             Self::Floor => "floor",
         }
     }
@@ -111,6 +115,7 @@ impl Placement {
 /// Where the programs are.
 pub struct Programs {
     pub ours: PathBuf,
+    pub before: Option<PathBuf>,
     pub c: PathBuf,
     /// Servers write their log here.
     pub logs: PathBuf,
@@ -186,7 +191,11 @@ impl Server {
         if let Some(descriptors) = limits.descriptors {
             command.args(["prlimit", &format!("--nofile={descriptors}:{descriptors}")]);
         }
+        let before = programs.before.as_ref();
         match subject {
+            Subject::Before => command
+                .arg(before.ok_or("--before does not say which daemon")?)
+                .args(["-f", "/run/virtlockd.conf"]),
             Subject::C => command.arg(&programs.c).args(["-f", "/run/virtlockd.conf"]),
             Subject::Ours => command
                 .arg(&programs.ours)
