@@ -1,13 +1,13 @@
-//! Booting: machines start as libvirtd starts them, twenty at a time (its worker threads). For each
-//! machine one connection REGISTERs, RESTRICTs and stays; then a short one REGISTERs, acquires two
-//! disks and closes.
+//! Booting: machines start as libvirtd starts them, twenty at a time (its worker threads). Each
+//! machine is a process, whose own connection REGISTERs, RESTRICTs and stays; then a short one of
+//! libvirtd, which is the bench, REGISTERs in the machine's name, acquires two disks and closes.
 
-use std::io::{Read, Write};
 use std::time::Instant;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::client::{Client, REPLY_BYTES, acquire, is_ok, paper_pid, register, restrict, stamp};
+use crate::client::{Client, acquire, register};
+use crate::machines::Machines;
 use crate::measure::Outcome;
 use crate::options::Options;
 use crate::probe;
@@ -26,21 +26,23 @@ pub fn case(machines: u32) -> String {
     format!("{machines} VMs")
 }
 
+/// What is heard of here: no worker has this number.
+const MACHINES: usize = WORKERS;
+
 /// What a worker waits for.
-#[derive(Clone, Copy)]
 enum Step {
-    GuestRegister,
-    GuestRestrict,
-    HostRegister,
-    HostAcquire { disk: u32 },
+    /// The machine makes its own calls.
+    Machine,
+    /// The answer to libvirtd's REGISTER.
+    Register { libvirtd: Client },
+    /// The answer to its ACQUIRE.
+    Acquire { libvirtd: Client, disk: u32 },
 }
 
 /// A thread of libvirtd, so to speak, with the machine that it starts.
 struct Worker {
     machine: u32,
     step: Step,
-    client: Client,
-    serial: u32,
 }
 
 pub fn run(
@@ -50,15 +52,15 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     for &machines in &options.sizes.boot {
+        let mut processes = Machines::ready(machines)?;
         let server = Server::start(programs, subject, Placement::Split)?;
         server.make_disks(0..machines * DISKS_PER_MACHINE)?;
         let cpu = probe::cpu_ns(server.pid)?;
         let start = Instant::now();
-        let guests = boot(&server, machines)?;
+        boot(&server, &mut processes, machines)?;
         let milliseconds = start.elapsed().as_secs_f64() * 1e3;
         let cpu = probe::cpu_ns(server.pid)? - cpu;
         check_all_locked(&server, machines)?;
-        drop(guests);
         let mut row = results.recorder(NAME, case(machines), subject);
         row(TIME, "ms", milliseconds);
         row("CPU per VM", "us", cpu as f64 / 1e3 / f64::from(machines));
@@ -80,16 +82,19 @@ pub fn check_all_locked(server: &Server, machines: u32) -> Outcome<()> {
     Ok(())
 }
 
-/// Starts the machines; returns the connections that their guests keep. The disks exist already.
-pub fn boot(server: &Server, machines: u32) -> Outcome<Vec<Client>> {
+/// Starts the machines. The disks exist already.
+pub fn boot(server: &Server, processes: &mut Machines, machines: u32) -> Outcome<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
-    let mut guests = Vec::with_capacity(machines as usize);
+    let event = EpollEvent::new(EpollFlags::EPOLLIN, MACHINES as u64);
+    epoll
+        .add(processes.news()?, event)
+        .map_err(|e| format!("epoll_ctl: {e}"))?;
     let mut waiting = 0..machines;
-    let mut workers = Vec::new();
-    for (slot, machine) in (0..WORKERS).zip(waiting.by_ref()) {
-        workers.push(Some(Worker::begin(server, machine, slot, &epoll)?));
+    let mut workers: [Option<Worker>; WORKERS] = Default::default();
+    for (worker, machine) in workers.iter_mut().zip(waiting.by_ref()) {
+        *worker = Some(Worker::begin(server, processes, machine)?);
     }
-    let mut events = [EpollEvent::empty(); WORKERS];
+    let mut events = [EpollEvent::empty(); WORKERS + 1];
     while workers.iter().any(Option::is_some) {
         let ready = epoll
             .wait(&mut events, EpollTimeout::from(SILENCE_LIMIT_MS))
@@ -99,108 +104,68 @@ pub fn boot(server: &Server, machines: u32) -> Outcome<Vec<Client>> {
         }
         for event in &events[..ready] {
             let slot = event.data() as usize;
+            if slot == MACHINES {
+                let (machine, pid) = processes.started()?;
+                let its = |it: &Option<Worker>| it.as_ref().is_some_and(|it| it.machine == machine);
+                let slot = workers.iter().position(its);
+                let slot = slot.ok_or("a machine started that nobody waits for")?;
+                let step = Step::Register {
+                    libvirtd: open(server, slot, &epoll, register(machine, pid))?,
+                };
+                workers[slot] = Some(Worker { machine, step });
+                continue;
+            }
             let Some(worker) = workers[slot].as_mut() else {
                 continue;
             };
-            if worker.advance(server, slot, &epoll, &mut guests)? {
-                workers[slot] = match waiting.next() {
-                    Some(machine) => Some(Worker::begin(server, machine, slot, &epoll)?),
-                    None => None,
-                };
+            if worker.advance(server)? {
+                // Its connection closes before the next machine begins.
+                workers[slot] = None;
+                if let Some(machine) = waiting.next() {
+                    workers[slot] = Some(Worker::begin(server, processes, machine)?);
+                }
             }
         }
     }
-    Ok(guests)
+    Ok(())
 }
 
-fn open(server: &Server, slot: usize, epoll: &Epoll) -> Outcome<Client> {
-    let client = Client::connect(&server.socket())?;
-    client
-        .stream
-        .set_nonblocking(true)
-        .map_err(|e| format!("non-blocking: {e}"))?;
+/// A connection of libvirtd, with its first call on the way.
+fn open(server: &Server, slot: usize, epoll: &Epoll, mut first: Vec<u8>) -> Outcome<Client> {
+    let mut client = Client::connect(&server.socket())?;
     let event = EpollEvent::new(EpollFlags::EPOLLIN, slot as u64);
     epoll
         .add(&client.stream, event)
         .map_err(|e| format!("epoll_ctl: {e}"))?;
+    client.send(&mut first)?;
     Ok(client)
 }
 
 impl Worker {
-    fn begin(server: &Server, machine: u32, slot: usize, epoll: &Epoll) -> Outcome<Self> {
-        let client = open(server, slot, epoll)?;
-        let mut worker = Self {
-            machine,
-            step: Step::GuestRegister,
-            client,
-            serial: 0,
-        };
-        worker.send(register(machine, paper_pid(machine)))?;
-        Ok(worker)
-    }
-
-    fn send(&mut self, mut frame: Vec<u8>) -> Outcome<()> {
-        stamp(&mut frame, self.serial);
-        let sent = self
-            .client
-            .stream
-            .write(&frame)
-            .map_err(|e| format!("sending: {e}"))?;
-        if sent == frame.len() {
-            Ok(())
-        } else {
-            Err("the socket took a part of a call".into())
-        }
+    fn begin(server: &Server, processes: &mut Machines, machine: u32) -> Outcome<Self> {
+        processes.start(server, machine)?;
+        let step = Step::Machine;
+        Ok(Self { machine, step })
     }
 
     /// Reads the answer and sends the next call; says whether the machine runs.
-    fn advance(
-        &mut self,
-        server: &Server,
-        slot: usize,
-        epoll: &Epoll,
-        guests: &mut Vec<Client>,
-    ) -> Outcome<bool> {
-        let mut reply = [0; REPLY_BYTES + 4];
-        let count = self
-            .client
-            .stream
-            .read(&mut reply)
-            .map_err(|e| format!("reading: {e}"))?;
-        if count != REPLY_BYTES || !is_ok(&reply[..REPLY_BYTES], self.serial) {
-            let machine = self.machine;
-            return Err(format!(
-                "machine {machine}: bad reply ({count} bytes): {reply:02x?}"
-            ));
+    fn advance(&mut self, server: &Server) -> Outcome<bool> {
+        let acquire = |disk| acquire(&server.disk(self.machine * DISKS_PER_MACHINE + disk));
+        let (mut libvirtd, answered, next) = match std::mem::replace(&mut self.step, Step::Machine)
+        {
+            Step::Machine => return Err("an answer to nobody".into()),
+            Step::Register { libvirtd } => (libvirtd, 0, 0),
+            Step::Acquire { libvirtd, disk } => (libvirtd, disk + 1, disk + 1),
+        };
+        libvirtd
+            .receive_at_once(answered)
+            .map_err(|e| format!("machine {}: {e}", self.machine))?;
+        if next == DISKS_PER_MACHINE {
+            return Ok(true);
         }
-        self.serial += 1;
-        let disk_of = |disk| server.disk(self.machine * DISKS_PER_MACHINE + disk);
-        match self.step {
-            Step::GuestRegister => {
-                self.step = Step::GuestRestrict;
-                self.send(restrict())?;
-            }
-            Step::GuestRestrict => {
-                epoll
-                    .delete(&self.client.stream)
-                    .map_err(|e| format!("epoll_ctl: {e}"))?;
-                let host = open(server, slot, epoll)?;
-                guests.push(std::mem::replace(&mut self.client, host));
-                self.serial = 0;
-                self.step = Step::HostRegister;
-                self.send(register(self.machine, paper_pid(self.machine)))?;
-            }
-            Step::HostRegister => {
-                self.step = Step::HostAcquire { disk: 0 };
-                self.send(acquire(&disk_of(0)))?;
-            }
-            Step::HostAcquire { disk } if disk + 1 < DISKS_PER_MACHINE => {
-                self.step = Step::HostAcquire { disk: disk + 1 };
-                self.send(acquire(&disk_of(disk + 1)))?;
-            }
-            // Its connection closes as soon as the worker takes the next machine.
-            Step::HostAcquire { .. } => return Ok(true),
-        }
+        libvirtd.send(&mut acquire(next))?;
+        let disk = next;
+        self.step = Step::Acquire { libvirtd, disk };
         Ok(false)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::client::{Client, acquire, make_disk, paper_pid, register, release};
+use crate::client::{Client, acquire, make_disk, register, release};
 use crate::helper::Helper;
 use crate::measure::{Outcome, now_ns, percentile};
 use crate::subject::{Placement, Server};
@@ -82,9 +82,11 @@ impl Bystander {
 /// The helper's side.
 pub fn stand_by(socket: &Path, disk: &str) -> Outcome<()> {
     let mut client = Client::connect(socket)?;
-    client.call(&mut register(INDEX, paper_pid(INDEX)))?;
+    // A machine of its own, which is this process.
+    let own = std::process::id();
+    client.call(&mut register(INDEX, own))?;
     let (mut first, mut second) = if disk.is_empty() {
-        let again = register(INDEX, paper_pid(INDEX));
+        let again = register(INDEX, own);
         (again.clone(), again)
     } else {
         (acquire(disk), release(disk))

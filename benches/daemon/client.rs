@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::measure::Outcome;
 use crate::protocol::{
@@ -27,7 +27,8 @@ const REPLY_TIMEOUT_MS: u16 = 60_000;
 const CONNECT_BATCH: usize = 24;
 
 /// A pid that no process can have (the kernel's limit is 4,194,304): the owner of a machine that
-/// exists on paper only. Its connections end without anybody being killed.
+/// exists on paper only. Its connections end without anybody being killed. For those who never hold a
+/// lock, and for attackers: see `machines.rs`.
 pub fn paper_pid(index: u32) -> u32 {
     0x4000_0000 + index
 }
@@ -155,6 +156,17 @@ impl Client {
         }
     }
 
+    /// The same where the reply is known to have come.
+    pub fn receive_at_once(&mut self, serial: u32) -> Outcome<()> {
+        let mut reply = [0; REPLY_BYTES];
+        let count = self.stream.read(&mut reply);
+        match count.map_err(|e| format!("reading a reply: {e}"))? {
+            REPLY_BYTES if is_ok(&reply, serial) => Ok(()),
+            REPLY_BYTES => Err(complaint(&reply, serial, &mut self.stream)),
+            count => Err(format!("{count} bytes instead of a reply: {reply:02x?}")),
+        }
+    }
+
     /// Fills the buffer, however many pieces the bytes come in.
     ///
     /// Waits in poll(), as libvirt's client does. A process that blocks in read() instead is woken
@@ -175,6 +187,17 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the server is gone, however long that takes.
+    pub fn wait_for_end(&mut self) -> Outcome<()> {
+        let mut interest = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        poll(&mut interest, PollTimeout::NONE).map_err(|e| format!("waiting for the end: {e}"))?;
+        // An end with bytes unread, which a server that was killed leaves, is an error and an end.
+        match self.stream.read(&mut [0; REPLY_BYTES]) {
+            Ok(1..) => Err("the server says something that nobody asked for".into()),
+            Ok(0) | Err(_) => Ok(()),
+        }
     }
 
     pub fn call(&mut self, frame: &mut [u8]) -> Outcome<()> {

@@ -1,14 +1,13 @@
-//! Many busy clients: each sends one call, waits for the answer and sends the next, on a file of
-//! its own.
+//! Many busy clients: each sends one call for a running machine, waits for the answer and sends the
+//! next, on a file of its own.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::client::{
-    Client, REPLY_BYTES, acquire, connect_many, is_ok, paper_pid, register, release, stamp,
-};
+use crate::client::{Client, REPLY_BYTES, acquire, connect_many, is_ok, register, release, stamp};
+use crate::machines::Machines;
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
 use crate::probe;
@@ -74,9 +73,11 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     for &busy in &options.sizes.busy {
+        let mut machines = Machines::ready(busy)?;
         let server = Server::start(programs, subject, Placement::Split)?;
         server.make_disks(0..busy)?;
-        let (rate, cpu) = measure(&server, busy)?;
+        let owners = machines.start_all(&server, 0..busy)?;
+        let (rate, cpu) = measure(&server, &owners)?;
         let mut row = results.recorder(NAME, case(busy), subject);
         row(RATE, "requests/s", rate);
         row("CPU per request", "us", cpu);
@@ -84,8 +85,9 @@ pub fn run(
     Ok(())
 }
 
-fn measure(server: &Server, busy: u32) -> Outcome<(f64, f64)> {
-    let greeting = |index| vec![register(index, paper_pid(index))];
+fn measure(server: &Server, owners: &[u32]) -> Outcome<(f64, f64)> {
+    let busy = owners.len() as u32;
+    let greeting = |index| vec![register(index, owners[index as usize])];
     let clients = connect_many(&server.socket(), 0..busy, greeting)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
     let mut crowd = Vec::with_capacity(clients.len());

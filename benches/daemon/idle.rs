@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::crowd::Crowd;
+use crate::machines::Machines;
 use crate::measure::Outcome;
 use crate::options::Options;
 use crate::probe;
@@ -28,11 +28,11 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     let guests = options.sizes.silent;
+    let mut machines = Machines::ready(guests)?;
     let mut server = Server::start(programs, subject, Placement::Anywhere)?;
     std::thread::sleep(SETTLE);
     let before_kib = probe::resident_kib(server.pid)?;
-    let mut crowd = Crowd::default();
-    crowd.grow_to(&server.socket(), guests)?;
+    machines.start_all(&server, 0..guests)?;
     std::thread::sleep(SETTLE);
     let after_kib = probe::resident_kib(server.pid)?;
     let wakeups = probe::wakeups(server.pid)?;

@@ -10,8 +10,8 @@
 //! What is measured, and with what:
 //!
 //! * `options.rs`: what the person asked for: scenarios, subjects, sizes.
-//! * `subject.rs`: the three servers, and how each is started in a namespace of its own and ended.
-//! * `floor.rs`: the third of them, a bare server that makes the file calls and checks nothing.
+//! * `subject.rs`: the servers that are compared, and how each is started in a namespace of its own and ended.
+//! * `floor.rs`: the last of them, a bare server that makes the file calls and checks nothing.
 //! * `helper.rs`: processes of this very program in another role, and how they are talked to.
 //! * `measure.rs`: the clock, percentiles and medians; `Outcome`, the result of all that can fail.
 //! * `probe.rs`: what is seen from outside: locks on files, and /proc's word on a process.
@@ -21,6 +21,7 @@
 //! * `protocol.rs`, in `tests/support/`: the wire protocol of a client, shared with the tests.
 //! * `client.rs`: a client of the lock program, one call at a time.
 //! * `crowd.rs`: idle guests, held by helpers.
+//! * `machines.rs`: running machines: real processes with a connection each.
 //! * `nursery.rs`: owners that are real processes, and their parent, who kills and reaps them.
 //! * `bystander.rs`: a helper that makes two calls a millisecond and notes how long it waited.
 //! * `attacker.rs`: a helper that does one of fourteen hostile things as fast as it can.
@@ -59,6 +60,7 @@ mod goals;
 mod helper;
 mod hostile;
 mod idle;
+mod machines;
 mod measure;
 mod nursery;
 mod options;
@@ -181,6 +183,9 @@ fn play(role: &str, arguments: &[String]) -> Outcome<()> {
         return nursery::live(Path::new(text(0)?), count(1)?, text(2)?);
     }
     helper::end_with_parent()?;
+    if role == "machine" {
+        return machines::live();
+    }
     helper::raise_descriptor_limit()?;
     match role {
         "floor" => floor::serve(Path::new(text(0)?)),
@@ -216,6 +221,7 @@ fn bench() -> Outcome<bool> {
     leave_out_what_is_not_there(&mut options, &mut results);
     let programs = Programs {
         ours: options.ours.clone(),
+        before: options.before.clone(),
         c: options.c.clone(),
         logs: target.clone(),
     };
@@ -280,6 +286,9 @@ fn run_scenario(
                 let failure = format!("{name}, run {run}, {title}: {error}");
                 eprintln!("\nFAILED: {failure}");
                 results.failures.push(failure);
+            }
+            if let Err(error) = machines::muster() {
+                results.failures.push(format!("the machines: {error}"));
             }
         }
     }

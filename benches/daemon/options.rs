@@ -10,11 +10,14 @@ cargo bench --bench daemon -- [options]     (as root: it needs mount namespaces)
   --quick             small sizes and one run: does it work, what is the shape
   --runs N            runs of each scenario, interleaved between subjects (default 3; quick 1)
   --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,idle,hostile
-  --subjects A,B      of c,ours,floor
+  --subjects A,B      of c,ours,before,floor
   --idle A,B          idle connections of rtt
+  --busy A,B          clients of fan
+  --machines A,B      machines of boot and reexec
   --hostile WORDS     of hostile, only the cases with these words in their name
   --c-most-idle N     no more idle connections than this for the C daemon, which takes minutes
   --daemon PATH       our daemon (default: the one just built)
+  --before PATH       another build of it, to be compared: what has a change cost?
   --c-daemon PATH     libvirt's daemon (default /usr/sbin/virtlockd)
   --keep              write to benches/results/ instead of target/bench-results/
 ";
@@ -68,6 +71,7 @@ pub struct Options {
     hostile: Option<String>,
     pub c_most_idle: u32,
     pub ours: PathBuf,
+    pub before: Option<PathBuf>,
     pub c: PathBuf,
     pub keep: bool,
 }
@@ -137,13 +141,24 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
             ));
         }
     }
-    let wanted = match text("--subjects")? {
+    let mut wanted = match text("--subjects")? {
         Some(words) => subjects(&words)?,
         None => SUBJECTS.to_vec(),
     };
+    let before = text("--before")?.map(PathBuf::from);
+    if before.is_none() {
+        wanted.retain(|&subject| subject != Subject::Before);
+    }
     let mut sizes = if quick { Sizes::quick() } else { Sizes::full() };
     if let Some(words) = text("--idle")? {
         sizes.idle = numbers(&words)?;
+    }
+    if let Some(words) = text("--busy")? {
+        sizes.busy = numbers(&words)?;
+    }
+    if let Some(words) = text("--machines")? {
+        sizes.boot = numbers(&words)?;
+        sizes.reexec = sizes.boot.clone();
     }
     let hostile = text("--hostile")?;
     let c_most_idle = match text("--c-most-idle")? {
@@ -171,6 +186,7 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
         hostile,
         c_most_idle,
         ours,
+        before,
         c,
         keep,
     };

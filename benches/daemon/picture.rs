@@ -16,6 +16,7 @@ fn colour(subject: Subject) -> &'static str {
     match subject {
         Subject::C => "#b3541e",
         Subject::Ours => "#1f5fa8",
+        Subject::Before => "#7a4fa3",
         Subject::Floor => "#6b7280",
     }
 }

@@ -1,9 +1,11 @@
-//! Pipelining: one client sends 64 calls at once (32 pairs on 32 files) and reads 64 replies.
+//! Pipelining: one client sends 64 calls at once (32 pairs on 32 files) for a running
+//! machine, and reads 64 replies.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, REPLY_BYTES, acquire, is_ok, paper_pid, register, release, stamp};
+use crate::client::{Client, REPLY_BYTES, acquire, is_ok, register, release, stamp};
+use crate::machines::Machines;
 use crate::measure::{Outcome, microseconds};
 use crate::options::Options;
 use crate::probe;
@@ -65,10 +67,12 @@ impl Batch {
 }
 
 pub fn run(_: &Options, programs: &Programs, of: Subject, results: &mut Results) -> Outcome<()> {
+    let mut machines = Machines::ready(1)?;
     let server = Server::start(programs, of, Placement::Split)?;
     server.make_disks(0..PAIRS)?;
     let mut client = Client::connect(&server.socket())?;
-    client.call(&mut register(0, paper_pid(0)))?;
+    let owner = machines.start_one(&server, 0)?;
+    client.call(&mut register(0, owner))?;
     let disks = || (0..PAIRS).map(|number| server.disk(number));
     // Once in halves, to see the locks.
     Batch::new(disks().map(|disk| acquire(&disk))).exchange(&mut client)?;

@@ -9,7 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::boot::{DISKS_PER_MACHINE, boot, check_all_locked};
-use crate::client::{Client, acquire, make_disk, paper_pid, register, release};
+use crate::client::{Client, acquire, make_disk, register, release};
+use crate::machines::Machines;
 use crate::measure::{Outcome, milliseconds, now_ns};
 use crate::options::Options;
 use crate::probe;
@@ -46,10 +47,12 @@ pub fn run(
     results: &mut Results,
 ) -> Outcome<()> {
     for &machines in &options.sizes.reexec {
+        let mut processes = Machines::ready(machines + 1)?;
         let mut server = Server::start(programs, subject, Placement::Split)?;
         server.make_disks(0..machines * DISKS_PER_MACHINE)?;
-        let _guests = boot(&server, machines)?;
-        let mut watch = Watch::begin(&server)?;
+        boot(&server, &mut processes, machines)?;
+        let owner = processes.start_one(&server, INDEX)?;
+        let mut watch = Watch::begin(&server, owner)?;
         for _ in 0..ROUNDS {
             if !watch.round(&server)? {
                 let title = subject.title();
@@ -69,6 +72,8 @@ pub fn run(
 /// The busy client with a file that it locks and unlocks, and a second connection for the case
 /// that the first one's reply never comes.
 struct Watch {
+    /// The pid of the machine for which the busy client calls.
+    owner: u32,
     busy: Client,
     frames: [Vec<u8>; 2],
     turn: usize,
@@ -81,22 +86,23 @@ struct Watch {
 }
 
 /// A busy client needs a new file when the state of the old one is unknown.
-fn busy_client(server: &Server, file: u32) -> Outcome<(Client, [Vec<u8>; 2])> {
+fn busy_client(server: &Server, owner: u32, file: u32) -> Outcome<(Client, [Vec<u8>; 2])> {
     let disk = server.disk(INDEX + file);
     make_disk(&server.outside(&disk))?;
     let mut busy = Client::connect(&server.socket())?;
-    busy.call(&mut register(INDEX, paper_pid(INDEX)))?;
+    busy.call(&mut register(INDEX, owner))?;
     Ok((busy, [acquire(&disk), release(&disk)]))
 }
 
 impl Watch {
-    fn begin(server: &Server) -> Outcome<Self> {
-        let (busy, frames) = busy_client(server, 0)?;
-        let mut second_frame = register(INDEX + 1, paper_pid(INDEX + 1));
+    fn begin(server: &Server, owner: u32) -> Outcome<Self> {
+        let (busy, frames) = busy_client(server, owner, 0)?;
+        let mut second_frame = register(INDEX, owner);
         let mut second = Client::connect(&server.socket())?;
         second.call(&mut second_frame)?;
         let last_answer_ns = now_ns();
         Ok(Self {
+            owner,
             busy,
             frames,
             turn: 0,
@@ -155,7 +161,7 @@ impl Watch {
         }
         if is_lost {
             self.lost += 1;
-            (self.busy, self.frames) = busy_client(server, self.files)?;
+            (self.busy, self.frames) = busy_client(server, self.owner, self.files)?;
             self.files += 1;
             self.turn = 0;
             // Waiting for the lost reply was this client's doing.

@@ -113,16 +113,27 @@ pub fn table(results: &Results, goals: &[Goal], place: &Place, options: &Options
         options.runs
     ));
     line(String::new());
-    line("| scenario | case | what | unit | C daemon | virtlockd-rs | floor | C / ours | ours / floor |".into());
-    line("|---|---|---|---|--:|--:|--:|--:|--:|".into());
+    // The column of another build is there if it was measured.
+    let has_before = options.subjects.contains(&Subject::Before);
+    let shown = SUBJECTS
+        .into_iter()
+        .filter(|&of| of != Subject::Before || has_before);
+    let mut heads: Vec<&str> = shown.clone().map(Subject::title).collect();
+    heads.extend(["C / ours", "ours / floor"]);
+    heads.extend(has_before.then_some("ours / before"));
+    let heads = heads.join(" | ");
+    line(format!("| scenario | case | what | unit | {heads} |"));
+    let dashes = heads.split(" | ").map(|_| "--:|").collect::<String>();
+    line(format!("|---|---|---|---|{dashes}"));
     for measured in &results.rows {
         let row = &measured.row;
-        let numbers: Vec<String> = SUBJECTS.iter().map(|&of| cell(measured, of)).collect();
-        let better = ratio(measured, Subject::C, Subject::Ours);
-        let above = ratio(measured, Subject::Ours, Subject::Floor);
+        let mut numbers: Vec<String> = shown.clone().map(|of| cell(measured, of)).collect();
+        numbers.push(ratio(measured, Subject::C, Subject::Ours));
+        numbers.push(ratio(measured, Subject::Ours, Subject::Floor));
+        numbers.extend(has_before.then(|| ratio(measured, Subject::Ours, Subject::Before)));
         let numbers = numbers.join(" | ");
         line(format!(
-            "| {} | {} | {} | {} | {numbers} | {better} | {above} |",
+            "| {} | {} | {} | {} | {numbers} |",
             row.scenario, row.case, row.metric, row.unit
         ));
     }
@@ -170,7 +181,10 @@ pub fn as_json(results: &Results, goals: &[Goal], place: &Place, options: &Optio
             "cpu": place.cpu, "cpus": place.cpus, "memory_gib": place.memory_gib,
             "kernel": place.kernel, "load_at_start": place.load,
         },
-        "versions": { "c": version(&options.c), "ours": version(&options.ours) },
+        "versions": {
+            "c": version(&options.c), "ours": version(&options.ours),
+            "before": options.before.as_deref().and_then(version),
+        },
         "runs": options.runs,
         "quick": options.quick,
         "rows": rows,

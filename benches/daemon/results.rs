@@ -51,7 +51,7 @@ impl Results {
             self.rows.push(Measured {
                 row,
                 values: Default::default(),
-                extrapolated: [false; 3],
+                extrapolated: [false; SUBJECTS.len()],
             });
             self.rows.len() - 1
         });

@@ -1,10 +1,11 @@
-//! Round trips: acquire and release of one file, one call at a time, beside more and more idle
-//! guests. Client and server share one CPU.
+//! Round trips: acquire and release of one file, one call at a time for a running machine, beside more
+//! and more idle guests. Client and server share one CPU.
 
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, acquire, paper_pid, register, release};
+use crate::client::{Client, acquire, register, release};
 use crate::crowd::Crowd;
+use crate::machines::Machines;
 use crate::measure::{Outcome, microseconds, now_ns, percentile};
 use crate::options::Options;
 use crate::probe;
@@ -34,7 +35,9 @@ pub fn run(
     subject: Subject,
     results: &mut Results,
 ) -> Outcome<()> {
+    let mut machines = Machines::ready(1)?;
     let server = Server::start(programs, subject, Placement::Shared)?;
+    let owner = machines.start_one(&server, INDEX)?;
     server.make_disks(0..1)?;
     let mut crowd = Crowd::default();
     for &idle in &options.sizes.idle {
@@ -46,7 +49,7 @@ pub fn run(
         }
         crowd.grow_to(&server.socket(), idle)?;
         let mut row = results.recorder(NAME, case(idle), subject);
-        let mut measured = measure(&server)?;
+        let mut measured = measure(&server, owner)?;
         row(
             PAIR_P50,
             "us",
@@ -67,11 +70,11 @@ struct Pairs {
     cpu_per_request: f64,
 }
 
-fn measure(server: &Server) -> Outcome<Pairs> {
+fn measure(server: &Server, owner: u32) -> Outcome<Pairs> {
     let disk = server.disk(0);
     let outside = server.outside(&disk);
     let mut client = Client::connect(&server.socket())?;
-    client.call(&mut register(INDEX, paper_pid(INDEX)))?;
+    client.call(&mut register(INDEX, owner))?;
     let mut acquire = acquire(&disk);
     let mut release = release(&disk);
     client.call(&mut acquire)?;

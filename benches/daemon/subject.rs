@@ -20,11 +20,13 @@ pub enum Subject {
     C,
     /// The daemon of this crate.
     Ours,
+    /// Another build of it, most often an earlier one: what has a change cost?
+    Before,
     /// The bare echo server of `floor.rs`.
     Floor,
 }
 
-pub const SUBJECTS: [Subject; 3] = [Subject::C, Subject::Ours, Subject::Floor];
+pub const SUBJECTS: [Subject; 4] = [Subject::C, Subject::Ours, Subject::Before, Subject::Floor];
 
 impl Subject {
     /// The word in options and in the JSON.
@@ -32,6 +34,7 @@ impl Subject {
         match self {
             Self::C => "c",
             Self::Ours => "ours",
+            Self::Before => "before",
             Self::Floor => "floor",
         }
     }
@@ -41,6 +44,7 @@ impl Subject {
         match self {
             Self::C => "C daemon",
             Self::Ours => "virtlockd-rs",
+            Self::Before => "before",
             Self::Floor => "floor",
         }
     }
@@ -99,7 +103,7 @@ impl Placement {
         })
     }
 
-    fn move_the_bench(self) -> Outcome<()> {
+    pub fn move_the_bench(self) -> Outcome<()> {
         let mut set = CpuSet::new();
         for cpu in self.bench_cpus()? {
             set.set(cpu).map_err(|e| format!("naming CPU {cpu}: {e}"))?;
@@ -111,6 +115,7 @@ impl Placement {
 /// Where the programs are.
 pub struct Programs {
     pub ours: PathBuf,
+    pub before: Option<PathBuf>,
     pub c: PathBuf,
     /// Servers write their log here.
     pub logs: PathBuf,
@@ -186,7 +191,11 @@ impl Server {
         if let Some(descriptors) = limits.descriptors {
             command.args(["prlimit", &format!("--nofile={descriptors}:{descriptors}")]);
         }
+        let before = programs.before.as_ref();
         match subject {
+            Subject::Before => command
+                .arg(before.ok_or("--before does not say which daemon")?)
+                .args(["-f", "/run/virtlockd.conf"]),
             Subject::C => command.arg(&programs.c).args(["-f", "/run/virtlockd.conf"]),
             Subject::Ours => command
                 .arg(&programs.ours)
@@ -203,7 +212,7 @@ impl Server {
             .spawn()
             .map_err(|e| format!("starting the {} through setpriv: {e}", subject.title()))?;
         let pid = i32::try_from(child.id()).map_err(|e| format!("a pid: {e}"))?;
-        let root = PathBuf::from(format!("/proc/{pid}/root"));
+        let root = root_of(pid);
         let mut server = Self {
             child,
             pid,
@@ -256,7 +265,7 @@ impl Server {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.root.join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
+        socket_of(self.pid)
     }
 
     /// The path of a disk as requests name it.
@@ -278,6 +287,15 @@ impl Server {
 }
 
 const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
+
+fn root_of(server: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{server}/root"))
+}
+
+/// The socket of the server with this pid, from here.
+pub fn socket_of(server: i32) -> PathBuf {
+    root_of(server).join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
+}
 
 impl Drop for Server {
     fn drop(&mut self) {

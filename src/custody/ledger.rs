@@ -49,6 +49,9 @@ pub(super) const CHECKSUM_AT: usize = 24;
 const EXTENTS_AT: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
+/// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
+/// again and again, and to give its pages back and get them anew each time takes longer than the rest.
+const KEPT: usize = 3 * STEP;
 /// It is written anew when it has grown to this multiple of its size when it was last.
 const GROWTH: usize = 4;
 /// [`STEP`], as a size.
@@ -125,6 +128,8 @@ pub struct Ledger {
     live: Range<usize>,
     /// Bytes of events when it was last written anew.
     compact: usize,
+    /// The memory in front of them was given back: it is to be asked for before it is written to.
+    has_hole: bool,
     /// An event that could not be refused is missing: nothing is true until it is written anew.
     is_stale: bool,
 }
@@ -155,6 +160,7 @@ impl Ledger {
             which: 0,
             live: HEADER..HEADER,
             compact: 0,
+            has_hole: false,
             is_stale: false,
         };
         let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
@@ -179,6 +185,8 @@ impl Ledger {
             which: found.which,
             compact: found.events.len(),
             live: found.events,
+            // Whoever wrote it may have given it back.
+            has_hole: true,
             is_stale: false,
         };
         ledger.reopen();
@@ -244,8 +252,11 @@ impl Ledger {
         if room.len() < self.compact {
             return Ok(None);
         }
-        // It may have been given back, and a page that cannot be had is a signal, not an error.
-        self.memory.fill(room.clone())?;
+        // A page that cannot be had is a signal, not an error.
+        if self.has_hole {
+            self.memory.fill(room.clone())?;
+            self.has_hole = false;
+        }
         let mut end = room.start;
         for event in events {
             let place = self.memory.bytes_mut().get_mut(end..room.end);
@@ -272,10 +283,14 @@ impl Ledger {
 
     /// Gives back the memory that does not count any more. What cannot be given back is kept.
     fn give_back(&mut self) {
-        let _ = self.memory.empty(HEADER..self.live.start);
+        let in_front = HEADER..self.live.start;
+        if in_front.len() > KEPT {
+            let _ = self.memory.empty(in_front);
+            self.has_hole = true;
+        }
         let enough = self.live.end.next_multiple_of(STEP);
         if let Some(size) = NonZeroUsize::new(enough)
-            && size.get() < self.memory.bytes().len()
+            && size.get().saturating_add(KEPT) < self.memory.bytes().len()
         {
             let _ = self.memory.shrink(size);
         }

@@ -264,42 +264,42 @@ impl Custody {
     /// Why there is nothing to give back.
     pub fn release(&mut self, place: Place<'_>, owner: &Owner) -> Result<(), NotReleased> {
         let table = &mut self.state.table;
-        table.may_release(place.lockspace, place.name, owner.key())?;
+        let id = table.may_release(place.lockspace, place.name, owner.key())?;
         let event = Event::ReleasedBy(owner.pid, owner.uuid, name_of(place));
-        if let Left::Resource(resource) = self.record(event, Given::default()) {
-            self.end(*resource);
+        let given = Given {
+            held: Some(id),
+            ..Given::default()
+        };
+        if let Left::Resource(resource) = self.record(event, given) {
+            self.end(resource);
         }
         Ok(())
     }
 
     /// The kernel lets go of a resource that nobody holds any more.
-    fn end(&mut self, resource: Resource<Lease>) {
-        if let Some(resource) = self.park(resource) {
-            let end = End::of(&resource);
-            let (lease, name) = resource.into_lease();
-            end.at(&name).run(lease);
+    #[inline]
+    fn end(&mut self, mut resource: Resource<Lease>) {
+        if let Some(other) = self.other_name(resource.identity) {
+            return self.park(resource, &other);
         }
+        let end = End::of(&resource);
+        end.let_go(&mut resource);
+    }
+
+    /// The name under which this file is held with a POSIX lock, if it is.
+    fn other_name(&self, identity: FileIdentity) -> Option<(Vec<u8>, Vec<u8>)> {
+        let held = self
+            .state
+            .table()
+            .get(self.state.process_lock_on(identity)?)?;
+        Some((held.lockspace().to_vec(), held.name().to_vec()))
     }
 
     /// The same file is held under another name with a POSIX lock, which would go with the resource's,
     /// and with any descriptor of the file that is closed: its descriptors are kept with the other name.
-    /// The resource comes back if it is not so.
-    fn park(&mut self, resource: Resource<Lease>) -> Option<Resource<Lease>> {
-        let Some(theirs) = self.state.process_lock_on(resource.identity) else {
-            return Some(resource);
-        };
-        let Some((lockspace, name)) = self.state.table().get(theirs).map(|held| {
-            let (lockspace, name) = (held.lockspace(), held.name());
-            (lockspace.to_vec(), name.to_vec())
-        }) else {
-            return Some(resource);
-        };
-        let (lease, _) = resource.into_lease();
-        for descriptor in lease.park() {
-            let name = ResourceName {
-                lockspace: &lockspace,
-                name: &name,
-            };
+    fn park(&mut self, resource: Resource<Lease>, (lockspace, name): &(Vec<u8>, Vec<u8>)) {
+        for descriptor in resource.into_lease().park() {
+            let name = ResourceName { lockspace, name };
             let event = Event::Parked(name, descriptor.number());
             let given = Given {
                 file: Some(descriptor),
@@ -307,7 +307,6 @@ impl Custody {
             };
             self.record(event, given);
         }
-        None
     }
 
     /// A process is dead: nobody holds any more what it held, for whichever domains. How many files are
@@ -337,8 +336,10 @@ impl Custody {
                 let end = End::of(resource);
                 end.let_go(resource);
             }
-            if let Left::Resource(resource) = self.record(Event::Freed(number), Given::default()) {
-                self.park(*resource);
+            if let Left::Resource(resource) = self.record(Event::Freed(number), Given::default())
+                && let Some(other) = self.other_name(identity)
+            {
+                self.park(resource, &other);
             }
         }
     }

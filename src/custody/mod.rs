@@ -37,7 +37,7 @@ use crate::host::clock::Moment;
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
 use crate::host::refusal::Refusal;
-use crate::locks::table::{Owner, Pid};
+use crate::locks::table::{Owner, Pid, ResourceId};
 
 /// What a connection or a lock usually takes of the ledger at most, bytes.
 const LEDGER_ENTRY: usize = 512;
@@ -67,6 +67,7 @@ struct Given<'a> {
     file: Option<Lockable>,
     other: Option<OwnedFd>,
     owner: Option<&'a Owner>,
+    held: Option<ResourceId>,
 }
 
 impl<'a> Given<'a> {
@@ -91,6 +92,10 @@ impl Source<Open> for Given<'_> {
 
     fn owner(&mut self, record: OwnerRecord<'_>) -> Owner {
         self.owner.cloned().unwrap_or_else(|| record.to_owner())
+    }
+
+    fn held(&self) -> Option<ResourceId> {
+        self.held
     }
 }
 
@@ -137,12 +142,14 @@ impl Custody {
     }
 
     /// Writes an event down and makes its change. If it cannot be written nothing changes.
+    #[inline]
     fn commit(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Result<Left<Open>, Errno> {
         self.ledger.append(&event)?;
         Ok(self.apply(event, given))
     }
 
     /// Writes down what has happened, or must, and makes its change.
+    #[inline]
     fn record(&mut self, event: Event<'_>, mut given: Given<'_>) -> Left<Open> {
         if self.ledger.append(&event).is_err() {
             self.ledger.lose();
@@ -150,6 +157,7 @@ impl Custody {
         self.apply(event, &mut given)
     }
 
+    #[inline]
     fn apply(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Left<Open> {
         match self.state.apply(event, given) {
             Ok(left) => left,

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+use foldhash::HashMap;
+
 use super::clients::ClientId;
 use crate::locks::table::Pid;
 
@@ -15,7 +17,7 @@ pub type Domain = [u8; 16];
 /// there are thousands: so for such a one only the connection is kept, which knows its domain.
 #[derive(Debug, Default)]
 pub struct OwnConnections {
-    one: BTreeMap<Pid, ClientId>,
+    one: HashMap<Pid, ClientId>,
     /// How many a process has for each domain, of those that have had several at a time.
     many: BTreeMap<Pid, BTreeMap<Domain, u32>>,
 }

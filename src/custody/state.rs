@@ -90,6 +90,11 @@ pub trait Source<F: Form> {
 
     /// The owner of an event. All that one owner has shares its name's memory.
     fn owner(&mut self, record: OwnerRecord<'_>) -> Owner;
+
+    /// The place of the resource that the event names, where it was looked up already.
+    fn held(&self) -> Option<ResourceId> {
+        None
+    }
 }
 
 /// Events that are read back: numbers stay numbers.
@@ -127,7 +132,7 @@ pub enum Left<F: Form> {
     /// A connection, to be closed.
     Client(Client<F::Other>),
     /// A file that nobody holds any more, to be unlocked and closed.
-    Resource(Box<Resource<Lease<F::File>>>),
+    Resource(Resource<Lease<F::File>>),
     /// A process that nobody waits for any more.
     Process(F::Other),
     /// Sockets at which nobody is let in any more.
@@ -250,17 +255,18 @@ impl<F: Form> State<F> {
                 let own: Vec<OwnerKey> = own.map(|(key, _)| key).collect();
                 return match own.as_slice() {
                     [] => Err("it releases what an owner does not hold".into()),
-                    [only] => self.release(*only, resource),
+                    [only] => self.release(*only, id),
                     // Of several domains nobody knows any more which of them has the rest.
                     _ => {
                         self.table.forget_domains(pid);
-                        self.release(OwnerKey::of_process(pid), resource)
+                        self.release(OwnerKey::of_process(pid), id)
                     }
                 };
             }
             Event::ReleasedBy(pid, uuid, resource) => {
                 let uuid = Some(uuid);
-                return self.release(OwnerKey { pid, uuid }, resource);
+                let id = source.held().map_or_else(|| self.held(resource), Ok)?;
+                return self.release(OwnerKey { pid, uuid }, id);
             }
             Event::Parked(resource, number) => {
                 let id = self.held(resource)?;
@@ -335,15 +341,15 @@ impl<F: Form> State<F> {
     }
 
     /// One holding of a process ended: of this domain's, or of whichever has one.
-    fn release(&mut self, owner: OwnerKey, resource: ResourceName<'_>) -> Result<Left<F>, String> {
+    fn release(&mut self, owner: OwnerKey, id: ResourceId) -> Result<Left<F>, String> {
         let released = self
             .table
-            .release(resource.lockspace, resource.name, owner)
+            .release_at(id, owner)
             .map_err(|_| "it releases what an owner does not hold")?;
         Ok(match released {
             Some(resource) => {
                 self.forget_process_lock(&resource);
-                Left::Resource(Box::new(resource))
+                Left::Resource(resource)
             }
             None => Left::Nothing,
         })
@@ -503,7 +509,7 @@ impl<F: Form> State<F> {
         }
         // Not before: a file that is still locked must not be opened and closed.
         self.forget_process_lock(&resource);
-        Ok(Left::Resource(Box::new(resource)))
+        Ok(Left::Resource(resource))
     }
 
     fn fence(

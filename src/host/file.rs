@@ -83,6 +83,7 @@ pub enum Start<'a> {
 const MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
 /// Opens without ever waiting: not for the other end of a FIFO, not for a lease to be given back.
+#[inline]
 fn open(start: Start<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
     let mut flags = flags | OFlag::O_CLOEXEC;
     // O_PATH waits for nothing, and openat2(2) allows no other flags with it.
@@ -165,6 +166,7 @@ fn open_step_by_step(
 }
 
 /// Opens a file for reading and writing, as a write lock needs.
+#[inline]
 pub fn open_existing(start: Start<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
     open(start, path, OFlag::O_RDWR)
 }
@@ -223,6 +225,7 @@ fn open_directory_beneath(start: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd,
 }
 
 /// Which file a descriptor is of.
+#[inline]
 pub fn identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
     Ok(stat::fstat(file)?.into())
 }
@@ -341,6 +344,7 @@ impl Lockable {
     }
 
     /// Sets the open file's lock, or changes it. EAGAIN when somebody else's stands in the way.
+    #[inline]
     pub fn lock(&mut self, kind: LockType) -> Result<(), Errno> {
         let result = set_open_file(&self.descriptor, kind);
         self.open_file = is_owed(self.open_file, kind, result);
@@ -361,6 +365,7 @@ impl Lockable {
     }
 
     /// Lets go of every lock that there may be. What fails is tried once more when this is dropped.
+    #[inline]
     pub fn unlock(&mut self) -> Result<(), Errno> {
         let process = if self.process {
             self.lock_process(LockType::Unlock)

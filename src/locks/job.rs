@@ -4,7 +4,7 @@
 
 use super::lease::Lease;
 use super::place::{Place, Unreachable};
-use super::table::{Mode, Name, Resource};
+use super::table::{Mode, Resource};
 use crate::host::errno::Errno;
 use crate::host::file::{self, FileIdentity, Lockable};
 
@@ -23,6 +23,7 @@ impl End<()> {
     /// The end of a resource. In a lockspace's directory a file that was wanted with AUTOCREATE is a
     /// lock file and nothing else: it goes. In the default lockspace it may be a disk: only what the
     /// daemon made goes.
+    #[inline]
     pub fn of(resource: &Resource<Lease>) -> End<()> {
         let is_ours = !resource.lockspace().is_empty() || resource.lease.created;
         End {
@@ -32,26 +33,11 @@ impl End<()> {
         }
     }
 
-    /// The end of what had this name.
-    pub fn at(self, name: &Name) -> End<Place<'_>> {
-        End {
-            place: Place {
-                lockspace: name.lockspace(),
-                name: name.name(),
-            },
-            identity: self.identity,
-            removes: self.removes,
-        }
-    }
-
     /// The kernel lets go of a resource; its file stays open.
+    #[inline]
     pub fn let_go(self, resource: &mut Resource<Lease>) {
-        let (lockspace, name) = (resource.lockspace().to_vec(), resource.name().to_vec());
-        let place = Place {
-            lockspace: &lockspace,
-            name: &name,
-        };
-        let lease = &mut resource.lease;
+        let (lease, lockspace, name) = resource.lease_mut();
+        let place = Place { lockspace, name };
         lease.let_go(place, self.identity, self.removes);
     }
 }

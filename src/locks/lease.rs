@@ -338,6 +338,7 @@ impl Acquisition<'_> {
     }
 
     /// Opens the file at the place, for writing if that can be.
+    #[inline]
     fn open_at_place(
         &self,
         open: impl Fn(Start<'_>, &[u8]) -> Result<OwnedFd, Errno>,
@@ -477,6 +478,7 @@ impl Lease {
 
     /// Removes the file if that is asked for (with the mode in which it was held) and nobody else
     /// shares it, then unlocks it.
+    #[inline]
     pub fn let_go(&mut self, place: Place<'_>, identity: FileIdentity, removes: Option<Mode>) {
         if let Some(mode) = removes
             && self.is_last(mode)

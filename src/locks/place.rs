@@ -57,6 +57,7 @@ impl<'a> Place<'a> {
 
     /// Hands `work` the place to start from and the path to follow. Where the path is below a
     /// directory, EXDEV from `work` means that it left it. After ESTALE all is done once more.
+    #[inline]
     pub fn reach<T>(
         &self,
         work: impl Fn(Start<'_>, &[u8]) -> Result<T, Errno>,
@@ -70,6 +71,7 @@ impl<'a> Place<'a> {
         self.reach_once(&work)
     }
 
+    #[inline]
     fn reach_once<T>(
         &self,
         work: impl Fn(Start<'_>, &[u8]) -> Result<T, Errno>,

@@ -86,14 +86,13 @@ impl Owner {
 struct Key(Rc<[u8]>);
 
 impl Key {
-    fn lockspace(&self, length: usize) -> &[u8] {
-        self.0.get(..length).unwrap_or_default()
+    fn lockspace(&self, length: u32) -> &[u8] {
+        self.0.get(..length as usize).unwrap_or_default()
     }
 
-    fn name(&self, lockspace_length: usize) -> &[u8] {
-        self.0
-            .get(lockspace_length.saturating_add(1)..)
-            .unwrap_or_default()
+    fn name(&self, lockspace_length: u32) -> &[u8] {
+        let start = (lockspace_length as usize).saturating_add(1);
+        self.0.get(start..).unwrap_or_default()
     }
 }
 
@@ -103,30 +102,12 @@ impl std::borrow::Borrow<[u8]> for Key {
     }
 }
 
-/// The lockspace and the name of a resource that is in the table no more.
-#[derive(Clone, Debug)]
-pub struct Name {
-    key: Key,
-    lockspace_length: usize,
-}
-
-impl Name {
-    /// The lockspace's directory; empty for the default one.
-    pub fn lockspace(&self) -> &[u8] {
-        self.key.lockspace(self.lockspace_length)
-    }
-
-    /// The name in the lockspace.
-    pub fn name(&self) -> &[u8] {
-        self.key.name(self.lockspace_length)
-    }
-}
-
 /// A resource that somebody holds.
 #[derive(Debug)]
 pub struct Resource<L> {
     key: Key,
-    lockspace_length: usize,
+    /// Four bytes suffice, and with them the whole is short enough to be moved quickly.
+    lockspace_length: u32,
     /// The file.
     pub identity: FileIdentity,
     /// As the first owner took it.
@@ -179,15 +160,15 @@ impl<L> Resource<L> {
         })
     }
 
-    /// Takes the resource apart: its lease, and where its file is.
-    pub fn into_lease(self) -> (L, Name) {
-        (
-            self.lease,
-            Name {
-                key: self.key,
-                lockspace_length: self.lockspace_length,
-            },
-        )
+    /// The lease alone.
+    pub fn into_lease(self) -> L {
+        self.lease
+    }
+
+    /// The lease, to change it, with its lockspace's directory and its name there.
+    pub fn lease_mut(&mut self) -> (&mut L, &[u8], &[u8]) {
+        let (key, length) = (&self.key, self.lockspace_length);
+        (&mut self.lease, key.lockspace(length), key.name(length))
     }
 
     /// The lockspace's directory; empty for the default one.
@@ -577,7 +558,8 @@ impl<L> Table<L> {
         let next_of_identity = self.by_identity.insert(granted.identity, id);
         entry.insert(Resource {
             key: key.clone(),
-            lockspace_length: granted.lockspace.len(),
+            // No event and no call has one of 4 GiB.
+            lockspace_length: u32::try_from(granted.lockspace.len()).unwrap_or(u32::MAX),
             identity: granted.identity,
             mode: granted.mode,
             autocreate: granted.autocreate,
@@ -593,8 +575,8 @@ impl<L> Table<L> {
         id
     }
 
-    /// Whether an owner may give the resource back: it, or else a process that may be its own, has a
-    /// holding of it.
+    /// Whether an owner may give the resource back, and which one it is: it, or else a process that may be
+    /// its own, has a holding of it.
     ///
     /// # Errors
     /// Why not.
@@ -603,14 +585,14 @@ impl<L> Table<L> {
         lockspace: &[u8],
         name: &[u8],
         owner: OwnerKey,
-    ) -> Result<(), NotReleased> {
+    ) -> Result<ResourceId, NotReleased> {
         let id = self.find(lockspace, name).ok_or(NotReleased::NotHeld)?;
         let holders = self.get(id).map(|resource| &resource.holders);
         let times = |owner| holders.map_or(0, |holders| holders.times(owner));
         if times(owner) == 0 && times(OwnerKey::of_process(owner.pid)) == 0 {
             return Err(NotReleased::NotYours);
         }
-        Ok(())
+        Ok(id)
     }
 
     /// Of what a process holds nobody knows any more for which of its domains.
@@ -663,9 +645,21 @@ impl<L> Table<L> {
         &mut self,
         lockspace: &[u8],
         name: &[u8],
-        mut owner: OwnerKey,
+        owner: OwnerKey,
     ) -> Result<Option<Resource<L>>, NotReleased> {
         let id = self.find(lockspace, name).ok_or(NotReleased::NotHeld)?;
+        self.release_at(id, owner)
+    }
+
+    /// The same for a resource whose place is known.
+    ///
+    /// # Errors
+    /// Why there is nothing to end.
+    pub fn release_at(
+        &mut self,
+        id: ResourceId,
+        mut owner: OwnerKey,
+    ) -> Result<Option<Resource<L>>, NotReleased> {
         let resource = self.resources.get_mut(id.0).ok_or(NotReleased::NotHeld)?;
         if resource.holders.times(owner) == 0 {
             owner = OwnerKey::of_process(owner.pid);

@@ -76,15 +76,20 @@ pub struct Header {
 }
 
 impl Header {
-    fn decode(bytes: &[u8]) -> Option<Header> {
-        let mut decoder = Decoder::new(bytes);
+    /// From the front of a frame, length word and all.
+    fn decode(front: &[u8; HEADER]) -> Option<Header> {
+        let (words, _) = front.as_chunks::<LENGTH_WORD>();
+        let [_, program, version, procedure, kind, serial, status] = *words else {
+            return None;
+        };
+        let word = u32::from_be_bytes;
         Some(Header {
-            program: decoder.u32().ok()?,
-            version: decoder.u32().ok()?,
-            procedure: decoder.i32().ok()?,
-            kind: Kind::from_number(decoder.i32().ok()?),
-            serial: decoder.u32().ok()?,
-            status: decoder.i32().ok()?,
+            program: word(program),
+            version: word(version),
+            procedure: word(procedure).cast_signed(),
+            kind: Kind::from_number(word(kind).cast_signed()),
+            serial: word(serial),
+            status: word(status).cast_signed(),
         })
     }
 
@@ -142,10 +147,10 @@ pub fn split(stream: &[u8], longest: usize) -> Split<'_> {
     };
     // A length below that of a header ends here: the reference daemon, too, reads such a frame
     // whole before it gives up.
-    let (Some(header), Some(payload)) = (
-        frame.get(LENGTH_WORD..HEADER).and_then(Header::decode),
-        frame.get(HEADER..),
-    ) else {
+    let Some((front, payload)) = frame.split_first_chunk() else {
+        return Split::Invalid;
+    };
+    let Some(header) = Header::decode(front) else {
         return Split::Invalid;
     };
     Split::Frame(Frame {
@@ -167,15 +172,23 @@ pub fn descriptors(payload: &[u8]) -> Option<(u32, &[u8])> {
 /// afterwards.
 pub fn encode(out: &mut Vec<u8>, header: Header, payload: impl FnOnce(&mut Encoder<'_>)) {
     let start = out.len();
+    // In one piece: every call is answered with one.
+    let mut head = [0; HEADER];
+    let words = [
+        0,
+        header.program,
+        header.version,
+        header.procedure.cast_unsigned(),
+        header.kind.number().cast_unsigned(),
+        header.serial,
+        header.status.cast_unsigned(),
+    ];
+    let (places, _) = head.as_chunks_mut();
+    for (place, word) in places.iter_mut().zip(words) {
+        *place = word.to_be_bytes();
+    }
     let mut encoder = Encoder::new(out);
-    encoder
-        .u32(0)
-        .u32(header.program)
-        .u32(header.version)
-        .i32(header.procedure)
-        .i32(header.kind.number())
-        .u32(header.serial)
-        .i32(header.status);
+    encoder.fixed(&head);
     payload(&mut encoder);
     let length = u32::try_from(out.len().saturating_sub(start)).unwrap_or(u32::MAX);
     if let Some(word) = out

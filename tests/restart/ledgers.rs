@@ -342,6 +342,26 @@ fn a_small_ledger_is_written_anew_in_its_file_and_a_large_one_is_given_back() {
 }
 
 #[test]
+fn a_small_ledger_that_grows_long_again_and_again_keeps_its_pages() {
+    let state = everything().state();
+    let mut ledger = Ledger::new().expect("make a ledger");
+    let mut again = || {
+        append(&mut ledger, 35_000);
+        let long = file(&ledger);
+        ledger.rewrite(state.entries()).expect("write it anew");
+        assert_eq!(said(&ledger), everything().sorted());
+        assert_eq!(file(&ledger), long, "pages went");
+        long
+    };
+    // In front of what counts and behind it: then there are pages for both.
+    again();
+    let (.., taken) = again();
+    for _ in 0..4 {
+        assert_eq!(again().3, taken, "pages came");
+    }
+}
+
+#[test]
 fn the_memory_of_a_large_ledger_comes_back_and_can_be_written_again() {
     let expected = everything().sorted();
     let state = everything().state();
