@@ -26,6 +26,8 @@
 //!   serve.rs              from a plan to a daemon that serves, and the run to its end
 //!   takeover.rs           the state that an earlier image left: a ledger, or libvirt's document
 //!   go_on.rs              from that state to a running reactor
+//!   guardian.rs           the process that was started: it keeps pid, signals and exec, and a reactor alive
+//!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers
 //!   way_back.rs           back to libvirt's daemon, if this one cannot take over from it
@@ -74,6 +76,7 @@
 //!   fences.rs             who is to die, and whose death is waited for
 //!   settings.rs           the process's own
 //! desk/                   what a reactor that dies leaves to the next one
+//!   control.rs            what guardian and reactor have to say to each other
 //! locks/                  who holds what
 //!   table.rs              decisions, on plain data
 //!   lease.rs              a kernel's lock on a file: taken, looked after, let go
@@ -119,9 +122,11 @@
 //!   listen.rs             listening sockets, made or inherited
 //!   stream.rs             connections: read, write, who the peer is
 //!   process.rs            processes through pidfds; the number of our own
+//!   program.rs            a program to be executed, prepared
 //!   leash.rs              a process group that does not outlive this process
 //!   signals.rs            signals as readable events
 //!   clock.rs              the monotonic clock; the calendar
+//!   clone.rs              copies of this process, waited for and ended
 //!   timer.rs              one timer for the earliest deadline
 //!   daemonize.rs          the start in the background
 //!   environment.rs        variables meant for this process alone

@@ -1,5 +1,4 @@
-//! The program: from its words to its exit code. What lies between is told in [`virtlockd::life`];
-//! `main` alone prints why a start failed.
+//! The program: from its words to its exit code. What lies between is told in [`virtlockd::life`].
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -20,7 +19,6 @@ use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, Failed, StartError};
 use virtlockd::host::{errno, process, signals};
 use virtlockd::life::{rehearsal, start};
-use virtlockd::log;
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
 fn main() -> std::process::ExitCode {
@@ -52,16 +50,6 @@ fn main() -> std::process::ExitCode {
                 .map_or(OsStr::new("virtlockd"), OsString::as_os_str);
             start::start(outcome, program)
         });
-    let exit = match ended {
-        Ok(exit) => exit,
-        Err(Failed::Error(error)) => {
-            tracing::error!("{error}");
-            error.exit
-        }
-        Err(Failed::Log(error)) => {
-            log::early_error(&error);
-            ExitCode::Failure
-        }
-    };
+    let exit = ended.unwrap_or_else(|failed| start::say(&failed));
     exit.number().into()
 }

@@ -22,6 +22,7 @@
 //!
 //! Before format 3 there was one extent: the bytes of events stood at 16, and they began at 32.
 
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -172,11 +173,13 @@ impl Ledger {
     }
 
     /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
-    /// earlier format is written anew, in a file of its own, once the state is known to be adopted.
+    /// earlier format is written anew, in a file of its own, once the state is known to be adopted. One that
+    /// cannot be read stays open.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
-        let memory = Memory::adopt(descriptor).map_err(Unreadable::System)?;
+        let memory = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
         let found = find(memory.bytes())?;
         let state = read(memory.bytes(), &found)?;
+        let memory = ManuallyDrop::into_inner(memory);
         if found.version < VERSION {
             return Ok((state, None));
         }
@@ -407,6 +410,7 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
 /// What a ledger's header says.
 struct Found {
     version: u32,
+    is_closed: bool,
     which: usize,
     events: Range<usize>,
 }
@@ -447,6 +451,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     }
     Ok(Found {
         version,
+        is_closed,
         which,
         events,
     })
@@ -477,6 +482,11 @@ fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
     }
     if found.version < FIRST_WITH_DOMAINS {
         state.forget_mixed_domains();
+    }
+    if !found.is_closed {
+        // Whoever went on from it since has taken its poll, or closed it.
+        state.poll = None;
+        state.old_poll = None;
     }
     Ok(state)
 }

@@ -3,6 +3,8 @@
 //! that the guardian made before its first clone and that outlives every reactor.
 #![forbid(unsafe_code)]
 
+pub mod control;
+
 use std::num::NonZeroUsize;
 
 use crate::host::refusal::Refusal;

@@ -5,6 +5,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::errno::Errno;
+use super::file::FileIdentity;
 
 /// How many descriptors are looked at with one call: far fewer than any limit of open files, which
 /// is what poll(2) allows.
@@ -102,6 +103,66 @@ impl Inherited {
     }
 }
 
+/// Which file a descriptor is of.
+pub fn identity(number: RawFd) -> Option<FileIdentity> {
+    if number < 0 {
+        return None;
+    }
+    // SAFETY: it is not -1, and fstat(2) says so if it is not open.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+    super::file::identity(descriptor).ok()
+}
+
+/// All descriptors that are open. They are asked for by their numbers: a list of thousands in /proc takes
+/// longer, and a descriptor.
+pub fn open_numbers() -> Vec<RawFd> {
+    let mut open = Vec::new();
+    let mut looked_at: Vec<libc::pollfd> = Vec::with_capacity(LOOKED_AT);
+    let end = end_of_table();
+    let mut next = 0;
+    while next < end {
+        let some = next..end.min(next.saturating_add(LOOKED_AT as RawFd));
+        next = some.end;
+        looked_at.clear();
+        looked_at.extend(some.map(|fd| libc::pollfd {
+            fd,
+            events: 0,
+            revents: 0,
+        }));
+        let count = looked_at.len() as libc::nfds_t;
+        // SAFETY: the list lives over the call and is as long as is said. None of its numbers need be
+        // open, which is what poll(2) is asked.
+        let result = unsafe { libc::poll(looked_at.as_mut_ptr(), count, 0) };
+        let has_answer = result >= 0;
+        open.extend(looked_at.iter().map(|it| (it.fd, it.revents)).filter_map(
+            |(number, found)| {
+                let is_open = match has_answer {
+                    true => found & libc::POLLNVAL == 0,
+                    false => is_open(number),
+                };
+                is_open.then_some(number)
+            },
+        ));
+    }
+    open
+}
+
+/// Above all numbers of open descriptors (FDSize in `/proc/self/status`, which the kernel only makes
+/// larger); the limit of open files where that cannot be read.
+fn end_of_table() -> RawFd {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let size = status
+        .lines()
+        .find_map(|line| line.strip_prefix("FDSize:")?.trim().parse().ok());
+    size.unwrap_or_else(|| {
+        let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+        limit
+            .ok()
+            .and_then(|(_, hard)| RawFd::try_from(hard).ok())
+            .unwrap_or(RawFd::MAX)
+    })
+}
+
 fn is_open(number: RawFd) -> bool {
     // SAFETY: F_GETFD takes an integer and touches no memory of ours.
     unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
@@ -166,6 +227,17 @@ mod tests {
         assert_eq!(first.as_raw_fd(), numbers[0]);
         assert_eq!(inherited.take(numbers[0]).err(), Some(Errno::EBADF));
         assert!(inherited.take(numbers[1]).is_ok());
+    }
+
+    #[test]
+    fn all_that_is_open_is_found() {
+        let (number, another) = (open(), open());
+        // SAFETY: a number that nobody uses gets the meaning of one that is ours.
+        let far = unsafe { libc::fcntl(number, libc::F_DUPFD, 3000) };
+        adopt(another).unwrap();
+        let found = open_numbers();
+        assert!(found.contains(&number) && found.contains(&far));
+        assert!(found.is_sorted());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Where the host refuses such a file, the same bytes lie in the process's own memory: everything works
 //! but passing them on.
 
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -66,18 +67,25 @@ impl Memory {
 
     /// A memory file that was passed on, whole. It is what all locks of the host depend on: should
     /// there be no memory for it, that is waited for for a while; one that must not be mapped is read.
+    ///
+    /// One that cannot be had stays open: it may be had later.
     pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
-        let length = patiently(|| fstat(&descriptor))?.st_size;
+        let descriptor = ManuallyDrop::new(descriptor);
+        let length = patiently(|| fstat(&*descriptor))?.st_size;
         let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
         let size = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
         // It is read at once: to map its pages one by one would take longer.
         match while_it_may_pass(|| map(&descriptor, size, MapFlags::MAP_POPULATE)) {
             Ok(start) => Ok(Memory(Place::File(File {
-                descriptor,
+                descriptor: ManuallyDrop::into_inner(descriptor),
                 start,
                 size,
             }))),
-            Err(refusal) => Ok(Memory(Place::Private(read(&descriptor)?, refusal))),
+            Err(refusal) => {
+                let bytes = read(&descriptor)?;
+                drop(ManuallyDrop::into_inner(descriptor));
+                Ok(Memory(Place::Private(bytes, refusal)))
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod clock;
+pub mod clone;
 pub mod daemonize;
 pub mod descriptors;
 pub mod environment;
@@ -19,6 +20,7 @@ pub mod paths;
 pub mod patience;
 pub mod pid_file;
 pub mod process;
+pub mod program;
 pub mod refusal;
 pub mod shared;
 pub mod signals;

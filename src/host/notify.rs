@@ -3,7 +3,9 @@
 //! A manager that does not listen must not stop the daemon, so nothing here waits and nothing fails.
 
 use std::ffi::OsStr;
-use std::os::fd::AsRawFd;
+use std::fmt::Arguments;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
 use super::errno::{self, Errno};
@@ -22,15 +24,68 @@ pub fn stopping() {
 
 /// The daemon begins to hand over to its successor, which will say [`ready`] again.
 pub fn reloading() {
-    // The manager wants to know when the reload began, to tell an old READY=1 from a new one.
-    let microseconds = clock_gettime(ClockId::CLOCK_MONOTONIC).map(|now| {
-        now.tv_sec()
-            .saturating_mul(1_000_000)
-            .saturating_add(now.tv_nsec().checked_div(1000).unwrap_or(0))
-    });
-    match microseconds {
-        Ok(microseconds) => tell(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}")),
-        Err(_) => tell("RELOADING=1"),
+    match monotonic_us() {
+        Some(microseconds) => tell(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}")),
+        None => tell("RELOADING=1"),
+    }
+}
+
+/// The manager wants to know when a reload began, to tell an old READY=1 from a new one.
+fn monotonic_us() -> Option<i64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).ok()?;
+    let microseconds = now.tv_nsec().checked_div(1000)?;
+    now.tv_sec()
+        .checked_mul(1_000_000)?
+        .checked_add(microseconds)
+}
+
+/// Word to the service manager from a process that opens and allocates nothing any more.
+#[derive(Debug)]
+pub struct Herald {
+    socket: OwnedFd,
+    address: UnixAddr,
+}
+
+/// The longest message of a [`Herald`], bytes.
+const LONGEST: usize = 256;
+
+impl Herald {
+    /// If there is a service manager.
+    pub fn open() -> Option<Herald> {
+        let name = std::env::var_os("NOTIFY_SOCKET")?;
+        let address = address(&name).ok()?;
+        let socket = sender().ok()?;
+        Some(Herald { socket, address })
+    }
+
+    /// Its descriptor.
+    pub fn number(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    /// Says this.
+    pub fn say(&self, message: Arguments<'_>) {
+        let mut text = [0; LONGEST];
+        let mut rest = &mut text[..];
+        // One that is too long is cut.
+        let _ = rest.write_fmt(message);
+        let left = rest.len();
+        let length = LONGEST.saturating_sub(left);
+        let _ = say(
+            &self.socket,
+            &self.address,
+            text.get(..length).unwrap_or_default(),
+        );
+    }
+
+    /// As [`reloading`].
+    pub fn reloading(&self) {
+        match monotonic_us() {
+            Some(microseconds) => {
+                self.say(format_args!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
+            }
+            None => self.say(format_args!("RELOADING=1")),
+        }
     }
 }
 
@@ -44,16 +99,31 @@ fn tell(message: &str) {
     }
 }
 
-/// `name` is a path, or `@` and a name of the abstract namespace.
 fn send(name: &OsStr, message: &str) -> Result<(), Errno> {
-    let address = match name.as_bytes().split_first() {
+    say(&sender()?, &address(name)?, message.as_bytes())
+}
+
+/// `name` is a path, or `@` and a name of the abstract namespace.
+fn address(name: &OsStr) -> Result<UnixAddr, Errno> {
+    Ok(match name.as_bytes().split_first() {
         Some((b'@', name)) => UnixAddr::new_abstract(name)?,
         Some((b'/', _)) => UnixAddr::new(name)?,
         _ => return Err(Errno::EINVAL),
-    };
+    })
+}
+
+fn sender() -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let sender = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
+    Ok(socket(
+        AddressFamily::Unix,
+        SockType::Datagram,
+        flags,
+        None,
+    )?)
+}
+
+fn say(sender: &OwnedFd, address: &UnixAddr, message: &[u8]) -> Result<(), Errno> {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    sendto(sender.as_raw_fd(), message.as_bytes(), &address, flags)?;
+    sendto(sender.as_raw_fd(), message, address, flags)?;
     Ok(())
 }

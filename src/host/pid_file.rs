@@ -146,6 +146,22 @@ pub fn lock_again(descriptor: i32) -> Result<(), Errno> {
     lock(unsafe { BorrowedFd::borrow_raw(descriptor) })
 }
 
+/// Writes another number into a pid file, by its descriptor.
+pub fn write_number(descriptor: i32, number: u32) -> Result<(), Errno> {
+    // SAFETY: as above.
+    let file = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    let mut text = [0u8; 16];
+    let mut rest = &mut text[..];
+    let written = write!(rest, "{number}");
+    let left = rest.len();
+    written.map_err(|error| errno::of(&error))?;
+    let length = text.len().saturating_sub(left);
+    // Never empty in between: whoever reads it finds one number or the other, or their ends mixed up.
+    nix::sys::uio::pwrite(file, text.get(..length).unwrap_or_default(), 0)?;
+    let length = i64::try_from(length).map_err(|_| Errno::EINVAL)?;
+    Ok(nix::unistd::ftruncate(file, length)?)
+}
+
 fn is_at(path: &Path, held: &FileStat) -> bool {
     stat(path).is_ok_and(|there| (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino))
 }

@@ -4,6 +4,7 @@
 //!
 //! It is sparse: a page takes memory from the first time that it is written until it is given back.
 
+use std::ffi::CStr;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -108,6 +109,17 @@ impl Shared {
             }
         }
         bytes
+    }
+
+    /// The text at a place, up to its zero byte, which is among `size` bytes; empty if there is none. Nobody
+    /// may be writing there as long as it is used.
+    pub fn text(&self, at: usize, size: usize) -> &CStr {
+        let Some(place) = self.address(at, size) else {
+            return c"";
+        };
+        // SAFETY: inside the mapping, and by the contract of this function nobody writes there.
+        let bytes = unsafe { std::slice::from_raw_parts(place.as_ptr(), size) };
+        CStr::from_bytes_until_nul(bytes).unwrap_or_default()
     }
 
     /// Where a range lies, for a system call that reads or writes there. `None` if it is not inside.

@@ -21,12 +21,18 @@ const HANDLED: [Signal; 5] = [
     Signal::SIGUSR1,
 ];
 
+/// By which guardian and reactor wake each other.
+pub const POKE: Signal = Signal::SIGUSR2;
+
 fn blocked() -> SigSet {
-    // These two are blocked as well, never read: a write to a closed socket says EPIPE all the same,
+    // The guardian waits for these two as well.
+    let told = [POKE, Signal::SIGCHLD];
+    // And these two are blocked, never read: a write to a closed socket says EPIPE all the same,
     // one beyond the limit of file sizes says EFBIG, and unlike ignoring them, blocking is undone in
     // children by one call.
     HANDLED
         .into_iter()
+        .chain(told)
         .chain([Signal::SIGPIPE, Signal::SIGXFSZ])
         .collect()
 }
@@ -37,7 +43,7 @@ pub fn block() -> Result<(), Errno> {
 }
 
 /// Signals of which a program that takes over must not die before it is ready for them.
-const HARMLESS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGXFSZ];
+const HARMLESS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGXFSZ, POKE];
 
 /// Lets the daemon's signals through again: for a program that expects to get them, not to read
 /// them. Whoever unblocks them must be about to exec, and calls [`block_again`] if that fails.
@@ -91,10 +97,12 @@ pub enum Signals {
 }
 
 impl Signals {
-    /// Opens the signalfd. [`block`] must have been called before.
-    pub fn open() -> Result<Signals, Refusal> {
+    /// Opens the signalfd. [`block`] must have been called before. A process that has a guardian is told by
+    /// it alone: whatever else is sent to it stays blocked.
+    pub fn open(has_guardian: bool) -> Result<Signals, Refusal> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        SignalFd::with_flags(&handled(), flags)
+        let wanted = if has_guardian { POKE.into() } else { handled() };
+        SignalFd::with_flags(&wanted, flags)
             .map(Signals::Descriptor)
             .map_err(Refusal::of(
                 "signals cannot be read from a descriptor (signalfd4)",
@@ -152,4 +160,24 @@ fn next_pending() -> Option<Signal> {
         .collect();
     // It is blocked and pending, and nobody else takes it: this does not wait.
     (one != SigSet::empty()).then(|| one.wait().ok()).flatten()
+}
+
+/// The next signal that the guardian waits for, or none within this time: for ever, if it is none.
+pub fn wait(longest: Option<Duration>) -> Option<Signal> {
+    let wanted: SigSet = [POKE, Signal::SIGCHLD].into_iter().chain(HANDLED).collect();
+    let limit = longest.map(|longest| libc::timespec {
+        tv_sec: longest.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: longest.subsec_nanos().into(),
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the set and the time, if there is one, live over the call; nobody wants to know more of the
+    // signal.
+    let result = unsafe { libc::sigtimedwait(wanted.as_ref(), std::ptr::null_mut(), limit) };
+    Signal::try_from(Errno::result(result).ok()?).ok()
+}
+
+/// Children that end are waited for, whatever the program that started this one thought of it.
+pub fn hear_of_children() {
+    // SAFETY: the default action runs no code of this program.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
 }

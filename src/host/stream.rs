@@ -45,6 +45,20 @@ pub fn peer(socket: &OwnedFd) -> Result<Peer, Errno> {
     })
 }
 
+/// Whether a descriptor is a connection that was made to the listening socket with this number: it has its
+/// name.
+pub fn is_connection_to(listener: RawFd, descriptor: RawFd) -> bool {
+    use nix::sys::socket::{SockType, UnixAddr, getpeername, getsockname};
+    // SAFETY: only asked what it is; the caller knows that it is open.
+    let socket = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    let Ok(name) = getsockname::<UnixAddr>(descriptor) else {
+        return false;
+    };
+    socket::getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream)
+        && getpeername::<UnixAddr>(descriptor).is_ok()
+        && getsockname::<UnixAddr>(listener) == Ok(name)
+}
+
 /// The SELinux context of the process at the other end when it called connect() (SO_PEERSEC).
 /// `None` where SELinux is not in use: another security module would answer with labels of its own.
 pub fn selinux_context(socket: &OwnedFd) -> Option<Vec<u8>> {

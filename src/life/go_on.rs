@@ -2,12 +2,18 @@
 //! locks and connections are open; nothing may fail here that could have been found out before.
 
 use std::ffi::OsString;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
+
+use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
-use super::serve;
+use super::sweep::{self, Swept};
 use super::way_back::WayBack;
+use super::{serve, standard};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
@@ -15,25 +21,50 @@ use crate::custody::ledger::Ledger;
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::state::State;
-use crate::exit::{ExitCode, Failed, StartError, unusable};
-use crate::host::descriptors::Inherited;
-use crate::host::listen;
+use crate::desk::Desk;
+use crate::desk::control::{Death, Failure, Order};
+use crate::exit::{Failed, StartError, unusable};
+use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::pid_file::PidFile;
+use crate::host::{listen, process};
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
 use crate::server::reactor::{Limits, Reactor};
+use crate::server::upgrade;
 
-/// Goes on for a predecessor of this program. Options and configuration were looked at before the
-/// exec; should the configuration have become unusable since, the settings in force stay.
+/// Goes on for a predecessor of this program, or for a reactor that died, from the ledger with this number.
+/// Options and configuration were looked at before; should the configuration have become unusable since,
+/// the settings in force stay.
+///
+/// With a guardian this process ends where it cannot go on, and nothing is closed: the next one tries again.
 ///
 /// # Errors
 /// Why everything is lost.
 pub fn resume(
-    (state, ledger): (State<Saved>, Option<Ledger>),
+    number: RawFd,
     mut options: Options,
     mut command_line: CommandLine,
-) -> Result<ExitCode, Failed> {
+    desk: Guarded,
+) -> Result<End, Failed> {
+    let give_up = |error| end_without_loss(error, desk);
+    let not_open = |_| unusable("its descriptor is not open");
+    let descriptor = descriptors::adopt(number).map_err(not_open);
+    let taken_over = descriptor.and_then(|descriptor| {
+        Ledger::take_over(descriptor).map_err(|reason| unusable(&reason.to_string()))
+    });
+    if let Ok((state, _)) = &taken_over {
+        standard::keep_clear_of(state);
+    }
+    let (state, ledger) = match taken_over {
+        Ok(theirs) => theirs,
+        Err(error) => {
+            log::install(Settings::initial())?;
+            return cannot_read(error, desk);
+        }
+    };
+    let before = desk.ok().and_then(|desk| look_back(desk, &state, number));
+    log::install(Settings::initial())?;
     let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
     if let Some(path) = &state.settings().config_file {
@@ -42,14 +73,15 @@ pub fn resume(
     if !state.settings().program.is_empty() {
         command_line.program = OsString::from_vec(state.settings().program.clone());
     }
-    let mut inherited = inherit(&state)?;
+    let mut inherited = inherit(&state).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {
         None => None,
         Some((descriptor, path)) => {
             let path = PathBuf::from(OsString::from_vec(path.clone()));
             let descriptor = inherited
                 .take(*descriptor)
-                .map_err(|_| unusable("the descriptor of its pid file is not open"))?;
+                .map_err(|_| unusable("the descriptor of its pid file is not open"))
+                .map_err(give_up)?;
             Some(PidFile::inherited(descriptor, path))
         }
     };
@@ -65,12 +97,106 @@ pub fn resume(
     if let Err(reason) = log_restored {
         replace_log_settings(&plan, &state.settings().logging, &reason);
     }
-    let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref())?;
+    let document = plan.paths.restart_state.clone();
+    let (reactor, limits) = open_reactor(plan, pid_file.as_ref(), desk).map_err(give_up)?;
+    let mut reactor = ManuallyDrop::new(reactor);
     let limits = limits_are_known.then_some(limits);
     let idle_timeout_s = state.settings().idle_timeout_s;
     let theirs = (ledger, Some(idle_timeout_s));
-    set_up(&mut reactor, state, &mut inherited, theirs, limits)?;
-    serve::run(&mut reactor, pid_file)
+    set_up(&mut reactor, state, &mut inherited, theirs, limits).map_err(give_up)?;
+    if let (Some(before), Ok(desk)) = (before, desk) {
+        before.say(desk, &document);
+        for (socket, service) in before.swept.accepted {
+            reactor.take_in(socket, service);
+        }
+    }
+    serve::run(reactor, pid_file, desk)
+}
+
+/// Ends this process, if there is a guardian: whoever comes next finds everything open.
+fn end_without_loss(error: StartError, desk: Guarded) -> StartError {
+    if desk.is_ok() {
+        tracing::error!("{error}");
+        End::Over(error.exit).leave();
+    }
+    error
+}
+
+fn cannot_read(error: StartError, desk: Guarded) -> Result<End, Failed> {
+    if desk.is_err() {
+        return Err(error.into());
+    }
+    tracing::error!(
+        "The daemon cannot go on, because its own record of what is held cannot be used: {}. All locks stay, \
+         nobody is served, and it is tried again now and then. Stop the guests before you stop the daemon",
+        error.message
+    );
+    Ok(End::Unreadable)
+}
+
+/// What happened before this reactor was.
+struct Before {
+    death: Option<(Death, u64)>,
+    failed: Option<(Order, Failure)>,
+    swept: Swept,
+}
+
+/// If there was another reactor before, what became of it, and of what it left open.
+fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd) -> Option<Before> {
+    let (death, failed) = (desk.take_death(), desk.take_failed_order());
+    if death.is_none() && failed.is_none() {
+        sweep::respect_strangers(state, ledger, desk);
+        return None;
+    }
+    Some(Before {
+        death,
+        failed,
+        swept: sweep::sweep(state, ledger, desk),
+    })
+}
+
+impl Before {
+    /// Tells it.
+    fn say(&self, desk: &Desk, document: &Path) {
+        if let Some((death, in_a_row)) = self.death {
+            say_death(death, in_a_row);
+        }
+        for number in &self.swept.kept {
+            tracing::warn!(
+                "Descriptor {number} was left open and stays so: a lock of the same file would go with it"
+            );
+        }
+        if let Some((order, failure)) = self.failed {
+            if order == Order::Libvirt {
+                // Another daemon would take it for its own, or not start.
+                let _ = std::fs::remove_file(document);
+            }
+            upgrade::say_what_failed(failure, desk.ordered_path());
+        }
+    }
+}
+
+fn say_death(death: Death, in_a_row: u64) {
+    let how = match death {
+        Death::Signal(signal) => match Signal::try_from(signal) {
+            Ok(signal) => format!("was killed by {signal}"),
+            Err(_) => format!("was killed by signal {signal}"),
+        },
+        Death::Status(status) => format!("ended with status {status}"),
+        Death::Away => "did not come back from what it was doing and was killed".into(),
+        Death::Unreadable => "could not read the ledger".into(),
+        Death::Guardian => {
+            tracing::error!(
+                "The daemon's main process died. Process {} is in its place; all locks and connections stay",
+                process::started()
+            );
+            return;
+        }
+    };
+    tracing::error!(
+        "The process that serves the clients {how} ({in_a_row} in a row). Another one goes on; all locks and \
+         connections stay"
+    );
 }
 
 /// Goes on for the C daemon, from its state and the document in which it was. What its own program would
@@ -82,7 +208,8 @@ pub fn resume_started(
     (state, document): (State<Saved>, PathBuf),
     plan: Plan,
     way_back: &WayBack,
-) -> Result<ExitCode, Failed> {
+    desk: Guarded,
+) -> Result<End, Failed> {
     let back = |error| way_back.go(error);
     let pid_file = plan.take_pid_file().unwrap_or_else(|error| {
         tracing::error!("The daemon takes over without a pid file: {error}");
@@ -104,12 +231,17 @@ pub fn resume_started(
         )
     });
     let state = state.with(events).map_err(|why| back(unusable(&why)))?;
-    let (mut reactor, limits) = open_reactor(plan, pid_file.as_ref()).map_err(back)?;
+    let (reactor, limits) = open_reactor(plan, pid_file.as_ref(), desk).map_err(back)?;
+    let mut reactor = ManuallyDrop::new(reactor);
     let mut inherited = inherit(&state).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
     let nothing = (None, None);
     set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
+    if let Ok(desk) = desk {
+        desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
+        desk.serves();
+    }
     if let Err(error) = std::fs::remove_file(&document) {
         tracing::error!(
             "The state document '{}' was taken over and cannot be removed: {error}. Remove it before \
@@ -117,7 +249,7 @@ pub fn resume_started(
             document.display()
         );
     }
-    serve::run(&mut reactor, pid_file)
+    serve::run(reactor, pid_file, desk)
 }
 
 /// The descriptors that the state speaks of.
@@ -133,10 +265,14 @@ fn inherit(state: &State<Saved>) -> Result<Inherited, StartError> {
 }
 
 /// A reactor without sockets, and the limits that the configuration gives.
-fn open_reactor(plan: Plan, pid_file: Option<&PidFile>) -> Result<(Reactor, Limits), StartError> {
+fn open_reactor(
+    plan: Plan,
+    pid_file: Option<&PidFile>,
+    desk: Guarded,
+) -> Result<(Reactor, Limits), StartError> {
     let descriptors = plan::raise_limit();
     let limits = plan::client_limits(&plan.config, descriptors);
-    let reactor = serve::reactor(plan, descriptors, pid_file)?;
+    let reactor = serve::reactor(plan, descriptors, pid_file, desk)?;
     Ok((reactor, limits))
 }
 

@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 pub mod go_on;
+pub mod guardian;
 pub mod plan;
 pub mod rehearsal;
 pub mod serve;
 pub mod standard;
 pub mod start;
+pub mod sweep;
 pub mod takeover;
 pub mod way_back;

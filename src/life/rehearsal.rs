@@ -73,7 +73,7 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
 /// start has another way for is no reason to stay with the program before.
 fn try_out() -> Result<(), Refusal> {
     plan::raise_limit();
-    let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())))?;
+    let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())), None)?;
     reactor.try_out()?;
     Ledger::try_out()
 }

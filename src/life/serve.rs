@@ -1,11 +1,14 @@
 //! From a plan to a daemon that serves: its pid file, its sockets, its reactor, and the run to its end.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
+use crate::desk::control::Message;
 use crate::exit::{ExitCode, Failed, StartError};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
@@ -14,7 +17,7 @@ use crate::host::notify;
 use crate::host::pid_file::PidFile;
 use crate::host::refusal::Refusal;
 use crate::log;
-use crate::server::reactor::{Reactor, Way};
+use crate::server::reactor::{Ended, Reactor, Way};
 use crate::server::upgrade::Upgrade;
 
 /// The daemon itself: takes its pid file and sockets, says that it is there, and runs.
@@ -25,12 +28,13 @@ pub fn serve(
     plan: Plan,
     activation: Activation,
     status: Option<StatusPipe>,
-) -> Result<ExitCode, Failed> {
+    desk: Guarded,
+) -> Result<End, Failed> {
     let pid_file = match plan.take_pid_file() {
         Ok(pid_file) => pid_file,
         Err(error) => return Err(tell_parent(status, error)),
     };
-    let mut reactor = match open_for_clients(plan, activation, pid_file.as_ref()) {
+    let reactor = match open_for_clients(plan, activation, pid_file.as_ref(), desk) {
         Ok(reactor) => reactor,
         Err(error) => {
             remove(pid_file);
@@ -40,7 +44,7 @@ pub fn serve(
     if let Some(status) = status {
         status.report(ExitCode::Success.number());
     }
-    run(&mut reactor, pid_file)
+    run(ManuallyDrop::new(reactor), pid_file, desk)
 }
 
 /// The reactor with its sockets, ready to run.
@@ -48,13 +52,14 @@ fn open_for_clients(
     plan: Plan,
     activation: Activation,
     pid_file: Option<&PidFile>,
+    desk: Guarded,
 ) -> Result<Reactor, StartError> {
     let descriptors = plan::raise_limit();
     let listeners = Listeners::open(activation, &plan.paths)
         .map_err(|error| StartError::new(ExitCode::Network, error))?;
     let paths = listeners.paths();
     // They are closed by then, so there are descriptors to ask whether anybody else listens.
-    serving_reactor(plan, listeners, descriptors, pid_file)
+    serving_reactor(plan, listeners, descriptors, pid_file, desk)
         .inspect_err(|_| paths.iter().for_each(|path| listen::remove_socket(path)))
 }
 
@@ -63,9 +68,10 @@ fn serving_reactor(
     listeners: Listeners,
     descriptors: u64,
     pid_file: Option<&PidFile>,
+    desk: Guarded,
 ) -> Result<Reactor, StartError> {
     let limits = plan::client_limits(&plan.config, descriptors);
-    let mut reactor = reactor(plan, descriptors, pid_file)?;
+    let mut reactor = reactor(plan, descriptors, pid_file, desk)?;
     // Nothing is lost yet: what is only lacking now is better had than done without for ever.
     let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
     if let Some(lack) = refusals.find(|refusal| errno::may_pass(refusal.reason)) {
@@ -87,6 +93,7 @@ pub fn reactor(
     plan: Plan,
     descriptors: u64,
     pid_file: Option<&PidFile>,
+    desk: Guarded,
 ) -> Result<Reactor, StartError> {
     let idle_timeout_s = plan.options.timeout_seconds;
     let command_line = plan.command_line.clone();
@@ -94,8 +101,14 @@ pub fn reactor(
     let config_file = plan.options.config_file.as_ref();
     let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
     let reload = Box::new(move || plan.reload(descriptors));
-    let mut reactor = Reactor::new(reload).map_err(refused)?;
+    let mut reactor = Reactor::new(reload, desk.ok()).map_err(refused)?;
     say_what_is_refused(&reactor);
+    if let Err(refusal) = desk {
+        say_that_it_dies_alone(refusal);
+    }
+    if let Ok(desk) = desk {
+        desk.set_pid_file(pid_file.map(|file| file.as_fd().as_raw_fd()));
+    }
     let custody = reactor.custody_mut();
     custody.set_own_file(pid_file.and_then(PidFile::identity));
     custody.set_process(Settings {
@@ -108,17 +121,39 @@ pub fn reactor(
         idle_timeout_s,
         logging: log::saved(),
     });
-    reactor.set_upgrade(Upgrade::of(command_line, document));
+    reactor.set_upgrade(Upgrade::of(command_line, document, desk.ok()));
     Ok(reactor)
 }
 
-/// Says that the daemon is there, and runs it to its end.
-pub fn run(reactor: &mut Reactor, pid_file: Option<PidFile>) -> Result<ExitCode, Failed> {
-    notify::ready();
+/// Says that the daemon is there, and runs it to its end, or to that of this process. What is open stays open
+/// then, unless the daemon is over: it is the guardian's as well.
+pub fn run(
+    mut reactor: ManuallyDrop<Reactor>,
+    pid_file: Option<PidFile>,
+    desk: Guarded,
+) -> Result<End, Failed> {
+    let pid_file = ManuallyDrop::new(pid_file);
+    match desk {
+        Ok(desk) => {
+            desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
+            desk.serves();
+            desk.tell(Message::Ready);
+            desk.wake_guardian();
+        }
+        Err(_) => notify::ready(),
+    }
     let ran = reactor.run();
-    remove(pid_file);
+    match (&ran, desk) {
+        (Ok(Ended::Stopped), _) | (Err(_), Err(_)) => {
+            remove(ManuallyDrop::into_inner(pid_file));
+            drop(ManuallyDrop::into_inner(reactor));
+        }
+        _ => (),
+    }
     match ran {
-        Ok(()) => Ok(ExitCode::Success),
+        Ok(Ended::Stopped) => Ok(End::Over(ExitCode::Success)),
+        Ok(Ended::Ordered) => Ok(End::Ordered),
+        Ok(Ended::Orphaned) => Ok(End::Orphaned),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())
@@ -147,6 +182,13 @@ fn say_what_is_refused(reactor: &Reactor) {
             Way::Timer => tracing::warn!("{refusal}. Deadlines are kept without one"),
         }
     }
+}
+
+fn say_that_it_dies_alone(refusal: Refusal) {
+    tracing::error!(
+        "{refusal}. The daemon serves without a guardian: should it be killed or crash, all its locks are \
+         free while the guests run on"
+    );
 }
 
 /// Tells a waiting parent why there is no daemon, and hands the error on for the log.

@@ -5,6 +5,7 @@
 
 use std::os::fd::RawFd;
 
+use super::guardian::Guarded;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::state::State;
 use crate::host::descriptors;
@@ -25,14 +26,23 @@ pub fn keep_clear_of(state: &State<Saved>) {
 
 /// Gives what has one of the three numbers another one, before anything is written. A file keeps its
 /// number: the process's POSIX locks on it end when any descriptor of it is closed.
-pub fn clear(state: &mut State<Saved>) -> Moved {
+///
+/// A reactor that died may have done it before.
+pub fn clear(state: &mut State<Saved>, desk: Guarded) -> Moved {
     let mut moved = Vec::new();
     for number in 0..=LAST {
-        let is_socket = state.has_socket(Number(number));
-        if is_socket && let Ok(now) = descriptors::move_away(number) {
-            state.renumber_socket(Number(number), Number(now));
-            moved.push((number, now));
+        if !state.has_socket(Number(number)) {
+            continue;
         }
+        let before = desk.ok().and_then(|desk| desk.moved(number));
+        let Some(now) = before.or_else(|| descriptors::move_away(number).ok()) else {
+            continue;
+        };
+        if let Ok(desk) = desk {
+            desk.set_moved(number, Some(now));
+        }
+        state.renumber_socket(Number(number), Number(now));
+        moved.push((number, now));
     }
     keep_clear_of(state);
     moved

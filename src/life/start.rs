@@ -2,22 +2,37 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::num::NonZeroUsize;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 
+use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
 use super::way_back::WayBack;
 use super::{go_on, serve, standard, takeover};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
+use crate::custody::ledger::Ledger;
 use crate::custody::state::State;
-use crate::exit::{ExitCode, Failed, StartError, status_text};
+use crate::desk::Desk;
+use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
-use crate::host::errno;
+use crate::host::descriptors;
+use crate::host::errno::{self, Errno};
 use crate::host::listen::Activation;
 use crate::host::paths::Paths;
+use crate::host::patience::while_it_may_pass;
+use crate::host::program::Program;
+use crate::host::refusal::Refusal;
 use crate::log;
 use crate::restart::handover::CommandLine;
+
+/// How much is shared with the guardian, bytes.
+const DESK_SIZE: NonZeroUsize = match NonZeroUsize::new(64 * 1024) {
+    Some(size) => size,
+    None => NonZeroUsize::MIN,
+};
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
 ///
@@ -32,28 +47,153 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
     };
     let command_line = CommandLine::of_this_process();
     // Before a word is written: standard error may be somebody's.
-    if let Some(predecessor) = takeover::take_ledger() {
-        if let Ok((state, _)) = &predecessor {
-            standard::keep_clear_of(state);
-        }
-        log::install(log::Settings::initial())?;
-        return go_on::resume(predecessor?, wanted(outcome)?, command_line);
+    if let Some(ledger) = takeover::handed_over() {
+        return Ok(guarded(
+            wanted(outcome),
+            command_line,
+            Before::Ours(ledger?),
+            None,
+        ));
     }
-    if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
+    if takeover::is_awaited(&Paths::of_this_process()) {
         // What was activated for a process before an exec is part of its state.
-        drop(activation);
-        let moved = standard::clear(&mut state);
-        return take_over(
-            state,
-            WayBack {
-                command_line,
-                moved,
-            },
-            outcome,
-        );
+        std::mem::forget(activation);
+        let (theirs, words) = (wanted(outcome), command_line.clone());
+        let options = theirs.clone();
+        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        return Ok(guarded(
+            options,
+            command_line,
+            Before::Libvirts,
+            Some(first),
+        ));
     }
     log::install(log::Settings::initial())?;
     start_afresh(wanted(outcome)?, command_line, activation, program)
+}
+
+/// Who was here before.
+enum Before {
+    Nobody,
+    Libvirts,
+    /// This program, and the ledger that it left.
+    Ours(RawFd),
+}
+
+/// The daemon, in a process that the guardian makes, or in this one where there can be no guardian. Comes
+/// back only from the latter.
+fn guarded(
+    options: Result<Options, StartError>,
+    command_line: CommandLine,
+    before: Before,
+    first: Option<First>,
+) -> ExitCode {
+    let prepared = prepare(&command_line);
+    let ledger = match before {
+        Before::Ours(number) => Some(number),
+        Before::Nobody | Before::Libvirts => None,
+    };
+    let again: Again = Box::new(move |desk: Guarded| {
+        let number = desk.ok().and_then(Desk::ledger).or(ledger);
+        finish(go_on_from_ledger(
+            number,
+            options.clone(),
+            command_line.clone(),
+            desk,
+        ))
+    });
+    let end = match prepared {
+        Err(refusal) => guardian::alone(refusal, first, &again),
+        Ok((desk, program)) => {
+            let is_fresh = matches!(before, Before::Nobody);
+            if is_fresh {
+                // Those of activation among them: they stay open as long as the daemon listens.
+                descriptors::open_numbers()
+                    .into_iter()
+                    .for_each(|number| desk.set_stranger(number));
+            }
+            desk.set_ledger(ledger);
+            Guardian::new(desk, program, is_fresh, again).guard(first)
+        }
+    };
+    match end {
+        End::Over(exit) => exit,
+        // What only a guardian's reactor comes to.
+        End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
+    }
+}
+
+/// What a guardian needs, unless the host refuses some of it for ever.
+fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refusal> {
+    // Without one nobody could go on from where a reactor dies.
+    match while_it_may_pass(Ledger::try_out) {
+        Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
+        _ => (),
+    }
+    let desk = while_it_may_pass(|| Desk::new(DESK_SIZE))?;
+    let program = command_line.prepared().map_err(|_| Refusal {
+        what: "the command line cannot be passed on (execve)",
+        reason: Errno::EINVAL,
+    })?;
+    Ok((Box::leak(Box::new(desk)), program))
+}
+
+/// What a reactor does that is not the first.
+fn go_on_from_ledger(
+    ledger: Option<RawFd>,
+    options: Result<Options, StartError>,
+    command_line: CommandLine,
+    desk: Guarded,
+) -> Result<End, Failed> {
+    let Some(number) = ledger else {
+        return Ok(End::Unreadable);
+    };
+    go_on::resume(number, options?, command_line, desk)
+}
+
+/// What the first reactor does for libvirt's daemon.
+fn go_on_from_document(
+    options: Result<Options, StartError>,
+    command_line: CommandLine,
+    desk: Guarded,
+) -> Result<End, Failed> {
+    let mut way_back = WayBack {
+        command_line,
+        moved: Vec::new(),
+        desk: desk.ok(),
+    };
+    if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
+        way_back.moved = standard::clear(&mut state, desk);
+        return take_over(state, way_back, options, desk);
+    }
+    log::install(log::Settings::initial())?;
+    let plan = Plan::prepare(options?, way_back.command_line.clone())?;
+    match takeover::find_document(&plan, &way_back)? {
+        Some(state) => {
+            let document = plan.paths.restart_state.clone();
+            go_on::resume_started((state, document), plan, &way_back, desk)
+        }
+        None => Err(unusable("its document is gone").into()),
+    }
+}
+
+/// Says why something ended, if it did not end well.
+fn finish(ended: Result<End, Failed>) -> End {
+    ended.unwrap_or_else(|failed| End::Over(say(&failed)))
+}
+
+/// The last words of a process that fails; its exit code.
+pub fn say(failed: &Failed) -> ExitCode {
+    match failed {
+        Failed::Error(error) => {
+            tracing::error!("{error}");
+            error.exit
+        }
+        Failed::Log(error) => {
+            log::early_error(error);
+            ExitCode::Failure
+        }
+    }
 }
 
 fn wanted(outcome: Outcome) -> Result<Options, StartError> {
@@ -66,16 +206,21 @@ fn wanted(outcome: Outcome) -> Result<Options, StartError> {
 
 /// From libvirt's daemon. Nobody asked this program beforehand whether it could: what does not stop
 /// libvirt's own must not stop it, because every lock of the host would be lost.
-fn take_over(state: State<Saved>, way_back: WayBack, outcome: Outcome) -> Result<ExitCode, Failed> {
+fn take_over(
+    state: State<Saved>,
+    way_back: WayBack,
+    options: Result<Options, StartError>,
+    desk: Guarded,
+) -> Result<End, Failed> {
     log::install(log::Settings::initial())?;
-    let options = wanted(outcome).map_err(|error| way_back.go(error))?;
+    let options = options.map_err(|error| way_back.go(error))?;
     let command_line = way_back.command_line.clone();
     let plan = Plan::prepare(options.clone(), command_line.clone()).unwrap_or_else(|failed| {
         takeover::go_on_regardless(&failed);
         Plan::of_successor(options, command_line, Config::default())
     });
     let document = plan.paths.restart_state.clone();
-    go_on::resume_started((state, document), plan, &way_back)
+    go_on::resume_started((state, document), plan, &way_back, desk)
 }
 
 fn start_afresh(
@@ -84,23 +229,40 @@ fn start_afresh(
     activation: Activation,
     program: &OsStr,
 ) -> Result<ExitCode, Failed> {
+    let words = command_line.clone();
+    let plan = Plan::prepare(options.clone(), command_line.clone())?;
     let way_back = WayBack {
         command_line: command_line.clone(),
         moved: Vec::new(),
+        desk: None,
     };
-    let plan = Plan::prepare(options, command_line)?;
-    if let Some(state) = takeover::find_document(&plan, &way_back)? {
-        drop(activation);
-        let document = plan.paths.restart_state.clone();
-        return go_on::resume_started((state, document), plan, &way_back);
+    if takeover::find_document(&plan, &way_back)?.is_some() {
+        std::mem::forget(activation);
+        let theirs = Ok(options.clone());
+        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        let options = Ok(options);
+        return Ok(guarded(
+            options,
+            command_line,
+            Before::Libvirts,
+            Some(first),
+        ));
     }
-    if !plan.options.daemon {
-        return serve::serve(plan, activation, None);
+    let mut waiting = None;
+    if plan.options.daemon {
+        match go_to_background()? {
+            Background::Daemon(status) => waiting = Some(status),
+            Background::Parent(started) => return Ok(say_how_it_went(program, &started)),
+        }
     }
-    match go_to_background()? {
-        Background::Daemon(status) => serve::serve(plan, activation, Some(status)),
-        Background::Parent(started) => Ok(say_how_it_went(program, &started)),
-    }
+    let serve = move |desk| finish(serve::serve(plan, activation, waiting, desk));
+    let first: First = Box::new(serve);
+    Ok(guarded(
+        Ok(options),
+        command_line,
+        Before::Nobody,
+        Some(first),
+    ))
 }
 
 /// The working directory is left so that its file system can be unmounted; a relative pid file is

@@ -2,18 +2,16 @@
 //! ledger in a memory file) or the C daemon's (its state document). How it is gone on from is told in
 //! [`super::go_on`].
 
-use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::plan::Plan;
 use super::way_back::WayBack;
 use crate::custody::descriptor::Saved;
-use crate::custody::ledger::Ledger;
 use crate::custody::servers::Service;
 use crate::custody::state::State;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
-use crate::host::descriptors;
 use crate::host::environment;
 use crate::host::errno::{self, Errno};
 use crate::host::paths::Paths;
@@ -26,22 +24,23 @@ use crate::restart::libvirt_json::{self, Unusable};
 /// it could not read it again.
 const DOCUMENT_LIMIT: u64 = 256 * 1024 * 1024;
 
-/// A predecessor's state, and its ledger unless that is of an earlier format.
-pub type Theirs = (State<Saved>, Option<Ledger>);
-
-/// The state that a predecessor of this program handed over, if this process was made by it.
-pub fn take_ledger() -> Option<Result<Theirs, StartError>> {
+/// The descriptor of the ledger that a predecessor of this program handed over, if this process was made by
+/// it.
+pub fn handed_over() -> Option<Result<RawFd, StartError>> {
     let value = environment::take(HANDOVER_VARIABLE)?;
     let (descriptor, pid) = value.to_str()?.split_once(':')?;
     // The variable of another process means nothing: this one is not its successor.
     if pid != process::started().to_string() {
         return None;
     }
-    let descriptor: OwnedFd = match descriptor.parse().ok().map(descriptors::adopt) {
-        Some(Ok(descriptor)) => descriptor,
-        _ => return Some(Err(unusable("its descriptor is not open"))),
-    };
-    Some(Ledger::take_over(descriptor).map_err(|reason| unusable(&reason.to_string())))
+    let number = descriptor.parse();
+    Some(number.map_err(|_| unusable("its descriptor is not open")))
+}
+
+/// Whether the C daemon left a document for this process. It is read by whoever goes on from it.
+pub fn is_awaited(paths: &Paths) -> bool {
+    let document = read_document(&paths.restart_state);
+    document.is_ok_and(|it| it.is_some_and(|it| libvirt_json::is_of(&it, process::started())))
 }
 
 /// The state that the C daemon left for this process, if it did and it can be used. Says and changes

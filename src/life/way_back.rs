@@ -2,10 +2,13 @@
 //! the program that stands beside ours is executed on what was left for us. It finds its document and
 //! its descriptors as they were.
 
+use crate::desk::Desk;
+use crate::desk::control::{Failure, Order};
 use crate::exit::StartError;
 use crate::host::{descriptors, errno};
 use crate::restart::handover::{self, CommandLine, Successor};
 
+use super::guardian::End;
 use super::standard::Moved;
 
 /// What libvirt's program is called beside ours: our name and this.
@@ -18,6 +21,8 @@ pub struct WayBack {
     pub command_line: CommandLine,
     /// What has another number than in the document.
     pub moved: Moved,
+    /// Who executes it, if there is a guardian.
+    pub desk: Option<&'static Desk>,
 }
 
 impl WayBack {
@@ -30,6 +35,16 @@ impl WayBack {
 
     /// As [`WayBack::go`], with the words alone.
     pub fn execute(&self, why: &str) -> String {
+        // It was tried by the reactor before.
+        if let Some(desk) = self.desk
+            && let Some((Order::WayBack, Failure::Exec(reason))) = desk.take_failed_order()
+        {
+            let program = desk.ordered_path().to_string_lossy();
+            let reason = errno::text(reason);
+            return format!(
+                "{why}. Nor can libvirt's own program go on: {program} cannot be executed: {reason}"
+            );
+        }
         let reason = match self.command_line.beside(SUFFIX) {
             Ok(libvirts) => {
                 tracing::error!(
@@ -50,7 +65,22 @@ impl WayBack {
                 let reason = errno::text(reason);
                 return format!("descriptor {number} cannot be put back: {reason}");
             }
+            if let Some(desk) = self.desk {
+                desk.set_moved(*number, None);
+            }
         }
-        handover::replace(Successor::Libvirt, libvirts, &[], &[])
+        match self.desk {
+            Some(desk) => order(desk, libvirts),
+            None => handover::replace(Successor::Libvirt, libvirts, &[], &[]),
+        }
+    }
+}
+
+/// Has the guardian execute it. Comes back only with the reason why it cannot be asked to.
+fn order(desk: &Desk, libvirts: &CommandLine) -> String {
+    match libvirts.text_of_path() {
+        Ok(path) if desk.order(Order::WayBack, &path, None) => End::Ordered.leave(),
+        Ok(_) => "the path of its program is too long".into(),
+        Err(reason) => reason,
     }
 }

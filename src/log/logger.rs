@@ -104,6 +104,14 @@ impl Logger {
         }
     }
 
+    /// Forgets the outputs without closing anything: their descriptors have become somebody else's. Until
+    /// others are opened nothing is written.
+    pub fn forget_outputs(&self) {
+        for output in self.lock().outputs.drain(..) {
+            std::mem::forget(output);
+        }
+    }
+
     /// Whether any output would take a line of this level and category.
     pub fn wants(&self, level: Level, category: &str) -> bool {
         let state = self.lock();

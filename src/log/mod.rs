@@ -131,6 +131,14 @@ pub fn stderr_is_not_ours() {
     stderr_was_replaced();
 }
 
+/// To be called before anything is written, where another process has used this one's descriptors since the
+/// log was opened: the numbers mean something else by now.
+pub fn forget_outputs() {
+    if let Some(logger) = LOGGER.get() {
+        logger.forget_outputs();
+    }
+}
+
 /// Prints an error in the log settings on stderr as libvirt does, where the log itself cannot be used.
 pub fn early_error(error: &SettingError) {
     let line = format!("libvirt:  error : {error}\n");

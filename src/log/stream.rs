@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
+use crate::host::clone;
 use crate::host::descriptors;
 use crate::host::errno::Errno;
 
@@ -44,7 +45,7 @@ static STDERR_IS_NOT_OURS: AtomicBool = AtomicBool::new(false);
 /// From now on nothing is written to descriptor 2, not even when this program panics.
 pub fn stderr_is_not_ours() {
     STDERR_IS_NOT_OURS.store(true, Ordering::Relaxed);
-    std::panic::set_hook(Box::new(|_| ()));
+    clone::say_nothing_on_panic();
 }
 
 /// An open stream of lines.

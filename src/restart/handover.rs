@@ -13,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::host::leash::{Collar, Leash};
 use crate::host::process::Process;
+use crate::host::program::Program;
 use crate::host::refusal::Refusal;
 use crate::host::{descriptors, environment, errno, file, signals};
 
@@ -21,6 +22,8 @@ use crate::host::{descriptors, environment, errno, file, signals};
 pub const CHECK_VARIABLE: &str = "VIRTLOCKD_CHECK_LEDGER";
 /// Set in a program that takes over: descriptor of the ledger, colon, process id.
 pub const HANDOVER_VARIABLE: &str = "VIRTLOCKD_HANDOVER";
+/// Set in a program that takes over: the process that goes on should it not serve.
+pub const UNDERSTUDY_VARIABLE: &str = "VIRTLOCKD_UNDERSTUDY";
 /// Set in a program that takes over: where the daemon was started.
 const DIRECTORY_VARIABLE: &str = "VIRTLOCKD_DIRECTORY";
 /// What a successor's second line of output begins with when it can read the ledger.
@@ -97,6 +100,21 @@ impl CommandLine {
             program,
             ..self.clone()
         })
+    }
+
+    /// Where the program is now, for a guardian that executes it.
+    pub fn text_of_path(&self) -> Result<CString, String> {
+        text(self.path()?.as_os_str().as_bytes())
+    }
+
+    /// The words, and the environment as it is now, laid out for the day when a successor is executed.
+    pub fn prepared(&self) -> Result<Program, String> {
+        let words: Result<_, _> = self.words.iter().map(|it| text(it.as_bytes())).collect();
+        let plain: Result<_, _> = std::env::vars_os()
+            .map(|(name, value)| variable(&name, &value))
+            .collect();
+        let directory = variable(DIRECTORY_VARIABLE.as_ref(), self.directory.as_os_str())?;
+        Ok(Program::new(words?, plain?, vec![directory]))
     }
 
     /// Where the program is now.
@@ -321,6 +339,22 @@ fn said_text(pipe: Option<&impl AsRawFd>) -> String {
     String::from_utf8_lossy(&said(pipe)).into_owned()
 }
 
+/// A text for the kernel.
+fn text(bytes: &[u8]) -> Result<CString, String> {
+    CString::new(bytes).map_err(|_| "a word of the command line holds a zero byte".to_owned())
+}
+
+fn variable(name: &OsStr, value: &OsStr) -> Result<CString, String> {
+    text(&[name.as_bytes(), b"=", value.as_bytes()].concat())
+}
+
+/// An exec by the guardian will keep these descriptors. Says why not, and then it keeps none.
+pub fn prepare(kept: &[RawFd]) -> Result<(), String> {
+    keep(kept, true).inspect_err(|_| {
+        let _ = keep(kept, false);
+    })
+}
+
 /// Replaces this process by the successor. The descriptors in `kept` stay open under their
 /// numbers. Comes back only with the reason why it could not be done; then nothing has changed.
 pub fn replace(
@@ -332,9 +366,6 @@ pub fn replace(
     let path = match command_line.path() {
         Ok(path) => path,
         Err(reason) => return reason,
-    };
-    let text = |words: &[u8]| {
-        CString::new(words).map_err(|_| "a word of the command line holds a zero byte".to_owned())
     };
     let words: Result<Vec<_>, _> = command_line
         .words

@@ -37,6 +37,8 @@ use crate::custody::ledger::Ledger;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
 use crate::custody::state::State;
+use crate::desk::Desk;
+use crate::desk::control::Message;
 use crate::host::clock::Moment;
 use crate::host::errno;
 use crate::host::names::Names;
@@ -91,6 +93,17 @@ pub enum Way {
     Timer,
 }
 
+/// How a reactor's run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The daemon has stopped.
+    Stopped,
+    /// The guardian has the order to execute a program.
+    Ordered,
+    /// There is no guardian any more.
+    Orphaned,
+}
+
 /// What the daemon is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doing {
@@ -129,6 +142,10 @@ pub struct Reactor {
     orders: Vec<Order>,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
+    /// What is shared with the guardian, if there is one.
+    desk: Option<&'static Desk>,
+    /// There was a guardian, and there is none any more.
+    is_orphaned: bool,
 }
 
 impl Reactor {
@@ -138,7 +155,7 @@ impl Reactor {
     ///
     /// # Errors
     /// What the host refuses for which there is no other way.
-    pub fn new(reload: Reload) -> Result<Reactor, Refusal> {
+    pub fn new(reload: Reload, desk: Option<&'static Desk>) -> Result<Reactor, Refusal> {
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
         // Where there is no other way it is tried for a while, whatever the reason.
         let poll = patiently(|| Poll::new().map_err(&no_poll))?;
@@ -148,7 +165,7 @@ impl Reactor {
         })?;
         let watch = Watch::new(registry);
         let signals = while_it_may_pass(|| {
-            let signals = Signals::open()?;
+            let signals = Signals::open(desk.is_some())?;
             add(&watch, Source::Signals, signals.as_raw_fd())?;
             Ok(signals)
         })
@@ -189,6 +206,8 @@ impl Reactor {
             pace: Pace::default(),
             orders: Vec::new(),
             admin_bytes: 0,
+            desk,
+            is_orphaned: false,
         })
     }
 
@@ -349,13 +368,24 @@ impl Reactor {
         Ok(true)
     }
 
-    /// Runs until the daemon has ended.
+    /// Serves somebody who was let in by a reactor that died before it had written that down.
+    pub fn take_in(&mut self, socket: OwnedFd, service: Service) {
+        let (gate, mut entrance) = self.entrance();
+        let accepted = gate.take_in(socket, service, &mut entrance);
+        self.let_in_accepted(accepted);
+    }
+
+    /// Runs until the daemon has ended, or this reactor has.
     ///
     /// # Errors
     /// Those of epoll_wait(2).
-    pub fn run(&mut self) -> std::io::Result<()> {
+    pub fn run(&mut self) -> std::io::Result<Ended> {
         let mut events = Events::with_capacity(EVENTS);
+        self.do_what_was_asked();
         while self.doing != Doing::Ended {
+            if let Some(ended) = self.is_over_before_the_daemon() {
+                return Ok(ended);
+            }
             self.watch_idleness();
             if let Err(refusal) = self.timer.set(self.deadlines.first()) {
                 tracing::warn!("{refusal}. Deadlines are kept without one");
@@ -365,9 +395,15 @@ impl Reactor {
             } else {
                 self.longest_wait()
             };
+            self.leave_word();
             match self.poll.poll(&mut events, wait) {
                 Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error),
                 _ => (),
+            }
+            if let Some(desk) = self.desk
+                && desk.is_away(Moment::now())
+            {
+                desk.wake_guardian();
             }
             for event in &events {
                 self.take_event(event);
@@ -378,7 +414,24 @@ impl Reactor {
             self.upgrade_if_ready();
             self.finish();
         }
-        Ok(())
+        Ok(Ended::Stopped)
+    }
+
+    /// What whoever goes on must know before anything else, should this be the last that is heard of this
+    /// reactor.
+    fn leave_word(&self) {
+        if let Some(desk) = self.desk {
+            desk.set_ledger(self.custody.ledger().ok().map(AsRawFd::as_raw_fd));
+            desk.is_back();
+        }
+    }
+
+    fn is_over_before_the_daemon(&self) -> Option<Ended> {
+        if self.upgrade.is_ordered() {
+            Some(Ended::Ordered)
+        } else {
+            self.is_orphaned.then_some(Ended::Orphaned)
+        }
     }
 
     /// How long nothing may be heard of signals and deadlines: for ever, as the kernel tells of them,
@@ -604,13 +657,23 @@ impl Reactor {
 
     /// Takes in a connection that waits at this socket.
     fn accept(&mut self, place: usize) {
-        let mut entrance = Entrance {
+        let (gate, mut entrance) = self.entrance();
+        let accepted = gate.accept(place, &mut entrance);
+        self.let_in_accepted(accepted);
+    }
+
+    fn entrance(&mut self) -> (&mut Gate, Entrance<'_>) {
+        let entrance = Entrance {
             custody: &mut self.custody,
             reserve: &mut self.reserve,
             deadlines: &mut self.deadlines,
             watch: &self.watch,
         };
-        let Accepted::Client(id, refused) = self.gate.accept(place, &mut entrance) else {
+        (&mut self.gate, entrance)
+    }
+
+    fn let_in_accepted(&mut self, accepted: Accepted) {
+        let Accepted::Client(id, refused) = accepted else {
             return;
         };
         // The kernel has just given this number.
@@ -868,7 +931,15 @@ impl Reactor {
         self.doing = Doing::Ending;
         let (upgrade, mut going) = self.going();
         upgrade.abandon_upgrade(&mut going);
-        notify::stopping();
+        match self.desk {
+            Some(desk) => {
+                // Whoever goes on should this reactor die goes on with the end.
+                desk.ask(Signal::SIGTERM);
+                desk.tell(Message::Stopping);
+                desk.wake_guardian();
+            }
+            None => notify::stopping(),
+        }
         self.deadlines.unset(Deadline::Idle);
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
@@ -892,18 +963,41 @@ impl Reactor {
 
     fn take_signals(&mut self) {
         while let Some(signal) = self.signals.next() {
-            match signal {
-                Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM => {
-                    tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
-                    self.stop();
-                }
-                Signal::SIGHUP => self.reload_configuration(),
-                Signal::SIGUSR1 if self.doing == Doing::Serving => {
-                    let (upgrade, mut going) = self.going();
-                    upgrade.begin(&mut going);
-                }
-                _ => (),
+            if self.desk.is_none() {
+                self.act_on(signal);
             }
+        }
+        self.do_what_was_asked();
+    }
+
+    /// What the guardian was asked for, if there is one.
+    fn do_what_was_asked(&mut self) {
+        let Some(desk) = self.desk else {
+            return;
+        };
+        self.is_orphaned = !desk.has_guardian();
+        if let Some(signal) = desk.asked_to_end() {
+            self.act_on(signal);
+        }
+        for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
+            if desk.take_asked(signal) {
+                self.act_on(signal);
+            }
+        }
+    }
+
+    fn act_on(&mut self, signal: Signal) {
+        match signal {
+            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM if self.doing == Doing::Serving => {
+                tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
+                self.stop();
+            }
+            Signal::SIGHUP => self.reload_configuration(),
+            Signal::SIGUSR1 if self.doing == Doing::Serving => {
+                let (upgrade, mut going) = self.going();
+                upgrade.begin(&mut going);
+            }
+            _ => (),
         }
     }
 

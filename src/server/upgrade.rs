@@ -5,6 +5,7 @@
 //! libvirt's daemon, in its document), and all descriptors. Whatever goes wrong on the way, the
 //! daemon says so and goes on as if nothing had been asked.
 
+use std::ffi::CStr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
@@ -16,6 +17,8 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::earlier;
 use crate::custody::roll::Roll;
+use crate::desk::Desk;
+use crate::desk::control::{Failure, Order};
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
 use crate::host::memory::Memory;
@@ -66,14 +69,23 @@ pub struct Upgrade {
     abandoned: Vec<Check>,
     /// An earlier image of this process may have left such successors behind.
     has_inherited: bool,
+    /// Where the guardian finds its orders, if there is one.
+    desk: Option<&'static Desk>,
+    /// The guardian has the order to execute the successor: this reactor is over.
+    is_ordered: bool,
 }
 
 impl Upgrade {
     /// For a daemon that was started so, and whose state libvirt's daemon would find there.
-    pub fn of(command_line: CommandLine, document: PathBuf) -> Upgrade {
+    pub fn of(
+        command_line: CommandLine,
+        document: PathBuf,
+        desk: Option<&'static Desk>,
+    ) -> Upgrade {
         Upgrade {
             command_line: Some(command_line),
             document,
+            desk,
             ..Upgrade::default()
         }
     }
@@ -81,6 +93,11 @@ impl Upgrade {
     /// Whether one has begun.
     pub fn is_under_way(&self) -> bool {
         !matches!(self.stage, Stage::None)
+    }
+
+    /// Whether the guardian is to execute the successor.
+    pub fn is_ordered(&self) -> bool {
+        self.is_ordered
     }
 
     /// Whether a successor may take over at the end of this turn.
@@ -256,10 +273,7 @@ impl Upgrade {
         self.stage = Stage::None;
         self.looked_again = false;
         going.deadlines.unset(Deadline::Quiet);
-        tracing::error!(
-            target: "rpc.netdaemon",
-            "SIGUSR1: the daemon goes on as it is, because its successor cannot take over: {reason}"
-        );
+        say_failed(reason);
         if std::mem::take(&mut self.again) {
             self.begin(going);
         }
@@ -317,10 +331,11 @@ impl Upgrade {
             return self.failed(going, &cannot_write(reason));
         }
         let kept = going.kept();
-        let value = format!("{number}:{}", process::started());
-        self.replace(going, Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
-        // Still here: the ledger goes on from what is now.
-        going.custody.reopen();
+        self.replace(going, Successor::Ours, &kept, Some(number));
+        if !self.is_ordered {
+            // Still here: the ledger goes on from what is now.
+            going.custody.reopen();
+        }
     }
 
     fn hand_over_to_earlier(&mut self, going: &mut Going<'_>, version: u32) {
@@ -334,10 +349,33 @@ impl Upgrade {
                 return self.failed(going, &handover::nothing_to_pass_on(refusal));
             }
         };
+        if let Err(reason) = self.lay_down_for_another(going) {
+            return self.failed(going, &reason);
+        }
         warn_of_unwatched(going, "this earlier version of the daemon");
         let kept = going.kept_for_earlier(number);
-        let value = format!("{number}:{}", process::started());
-        self.replace(going, Successor::Ours, &kept, &[(HANDOVER_VARIABLE, value)]);
+        self.replace(going, Successor::Ours, &kept, Some(number));
+        if self.is_ordered {
+            // The guardian passes it on.
+            std::mem::forget(ledger);
+        } else {
+            going.custody.reopen();
+        }
+    }
+
+    /// Whoever goes on should a successor that does not read our ledger not serve, does from that. Without
+    /// a guardian nobody does.
+    fn lay_down_for_another(&self, going: &mut Going<'_>) -> Result<(), String> {
+        if self.desk.is_none() {
+            return Ok(());
+        }
+        if let Err(refusal) = going.custody.ledger() {
+            return Err(handover::nothing_to_pass_on(refusal));
+        }
+        going.lay_down().map_err(|reason| {
+            going.custody.reopen();
+            cannot_write(reason)
+        })
     }
 
     fn hand_over_to_libvirt(&mut self, going: &mut Going<'_>) {
@@ -354,10 +392,17 @@ impl Upgrade {
             let _ = std::fs::remove_file(&self.document);
             return self.failed(going, &reason);
         }
+        if let Err(reason) = self.lay_down_for_another(going) {
+            let _ = std::fs::remove_file(&self.document);
+            return self.failed(going, &reason);
+        }
         warn_of_unwatched(going, "libvirt's daemon");
         let kept = libvirt_json::descriptors(going.custody.state());
-        self.replace(going, Successor::Libvirt, &kept, &[]);
-        let _ = std::fs::remove_file(&self.document);
+        self.replace(going, Successor::Libvirt, &kept, None);
+        if !self.is_ordered {
+            let _ = std::fs::remove_file(&self.document);
+            going.custody.reopen();
+        }
     }
 
     /// The moment for libvirt's daemon did not come.
@@ -377,24 +422,84 @@ impl Upgrade {
         self.failed(going, &reason);
     }
 
-    /// The exec. Comes back only if it failed.
+    /// The exec, by the guardian if there is one. Without one, it comes back only if it failed.
     fn replace(
         &mut self,
         going: &mut Going<'_>,
         successor: Successor,
         kept: &[i32],
-        variables: &[(&str, String)],
+        ledger: Option<i32>,
     ) {
         self.reap_abandoned(going);
         let Some(command_line) = &self.command_line else {
             return;
         };
         tracing::info!(target: "rpc.netdaemon", "SIGUSR1: the daemon hands over to its successor");
-        notify::reloading();
-        let reason = handover::replace(successor, command_line, kept, variables);
-        notify::ready();
+        let reason = match self.desk {
+            Some(desk) => match order(desk, successor, command_line, kept, ledger) {
+                Ok(()) => {
+                    self.is_ordered = true;
+                    return;
+                }
+                Err(reason) => reason,
+            },
+            None => {
+                let value = |number| format!("{number}:{}", process::started());
+                let variable = ledger.map(|number| (HANDOVER_VARIABLE, value(number)));
+                notify::reloading();
+                let variables = variable.as_slice();
+                let reason = handover::replace(successor, command_line, kept, variables);
+                notify::ready();
+                reason
+            }
+        };
         self.failed(going, &reason);
     }
+}
+
+/// Leaves the guardian the order to execute a successor with these descriptors.
+fn order(
+    desk: &Desk,
+    successor: Successor,
+    command_line: &CommandLine,
+    kept: &[i32],
+    ledger: Option<i32>,
+) -> Result<(), String> {
+    let path = command_line.text_of_path()?;
+    handover::prepare(kept)?;
+    let order = match successor {
+        Successor::Ours => Order::Ours,
+        Successor::Libvirt => Order::Libvirt,
+    };
+    if desk.order(order, &path, ledger) {
+        Ok(())
+    } else {
+        Err("the path of its program is too long".into())
+    }
+}
+
+/// The guardian could not execute a successor, or that did not serve: this reactor goes on.
+pub fn say_what_failed(failure: Failure, program: &CStr) {
+    let program = program.to_string_lossy();
+    let reason = match failure {
+        Failure::Exec(reason) => {
+            format!("{program} cannot be executed: {}", errno::text(reason))
+        }
+        Failure::NoUnderstudy(reason) => {
+            let reason = errno::text(reason);
+            format!("nobody could go on should {program} not serve (fork): {reason}")
+        }
+        Failure::Ended => format!("{program} was executed and ended before it served"),
+        Failure::Late => format!("{program} was executed and did not serve in time"),
+    };
+    say_failed(&reason);
+}
+
+fn say_failed(reason: &str) {
+    tracing::error!(
+        target: "rpc.netdaemon",
+        "SIGUSR1: the daemon goes on as it is, because its successor cannot take over: {reason}"
+    );
 }
 
 /// What an upgrade works with, borrowed side by side from the reactor.

@@ -171,6 +171,22 @@ impl Gate {
         accepted
     }
 
+    /// Takes in a connection that was accepted by a reactor that died.
+    pub fn take_in(
+        &self,
+        socket: OwnedFd,
+        service: Service,
+        entrance: &mut Entrance<'_>,
+    ) -> Accepted {
+        let has_room = entrance.custody.state().has_room(service);
+        self.connected(
+            socket,
+            service,
+            (!has_room).then_some(NoRoom::Limit),
+            entrance,
+        )
+    }
+
     /// A new connection: checked, numbered, watched, and written down.
     fn connected(
         &self,

@@ -1,0 +1,410 @@
+//! The process that was started. It keeps its number, the signals from outside and the exec, and sees to it
+//! that there is a reactor: a copy of itself that shares its table of descriptors, so that nothing is closed
+//! when it dies. It knows nothing of what the reactor serves, opens, closes and allocates nothing once there
+//! is one, and does nothing when nothing happens. Whatever ends it ends it at once: what it owns by its
+//! numbers is the reactor's.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::desk::Desk;
+use crate::desk::control::{Death, Failure, Message, Order, Phase};
+use crate::exit::ExitCode;
+use crate::host::clock::Moment;
+use crate::host::clone::{self, Ended, Which};
+use crate::host::errno::Errno;
+use crate::host::notify::Herald;
+use crate::host::patience::patiently;
+use crate::host::program::{Environment, Program};
+use crate::host::refusal::Refusal;
+use crate::host::signals::{self, POKE};
+use crate::host::{pid_file, process};
+use crate::log;
+use crate::restart::handover::{HANDOVER_VARIABLE, UNDERSTUDY_VARIABLE};
+
+/// How often the guardian looks at a reactor that has something to do.
+const LOOK_MS: u64 = 5_000;
+/// A reactor that does not come back for so long is killed, milliseconds.
+const AWAY_MS: u64 = 10_000;
+/// A reactor that dies so soon after its start did not get anywhere, milliseconds.
+const SOON_MS: u64 = 1_000;
+/// How long the third one in a row is waited with; then twice as long each time, milliseconds.
+const FIRST_PAUSE_MS: u64 = 100;
+/// The longest pause, and that before a ledger is read once more that could not be read, milliseconds.
+const LONGEST_PAUSE_MS: u64 = 10_000;
+
+/// How the reactor's process ends, where it does of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The daemon is over: it has stopped, or never was.
+    Over(ExitCode),
+    /// A program is to be executed: the desk has the order.
+    Ordered,
+    /// The ledger cannot be read.
+    Unreadable,
+    /// There is no guardian any more.
+    Orphaned,
+}
+
+/// Statuses of the reactor's process beside those of [`ExitCode`].
+const ORDERED: u8 = 80;
+const UNREADABLE: u8 = 82;
+
+impl End {
+    fn status(self) -> u8 {
+        match self {
+            End::Over(exit) => exit.number(),
+            End::Ordered => ORDERED,
+            End::Unreadable | End::Orphaned => UNREADABLE,
+        }
+    }
+
+    /// Ends the reactor's process so, and drops nothing.
+    pub fn leave(self) -> ! {
+        clone::leave(self.status())
+    }
+}
+
+/// What is shared with the guardian, or why there is none.
+pub type Guarded = Result<&'static Desk, Refusal>;
+/// What a reactor does first, in a process of its own.
+pub type First = Box<dyn FnOnce(Guarded) -> End>;
+/// What it does when there was one before, or another image of this process.
+pub type Again = Box<dyn Fn(Guarded) -> End>;
+
+/// The guardian.
+pub struct Guardian {
+    desk: &'static Desk,
+    program: Program,
+    herald: Option<Herald>,
+    /// What was said about a start that fails leads to the end of the daemon, not to another try.
+    is_fresh: bool,
+    again: Again,
+    /// How many reactors died one after the other without getting anywhere.
+    in_a_row: u64,
+}
+
+impl Guardian {
+    /// With all that it will need.
+    pub fn new(desk: &'static Desk, program: Program, is_fresh: bool, again: Again) -> Guardian {
+        signals::hear_of_children();
+        let herald = Herald::open();
+        desk.set_herald(herald.as_ref().map(Herald::number));
+        desk.set_guardian(process::started());
+        Guardian {
+            desk,
+            program,
+            herald,
+            is_fresh,
+            again,
+            in_a_row: 0,
+        }
+    }
+
+    /// Sees to it that there is a reactor until the daemon is over. Without `first`, somebody was here
+    /// before.
+    ///
+    /// Comes back only where the host refuses the first copy of this process: with the end of a daemon that
+    /// has no guardian.
+    pub fn guard(mut self, first: Option<First>) -> End {
+        let mut first = first;
+        let mut is_first = true;
+        if first.is_none() {
+            self.desk.serves();
+        }
+        loop {
+            self.desk.is_back();
+            let copy = if is_first {
+                patiently(clone::sharing_descriptors)
+            } else {
+                clone::sharing_descriptors()
+            };
+            match copy {
+                Err(reason) if is_first => {
+                    let what = "the process cannot be copied (clone)";
+                    return alone(Refusal { what, reason }, first, &self.again);
+                }
+                Err(_) => self.pause(LONGEST_PAUSE_MS, None),
+                Ok(Which::Original(reactor)) => {
+                    is_first = false;
+                    self.keep(reactor);
+                }
+                Ok(Which::Copy) => {
+                    let end = self.be_reactor(&mut first);
+                    if end != End::Orphaned {
+                        end.leave();
+                    }
+                    self.succeed();
+                    is_first = false;
+                }
+            }
+        }
+    }
+
+    /// The life of a reactor.
+    fn be_reactor(&self, first: &mut Option<First>) -> End {
+        clone::end_at_once_on_panic();
+        // Refused, the guardian's death goes unnoticed until the next time that somebody asks.
+        let _ = clone::follow_parent(Some(POKE));
+        if !self.desk.has_guardian() {
+            return End::Orphaned;
+        }
+        match (first.take(), self.desk.phase()) {
+            (Some(first), Phase::Starting) => first(Ok(self.desk)),
+            (first, _) => {
+                // What it would close belongs to somebody else by now.
+                std::mem::forget(first);
+                log::forget_outputs();
+                (self.again)(Ok(self.desk))
+            }
+        }
+    }
+
+    /// The guardian is dead, and this was its reactor: from here on it is the guardian.
+    fn succeed(&mut self) {
+        process::set_started();
+        let _ = clone::follow_parent(None);
+        let own = process::started();
+        self.desk.set_guardian(own);
+        if let Some(number) = self.desk.pid_file() {
+            // What a script reads there is wrong otherwise, and nothing else.
+            let _ = pid_file::write_number(number, own);
+        }
+        self.say(format_args!("MAINPID={own}"));
+        self.desk.died(Death::Guardian, 1);
+        self.in_a_row = 0;
+    }
+
+    fn say(&self, message: std::fmt::Arguments<'_>) {
+        if let Some(herald) = &self.herald {
+            herald.say(message);
+        }
+    }
+
+    /// From a reactor's start to what follows from its end.
+    fn keep(&mut self, reactor: i32) {
+        let start = Moment::now();
+        let (ended, was_away) = self.watch(reactor);
+        let is_starting = self.desk.phase() == Phase::Starting;
+        let death = match ended {
+            Ended::Status(status) if status == i32::from(ExitCode::Success.number()) => {
+                clone::leave(ExitCode::Success.number());
+            }
+            Ended::Status(status) if status == i32::from(ORDERED) => return self.obey(),
+            Ended::Status(status) if status == i32::from(UNREADABLE) => Death::Unreadable,
+            Ended::Status(status) if is_starting && status < i32::from(ORDERED) => {
+                clone::leave(u8::try_from(status).unwrap_or(ExitCode::Failure.number()));
+            }
+            _ if is_starting && self.is_fresh => {
+                clone::leave(ExitCode::Initialisation.number());
+            }
+            _ if was_away => Death::Away,
+            Ended::Status(status) => Death::Status(status),
+            Ended::Signal(signal) => Death::Signal(signal),
+        };
+        let is_soon = Moment::now().ms_since(start) < SOON_MS;
+        self.in_a_row = if is_soon {
+            self.in_a_row.saturating_add(1)
+        } else {
+            1
+        };
+        let in_a_row = self.in_a_row;
+        self.desk.died(death, in_a_row);
+        if death == Death::Unreadable {
+            self.say(format_args!(
+                "STATUS=The ledger cannot be read: all locks stay, and nobody is served"
+            ));
+            // Nothing can be done in order, should somebody ask for the end.
+            return self.pause(LONGEST_PAUSE_MS, Some(ExitCode::Initialisation));
+        }
+        self.say(format_args!(
+            "STATUS=The reactor died ({in_a_row} in a row) and is started again; all locks stay"
+        ));
+        self.pause(pause_ms(in_a_row), None);
+    }
+
+    /// Waits for the end of the reactor, and whether that was brought about by the guardian.
+    fn watch(&mut self, reactor: i32) -> (Ended, bool) {
+        let mut next_look = Some(Moment::now().plus_ms(LOOK_MS));
+        let mut seen = self.desk.turns();
+        let mut was_away = false;
+        self.desk.guardian_sleeps(false);
+        loop {
+            let wait =
+                next_look.map(|at| Duration::from_nanos(at.0.saturating_sub(Moment::now().0)));
+            match signals::wait(wait) {
+                Some(signal) if is_order(signal) => {
+                    self.desk.ask(signal);
+                    clone::signal(reactor, POKE);
+                }
+                _ => (),
+            }
+            let mut end = None;
+            while let Some((pid, ended)) = clone::next_ended() {
+                if pid == reactor {
+                    end = Some(ended);
+                }
+            }
+            self.pass_on_messages();
+            if let Some(ended) = end {
+                return (ended, was_away);
+            }
+            let now = Moment::now();
+            match next_look {
+                // It was told that there is something to look at.
+                None if !self.desk.does_guardian_sleep() => {
+                    next_look = Some(now.plus_ms(LOOK_MS));
+                }
+                Some(at) if at <= now => {
+                    let away = self.desk.away_since();
+                    if away.is_some_and(|since| now.ms_since(since) >= AWAY_MS) {
+                        was_away = true;
+                        clone::signal(reactor, Signal::SIGKILL);
+                    }
+                    let turns = self.desk.turns();
+                    let is_busy = turns != std::mem::replace(&mut seen, turns) || away.is_some();
+                    next_look =
+                        (is_busy || !self.falls_asleep(turns)).then(|| now.plus_ms(LOOK_MS));
+                }
+                _ => (),
+            }
+        }
+    }
+
+    /// False if there is something to do for the reactor after all.
+    fn falls_asleep(&self, turns: u64) -> bool {
+        self.desk.guardian_sleeps(true);
+        let is_idle = self.desk.turns() == turns && self.desk.away_since().is_none();
+        if !is_idle {
+            self.desk.guardian_sleeps(false);
+        }
+        is_idle
+    }
+
+    fn pass_on_messages(&mut self) {
+        if self.desk.take_told(Message::Ready) {
+            match self.in_a_row {
+                0 => self.say(format_args!("READY=1")),
+                _ => self.say(format_args!("READY=1\nSTATUS=It serves")),
+            }
+        }
+        if self.desk.take_told(Message::Stopping) {
+            self.say(format_args!("STOPPING=1"));
+        }
+    }
+
+    /// Lets time pass in which there is no reactor. Where nobody can carry out an end in order, it is one
+    /// at once.
+    fn pause(&self, milliseconds: u64, end: Option<ExitCode>) {
+        let until = Moment::now().plus_ms(milliseconds);
+        loop {
+            if let Some(exit) = end
+                && self.desk.asked_to_end().is_some()
+            {
+                clone::leave(exit.number());
+            }
+            let left = until.0.saturating_sub(Moment::now().0);
+            if left == 0 {
+                return;
+            }
+            match signals::wait(Some(Duration::from_nanos(left))) {
+                Some(signal) if is_order(signal) => self.desk.ask(signal),
+                Some(Signal::SIGCHLD) => while clone::next_ended().is_some() {},
+                _ => (),
+            }
+        }
+    }
+
+    /// Executes what the reactor, which is over, has ordered. Comes back if that cannot be done.
+    fn obey(&mut self) {
+        let Some(order) = self.desk.ordered() else {
+            return;
+        };
+        let reason = self.execute(order);
+        self.desk.order_failed(Failure::Exec(reason));
+    }
+
+    fn execute(&mut self, order: Order) -> Errno {
+        // Whoever comes next may not read what was asked of this one.
+        if self.desk.asked_to_end().is_some() {
+            return Errno::EINTR;
+        }
+        if order != Order::WayBack
+            && let Some(herald) = &self.herald
+        {
+            herald.reloading();
+        }
+        for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
+            if self.desk.take_asked(signal) {
+                clone::signal(process::own_number(), signal);
+            }
+        }
+        let path = self.desk.ordered_path();
+        match order {
+            Order::Libvirt | Order::WayBack => {
+                if let Err(reason) = signals::unblock() {
+                    let _ = signals::block_again();
+                    return reason;
+                }
+                let reason = self.program.execute(path, Environment::Plain);
+                let _ = signals::block_again();
+                reason
+            }
+            Order::Ours | Order::Earlier => {
+                let ledger = self.desk.ordered_ledger().unwrap_or(-1);
+                let own = process::started();
+                let understudy = self.desk.understudy();
+                let mut variables = [
+                    Some(format_args!("{HANDOVER_VARIABLE}={ledger}:{own}")),
+                    None,
+                ];
+                let number = understudy.unwrap_or(0);
+                let text = format_args!("{UNDERSTUDY_VARIABLE}={number}");
+                if understudy.is_some() {
+                    variables[1] = Some(text);
+                }
+                self.program.execute(path, Environment::Ours(variables))
+            }
+        }
+    }
+}
+
+/// The daemon without a guardian, because of this.
+pub fn alone(refusal: Refusal, first: Option<First>, again: &Again) -> End {
+    match first {
+        Some(first) => first(Err(refusal)),
+        None => again(Err(refusal)),
+    }
+}
+
+/// Whether a signal asks for something that the reactor does.
+fn is_order(signal: Signal) -> bool {
+    !matches!(signal, POKE | Signal::SIGCHLD)
+}
+
+/// How long the next reactor is waited with when so many died in a row.
+fn pause_ms(in_a_row: u64) -> u64 {
+    let Some(doublings) = in_a_row.checked_sub(2) else {
+        return 0;
+    };
+    let factor = u32::try_from(doublings)
+        .ok()
+        .and_then(|it| 1u64.checked_shl(it));
+    FIRST_PAUSE_MS
+        .saturating_mul(factor.unwrap_or(u64::MAX))
+        .min(LONGEST_PAUSE_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_more_reactors_die_in_a_row_the_longer_the_next_one_is_waited_with() {
+        let pauses: Vec<u64> = (1..=9).map(pause_ms).collect();
+        let expected = [0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000];
+        assert_eq!(pauses, expected);
+        assert_eq!(pause_ms(u64::MAX), 10_000);
+    }
+}

@@ -1,0 +1,77 @@
+//! What a reactor that died left open, and nobody knows of: it had opened something and not written it down,
+//! or had written down that it was to be closed. A connection that was accepted is served; a file is unlocked
+//! and closed; what others gave to the process before it was a daemon stays as it is.
+
+use std::os::fd::{OwnedFd, RawFd};
+
+use crate::custody::descriptor::{Number, Saved};
+use crate::custody::servers::Service;
+use crate::custody::state::State;
+use crate::desk::Desk;
+use crate::host::descriptors;
+use crate::host::file::Lockable;
+use crate::host::stream;
+
+/// The last of standard input, output and error.
+const LAST_STANDARD: RawFd = 2;
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Swept {
+    /// Connections that nobody has served.
+    pub accepted: Vec<(OwnedFd, Service)>,
+    /// How many others there were, which are closed.
+    pub closed: usize,
+    /// Those that cannot be closed: a POSIX lock on the same file would go with them.
+    pub kept: Vec<RawFd>,
+}
+
+/// Closes what is in nobody's hands. Nothing may have been opened since the reactor died.
+pub fn sweep(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Swept {
+    let mut swept = Swept::default();
+    let mut avoid = state.avoid().to_vec();
+    avoid.extend(desk.pid_file().and_then(descriptors::identity));
+    for number in unknown(state, ledger, desk) {
+        let mut listeners = state.listeners().iter();
+        let door = listeners.find(|it| stream::is_connection_to(it.socket.0, number));
+        let is_avoided = || descriptors::identity(number).is_some_and(|it| avoid.contains(&it));
+        if door.is_none() && !avoid.is_empty() && is_avoided() {
+            swept.kept.push(number);
+            continue;
+        }
+        let Ok(descriptor) = descriptors::adopt(number) else {
+            continue;
+        };
+        match door {
+            Some(door) => swept.accepted.push((descriptor, door.server)),
+            None => {
+                drop(Lockable::inherited(descriptor));
+                swept.closed = swept.closed.saturating_add(1);
+            }
+        }
+    }
+    swept
+}
+
+/// What is open and was opened by nobody here: it is never touched.
+pub fn respect_strangers(state: &State<Saved>, ledger: RawFd, desk: &Desk) {
+    for number in unknown(state, ledger, desk) {
+        desk.set_stranger(number);
+    }
+}
+
+/// The descriptors that are open and that neither the state nor anything else of the daemon speaks of.
+fn unknown(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Vec<RawFd> {
+    let mut known: Vec<RawFd> = state.descriptors().map(|Number(number)| number).collect();
+    known.push(ledger);
+    known.extend(desk.herald());
+    known.extend(desk.pid_file());
+    known.sort_unstable();
+    let mut open = descriptors::open_numbers();
+    open.retain(|number| {
+        *number > LAST_STANDARD
+            && known.binary_search(number).is_err()
+            && !desk.is_stranger(*number)
+    });
+    open
+}
