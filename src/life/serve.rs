@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use super::cold_start;
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
@@ -65,13 +66,16 @@ fn serving_reactor(
     pid_file: Option<&PidFile>,
 ) -> Result<Reactor, StartError> {
     let limits = plan::client_limits(&plan.config, descriptors);
+    let run_directory = plan.paths.run_directory.clone();
     let mut reactor = reactor(plan, descriptors, pid_file)?;
+    reactor.configure(limits);
+    cold_start::go_on(&mut reactor, &run_directory, limits).map_err(refused)?;
+    say_what_is_refused(&reactor);
     // Nothing is lost yet: what is only lacking now is better had than done without for ever.
     let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
     if let Some(lack) = refusals.find(|refusal| errno::may_pass(refusal.reason)) {
         return Err(refused(lack));
     }
-    reactor.configure(limits);
     let lock = listeners.lock.into_iter().map(|one| (one, Service::Lock));
     let admin = listeners.admin.into_iter().map(|one| (one, Service::Admin));
     for (listener, service) in lock.chain(admin) {
@@ -95,7 +99,6 @@ pub fn reactor(
     let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
     let reload = Box::new(move || plan.reload(descriptors));
     let mut reactor = Reactor::new(reload).map_err(refused)?;
-    say_what_is_refused(&reactor);
     let custody = reactor.custody_mut();
     custody.set_own_file(pid_file.and_then(PidFile::identity));
     custody.set_process(Settings {
@@ -133,7 +136,7 @@ pub fn refused(refusal: Refusal) -> StartError {
 }
 
 /// Says what the host refuses, and what that costs.
-fn say_what_is_refused(reactor: &Reactor) {
+pub fn say_what_is_refused(reactor: &Reactor) {
     for (way, refusal) in reactor.refusals() {
         let Some(refusal) = refusal else {
             continue;

@@ -23,7 +23,7 @@ impl End<()> {
     /// The end of a resource. In a lockspace's directory a file that was wanted with AUTOCREATE is a
     /// lock file and nothing else: it goes. In the default lockspace it may be a disk: only what the
     /// daemon made goes.
-    pub fn of(resource: &Resource<Lease>) -> End<()> {
+    pub fn of<D>(resource: &Resource<Lease<D>>) -> End<()> {
         let is_ours = !resource.lockspace().is_empty() || resource.lease.created;
         End {
             place: (),
