@@ -4,7 +4,8 @@
 //! The old file stays whole until a new one says everything: whoever kills this start in the middle finds
 //! at the next one what this one found.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use crate::custody::cold::{self, Loss, TakenAgain, Why};
 use crate::custody::descriptor::Saved;
@@ -14,29 +15,61 @@ use crate::host::errno::{self, Errno};
 use crate::host::refusal::Refusal;
 use crate::locks::again::NotAgain;
 use crate::locks::holder;
+use crate::locks::table::Pid;
 use crate::log::Printable;
 use crate::server::reactor::{Limits, Reactor};
 
-/// Goes on for a daemon that was killed, if its ledger is in the run directory; in any case the ledger is there
-/// from now on, if it can be. The reactor serves nobody yet. A limit of clients that was set at run time
-/// stays, as in an upgrade.
+/// What a daemon that was killed has left, as far as it is to be settled when it is sure that this one serves.
+#[derive(Debug)]
+pub struct Left {
+    run_directory: PathBuf,
+    /// Its ledger. It says all until there is a new one.
+    orphan: Option<Orphan>,
+    losses: Vec<Loss>,
+    to_fence: Vec<(Pid, OwnedFd)>,
+}
+
+/// Goes on for a daemon that was killed, if its ledger is in the run directory. The reactor serves nobody yet. A
+/// limit of clients that was set at run time stays, as in an upgrade.
 ///
 /// # Errors
 /// What the host refuses for which there is no other way.
-pub fn go_on(reactor: &mut Reactor, run_directory: &Path, limits: Limits) -> Result<(), Refusal> {
-    let orphan = find(run_directory);
+pub fn take_again(
+    reactor: &mut Reactor,
+    run_directory: &Path,
+    limits: Limits,
+) -> Result<Left, Refusal> {
+    let mut left = Left {
+        run_directory: run_directory.to_owned(),
+        orphan: find(run_directory),
+        losses: Vec::new(),
+        to_fence: Vec::new(),
+    };
     if let Some(Orphan {
         path,
         state: Ok(state),
         ..
-    }) = &orphan
+    }) = &left.orphan
     {
-        take_again(reactor, path, state, limits)?;
+        (left.losses, left.to_fence) = go_on(reactor, path, state, limits)?;
     }
-    // From here on nobody else may take it for an orphan either: it is ours.
-    drop(orphan);
-    reactor.custody_mut().keep_in(run_directory);
-    Ok(())
+    Ok(left)
+}
+
+impl Left {
+    /// Fences who must be, and says what is lost. From then on the ledger is in the run directory, if it can
+    /// be: not before, so that who is killed up to there leaves what it found.
+    pub fn settle(self, reactor: &mut Reactor) {
+        for loss in self.losses {
+            lose(reactor, loss);
+        }
+        for (pid, process) in self.to_fence {
+            reactor.fence_who_left(pid, process);
+        }
+        // Open, it is somebody's, and no file is put in its place.
+        drop(self.orphan);
+        reactor.custody_mut().keep_in(&self.run_directory);
+    }
 }
 
 /// The ledger of a daemon that was killed. One that cannot be read is kept for somebody to look at.
@@ -85,12 +118,14 @@ fn find(run_directory: &Path) -> Option<Orphan> {
     }
 }
 
-fn take_again(
+type ToSettle = (Vec<Loss>, Vec<(Pid, OwnedFd)>);
+
+fn go_on(
     reactor: &mut Reactor,
     path: &Path,
     saved: &State<Saved>,
     limits: Limits,
-) -> Result<(), Refusal> {
+) -> Result<ToSettle, Refusal> {
     let settings = reactor.custody().state().settings().clone();
     let TakenAgain {
         state,
@@ -119,13 +154,7 @@ fn take_again(
              death frees nothing. Its locks stay until they are released in its name or the daemon ends"
         );
     }
-    for loss in losses {
-        lose(reactor, loss);
-    }
-    for (pid, process) in to_fence {
-        reactor.fence_who_left(pid, process);
-    }
-    Ok(())
+    Ok((losses, to_fence))
 }
 
 /// Says what is lost. Whoever goes on writing what somebody else has by now is fenced: two writers are worse

@@ -44,32 +44,30 @@ pub fn serve(
     run(&mut reactor, pid_file)
 }
 
-/// The reactor with its sockets, ready to run.
+/// The reactor with its sockets, ready to run. What a daemon that was killed has left is taken before
+/// anybody can connect.
 fn open_for_clients(
     plan: Plan,
     activation: Activation,
     pid_file: Option<&PidFile>,
 ) -> Result<Reactor, StartError> {
     let descriptors = plan::raise_limit();
-    let listeners = Listeners::open(activation, &plan.paths)
-        .map_err(|error| StartError::new(ExitCode::Network, error))?;
-    let paths = listeners.paths();
-    // They are closed by then, so there are descriptors to ask whether anybody else listens.
-    serving_reactor(plan, listeners, descriptors, pid_file)
-        .inspect_err(|_| paths.iter().for_each(|path| listen::remove_socket(path)))
-}
-
-fn serving_reactor(
-    plan: Plan,
-    listeners: Listeners,
-    descriptors: u64,
-    pid_file: Option<&PidFile>,
-) -> Result<Reactor, StartError> {
     let limits = plan::client_limits(&plan.config, descriptors);
-    let run_directory = plan.paths.run_directory.clone();
+    let paths = plan.paths.clone();
     let mut reactor = reactor(plan, descriptors, pid_file)?;
     reactor.configure(limits);
-    cold_start::go_on(&mut reactor, &run_directory, limits).map_err(refused)?;
+    let left =
+        cold_start::take_again(&mut reactor, &paths.run_directory, limits).map_err(refused)?;
+    let listeners = Listeners::open(activation, &paths)
+        .map_err(|error| StartError::new(ExitCode::Network, error))?;
+    left.settle(&mut reactor);
+    let sockets = listeners.paths();
+    // They are closed by then, so there are descriptors to ask whether anybody else listens.
+    serving_reactor(reactor, listeners)
+        .inspect_err(|_| sockets.iter().for_each(|path| listen::remove_socket(path)))
+}
+
+fn serving_reactor(mut reactor: Reactor, listeners: Listeners) -> Result<Reactor, StartError> {
     say_what_is_refused(&reactor);
     // Nothing is lost yet: what is only lacking now is better had than done without for ever.
     let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
