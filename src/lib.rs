@@ -23,6 +23,7 @@
 //! life/                   the process: how it starts, who was here before, how it goes on
 //!   start.rs              the order of a start
 //!   plan.rs               what is known before there is a daemon
+//!   cold_start.rs         what a daemon that was killed whole has left
 //!   serve.rs              from a plan to a daemon that serves, and the run to its end
 //!   takeover.rs           the state that an earlier image left: a ledger, or libvirt's document
 //!   go_on.rs              from that state to a running reactor
@@ -67,6 +68,7 @@
 //!   event.rs              every change, as data
 //!   ledger.rs             the events in a memory file
 //!   earlier.rs            the same for a program of before today's format
+//!   cold.rs               the state of a daemon that was killed whole, taken again by name
 //!   adopt.rs              the numbers of a saved state become open descriptors
 //!   descriptor.rs         a descriptor in the state: open, or its number
 //!   roll.rs               things found by the number of a descriptor
@@ -80,6 +82,7 @@
 //! locks/                  who holds what
 //!   table.rs              decisions, on plain data
 //!   lease.rs              a kernel's lock on a file: taken, looked after, let go
+//!   again.rs              a lock taken again by name
 //!   job.rs                the other work on a resource's file, as values
 //!   place.rs              where a resource's file is
 //!   lockspace.rs          a lockspace's directory

@@ -75,6 +75,8 @@ impl State<Saved> {
             estates: estates?,
             fences: fences?,
             watched: watched?,
+            lives: self.lives,
+            here: self.here,
             unreachable: self.unreachable,
             settings: self.settings,
             poll: self.poll,
@@ -185,6 +187,7 @@ fn adopt_client(
         has_called: client.has_called,
         restricted: client.restricted,
         owner: client.owner,
+        life: client.life,
     })
 }
 

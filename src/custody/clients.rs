@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::descriptor::Descriptor;
 use super::servers::Service;
+use crate::host::process::Life;
 use crate::host::stream::Peer;
 use crate::locks::table::Owner;
 use crate::log::Printable;
@@ -67,6 +68,8 @@ pub struct Client<D> {
     pub restricted: bool,
     /// The owner for which its calls are made, once it has registered.
     pub owner: Option<Box<Owner>>,
+    /// The process that made the connection, to be known again; found out when it stands for its owner.
+    pub life: Option<Life>,
 }
 
 impl<D: Descriptor> Client<D> {
@@ -84,6 +87,7 @@ impl<D: Descriptor> Client<D> {
             has_called: false,
             restricted: false,
             owner: None,
+            life: None,
         }
     }
 

@@ -9,6 +9,7 @@ use super::fences::{Fence, Watched};
 use super::servers::{Listening, Server, Service};
 use super::settings::{LogSettings, Settings};
 use crate::host::file::FileIdentity;
+use crate::host::process::Life;
 use crate::locks::lease::LockKind;
 use crate::locks::table::{Mode, Owner, Pid};
 
@@ -186,4 +187,19 @@ pub enum Event<'a> {
     Poll(Number),
     /// Nobody is let in any more: the daemon ends.
     Deaf,
+    /// Where the numbers of processes mean what they do.
+    Here(Here),
+    /// The process that made a client's connection, and stands for its owner, to be known again.
+    ClientIs(Number, Life),
+    /// The same of an owner that is watched or being fenced.
+    OwnerIs(Pid, Life),
+}
+
+/// Where the numbers of processes mean what they do: what is not known is not compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Here {
+    /// The boot of the host.
+    pub boot: Option<[u8; 16]>,
+    /// The pid namespace.
+    pub namespace: Option<u64>,
 }

@@ -7,6 +7,10 @@
 //! interrupts that, one of the two is whole. This module is the only one that knows the encoding
 //! (bincode through serde); the fixtures under `tests/restart/ledgers/` must load for ever.
 //!
+//! The file has a name in the run directory where it can ([`Ledger::move_to_name`]), so that a start which
+//! finds it and nobody's lock on it can take every lock again that it tells of. Such a file must never say
+//! what is not so: it is removed when its daemon ends in order, or goes on without it.
+//!
 //! Layout, integers little-endian:
 //!
 //! ```text
@@ -20,34 +24,39 @@
 //! 64  ..       events
 //! ```
 //!
-//! Before format 3 there was one extent: the bytes of events stood at 16, and they began at 32.
+//! Format 4 has more events than format 3. Before that there was one extent: the bytes of events stood at 16, and they began at 32.
 
+use std::ffi::OsString;
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
-use crate::host::errno::Errno;
+use crate::host::errno::{self, Errno};
 use bincode::error::EncodeError;
 
 use super::descriptor::Saved;
 use super::event::Event;
 use super::state::{Numbers, State};
-use crate::host::memory::{self, Memory};
+use crate::host::memory::{self, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
-/// one had the poll in it; the third has two extents, and tells owners of one process apart.
-pub const VERSION: u32 = 3;
+/// one had the poll in it; the third has two extents, and tells owners of one process apart; the fourth
+/// says how a process is known again.
+pub const VERSION: u32 = 4;
+/// The first one with two extents.
+const FIRST_WITH_EXTENTS: u32 = 3;
 
 pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
-const HEADER: usize = 64;
+pub(super) const HEADER: usize = 64;
 /// The header before format 3.
 pub(super) const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
 pub(super) const CHECKSUM_AT: usize = 24;
-const EXTENTS_AT: usize = 32;
+pub(super) const EXTENTS_AT: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
 /// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
@@ -133,7 +142,92 @@ pub struct Ledger {
     has_hole: bool,
     /// An event that could not be refused is missing: nothing is true until it is written anew.
     is_stale: bool,
+    /// What it is called, or is to be called as soon as that can be.
+    name: Option<PathBuf>,
+    /// Whether it is called so.
+    is_named: bool,
 }
+
+/// What a ledger is called in the run directory.
+pub fn file_in(run_directory: &Path) -> PathBuf {
+    run_directory.join("virtlockd-ledger")
+}
+
+/// Removes a ledger's name in the run directory, if it is this open file's: whoever goes on with the locks
+/// will not write it. Whether it was.
+///
+/// # Errors
+/// Why it is still there, and a later start would believe it.
+pub fn remove_file(run_directory: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
+    remove_name(&file_in(run_directory), descriptor)
+}
+
+fn remove_name(path: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
+    if !memory::is_at(path, descriptor) {
+        return Ok(false);
+    }
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) => Err(errno::of(&error)),
+    }
+}
+
+/// A name beside this one.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// A ledger in the run directory that nobody writes any more.
+#[derive(Debug)]
+pub struct Orphan {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it says.
+    pub state: Result<State<Saved>, Unreadable>,
+    /// As long as this is open nobody else takes it for an orphan.
+    _held: OwnedFd,
+}
+
+impl Orphan {
+    /// Puts it out of the way of the next start, for somebody to look at. Where it is then.
+    pub fn keep_aside(&self) -> PathBuf {
+        let aside = beside(&self.path, ".damaged");
+        match std::fs::rename(&self.path, &aside) {
+            Ok(()) => aside,
+            Err(_) => self.path.clone(),
+        }
+    }
+
+    /// Removes it.
+    pub fn remove(self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Looks for a ledger in the run directory that nobody writes any more. None if there is none, or it is
+/// another daemon's.
+///
+/// # Errors
+/// Why the file cannot be looked at.
+pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
+    let path = file_in(run_directory);
+    // Whoever made a new one and was killed did not finish it.
+    let _ = std::fs::remove_file(beside(&path, NEW));
+    match memory::left_behind(&path)? {
+        LeftBehind::Nothing => Ok(None),
+        LeftBehind::InUse => Err(Errno::EAGAIN),
+        LeftBehind::Free(held) => Ok(Some(Orphan {
+            state: load(&held),
+            path,
+            _held: held,
+        })),
+    }
+}
+
+/// Behind the name of a ledger that does not say everything yet.
+const NEW: &str = ".new";
 
 impl Ledger {
     /// A ledger without events. Where the host refuses a memory file it is in this process's own
@@ -147,9 +241,17 @@ impl Ledger {
         Memory::private(FIRST_SIZE, refusal).map(Ledger::in_memory)
     }
 
-    /// Whether a ledger that can be passed on may be made here, and may grow.
-    pub fn try_out() -> Result<(), Refusal> {
+    /// Whether a ledger that can be passed on may be made here, and may grow: without a name, or in the run
+    /// directory.
+    pub fn try_out(run_directory: &Path) -> Result<(), Refusal> {
         let mut ledger = Ledger::new().map_err(Refusal::of("there is no memory for a ledger"))?;
+        let trial = beside(&file_in(run_directory), ".trial");
+        if ledger.descriptor().is_err()
+            && let Ok(memory) = Memory::named(&trial, FIRST_SIZE)
+        {
+            let _ = std::fs::remove_file(trial);
+            ledger = Ledger::in_memory(memory);
+        }
         let grown = ledger.grow();
         grown.map_err(Refusal::of("there is no memory for a ledger that grows"))?;
         ledger.descriptor().map(drop)
@@ -163,6 +265,8 @@ impl Ledger {
             compact: 0,
             has_hole: false,
             is_stale: false,
+            name: None,
+            is_named: false,
         };
         let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
         if let Some(place) = ledger.memory.bytes_mut().get_mut(..head.len()) {
@@ -191,11 +295,114 @@ impl Ledger {
             // Whoever wrote it may have given it back.
             has_hole: true,
             is_stale: false,
+            name: None,
+            is_named: false,
         };
         ledger.reopen();
         // To map the file at once has brought back what was given back.
         let _ = ledger.memory.empty(HEADER..ledger.live.start);
         Ok((state, Some(ledger)))
+    }
+
+    /// It is to be called so from now on. True if it is already.
+    pub fn call(&mut self, name: PathBuf) -> bool {
+        let descriptor = self.memory.descriptor();
+        self.is_named = descriptor.is_ok_and(|descriptor| memory::is_at(&name, descriptor));
+        self.name = Some(name);
+        self.is_named
+    }
+
+    /// Whether it is to have a name and has none.
+    pub fn wants_name(&self) -> bool {
+        self.name.is_some() && !self.is_named
+    }
+
+    /// Writes these events into a new file, which is given the name when it says all of them, and goes on
+    /// with it. Up to that step the file that had the name is whole, from it on the new one. The number of
+    /// the descriptor stays.
+    ///
+    /// # Errors
+    /// Why that cannot be: then this ledger stays as it is, and so does the name.
+    pub fn move_to_name<'a>(
+        &mut self,
+        events: impl Iterator<Item = Event<'a>> + Clone,
+    ) -> Result<(), Refusal> {
+        let Some(name) = self.name.clone() else {
+            return Ok(());
+        };
+        let before = memory::left_behind(&name).unwrap_or(LeftBehind::Nothing);
+        if matches!(before, LeftBehind::InUse) {
+            return Err(Refusal {
+                what: "another daemon has its ledger in the run directory",
+                reason: Errno::EEXIST,
+            });
+        }
+        let new = beside(&name, NEW);
+        let mut another = Memory::named(&new, FIRST_SIZE).map(Ledger::in_memory)?;
+        let written = another
+            .rewrite(events)
+            .map_err(Refusal::of("the ledger cannot be written (fallocate)"))
+            .and_then(|()| another.descriptor().map(drop))
+            .and_then(|()| {
+                std::fs::rename(&new, &name).map_err(Refusal::of(
+                    "the ledger in the run directory cannot be put in place (rename)",
+                ))
+            });
+        if let Err(refusal) = written {
+            let _ = std::fs::remove_file(&new);
+            return Err(refusal);
+        }
+        let Ledger {
+            memory,
+            which,
+            live,
+            compact,
+            ..
+        } = another;
+        if let Err(reason) = self.memory.replace(memory) {
+            let _ = std::fs::remove_file(&name);
+            return Err(Refusal {
+                what: "the ledger cannot be put in the old one's place (dup3)",
+                reason,
+            });
+        }
+        (self.which, self.live, self.compact) = (which, live, compact);
+        (self.is_stale, self.is_named) = (false, true);
+        Ok(())
+    }
+
+    /// Writes these events into memory that can be passed on, and goes on with it. False if there is none.
+    pub fn move_to_memory<'a>(&mut self, events: impl Iterator<Item = Event<'a>> + Clone) -> bool {
+        let Ok(mut another) = Ledger::new() else {
+            return false;
+        };
+        if another.descriptor().is_err()
+            || another.rewrite(events).is_err()
+            || another.descriptor().is_err()
+        {
+            return false;
+        }
+        another.name = self.name.take();
+        *self = another;
+        true
+    }
+
+    /// It has no name any more, until it is moved to it again: somebody goes on who does not write it.
+    pub fn lose_name(&mut self) {
+        if !std::mem::take(&mut self.is_named) {
+            return;
+        }
+        let (Some(name), Ok(descriptor)) = (&self.name, self.memory.descriptor()) else {
+            return;
+        };
+        if let Err(reason) = remove_name(name, descriptor) {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The ledger '{}' is not true any more and cannot be removed: {}. Remove it before a                  daemon is started again",
+                name.display(),
+                errno::text(reason)
+            );
+        }
     }
 
     /// Appends an event. If that fails nothing was appended, and what the event says must not
@@ -329,14 +536,47 @@ impl Ledger {
             .and_then(NonZeroUsize::new)
             .ok_or(Errno::EFBIG)?;
         let could = self.descriptor().is_ok();
-        self.memory.grow(size)?;
+        match self.memory.grow(size) {
+            Err(reason) if self.is_named => self.grow_without_name(size, reason)?,
+            grown => grown?,
+        }
         if could && let Err(refusal) = self.descriptor() {
+            // Nobody writes the file any more.
+            self.remove_old_name();
             tracing::error!(
                 "{refusal}. The daemon goes on without a ledger that could be passed on: SIGUSR1 is \
                  refused, unless it is for libvirt's own daemon, as long as the host refuses this"
             );
         }
         Ok(())
+    }
+
+    /// What fills the run directory must not keep locks from being granted: it goes on in memory that has
+    /// no name.
+    fn grow_without_name(&mut self, size: NonZeroUsize, reason: Errno) -> Result<(), Errno> {
+        let mut memory = Memory::new(size)?;
+        memory.descriptor().map_err(|refusal| refusal.reason)?;
+        let written = self.memory.bytes();
+        if let Some(place) = memory.bytes_mut().get_mut(..written.len()) {
+            place.copy_from_slice(written);
+        }
+        self.memory.replace(memory)?;
+        self.remove_old_name();
+        tracing::error!(
+            "The ledger in the run directory cannot grow: {}. The daemon goes on with one that has no \
+             name: should all its processes be killed at once, the locks are lost. Make room there",
+            errno::text(reason)
+        );
+        Ok(())
+    }
+
+    /// What has the name is not this ledger any more.
+    fn remove_old_name(&mut self) {
+        if std::mem::take(&mut self.is_named)
+            && let Some(name) = &self.name
+        {
+            let _ = std::fs::remove_file(name);
+        }
     }
 
     fn write_extent(&mut self, which: usize, events: Range<usize>) {
@@ -427,7 +667,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     let is_closed = word(VERSION_AT) >> 32 != 0;
     let (which, start, length) = match version {
         1 | 2 => (0, OLD_HEADER as u64, word(16)),
-        VERSION => {
+        FIRST_WITH_EXTENTS..=VERSION => {
             let which = match word(WHICH_AT) {
                 0 => 0,
                 1 => 1,
@@ -443,7 +683,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     let Some(bytes) = content.get(events.clone()) else {
         return Err(Unreadable::Damaged("it is cut short".into()));
     };
-    if version == VERSION && events.start < HEADER {
+    if version >= FIRST_WITH_EXTENTS && events.start < HEADER {
         return Err(Unreadable::Damaged("its events are in its header".into()));
     }
     if is_closed && checksum(bytes) != word(CHECKSUM_AT) {

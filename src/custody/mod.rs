@@ -9,6 +9,7 @@
 
 pub mod adopt;
 pub mod clients;
+pub mod cold;
 pub mod descriptor;
 pub mod earlier;
 pub mod event;
@@ -22,12 +23,13 @@ pub mod settings;
 pub mod state;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use crate::host::errno::Errno;
 
 use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::descriptor::{Descriptor, Number, Open};
-use self::event::{Event, OwnerRecord};
+use self::event::{Event, Here, OwnerRecord};
 use self::fences::{Fence, Stage, Watched};
 use self::ledger::Ledger;
 use self::servers::{Listening, Server, Service};
@@ -36,7 +38,9 @@ use self::state::{Left, Source, State};
 use crate::host::clock::Moment;
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
+use crate::host::process::{self, Life};
 use crate::host::refusal::Refusal;
+use crate::host::stream;
 use crate::locks::table::{Owner, Pid, ResourceId};
 
 /// What a connection or a lock usually takes of the ledger at most, bytes.
@@ -265,6 +269,36 @@ impl Custody {
         }
         let event = Event::Registered(Number(id.0), owner.into());
         self.record(event, Given::of_owner(owner));
+        self.note_life_of_client(id);
+    }
+
+    /// A client that stands for its owner is to be known again, should all processes of this daemon be
+    /// killed: once a connection.
+    fn note_life_of_client(&mut self, id: ClientId) {
+        let Some(client) = self.state.client(id) else {
+            return;
+        };
+        if client.life.is_some() || client.own_owner().is_none() {
+            return;
+        }
+        let life = match client.arrival.start_time {
+            Some(start) => Ok(Life::Start(start.get())),
+            None => stream::peer_process(&client.socket)
+                .and_then(|process| process::life(process.pidfd(), client.peer().pid)),
+        };
+        // Unknown, its locks are kept as those of somebody who cannot be seen.
+        if let Ok(life) = life {
+            self.record(Event::ClientIs(Number(id.0), life), Given::default());
+        }
+    }
+
+    /// The same of an owner whose process is watched or being fenced.
+    fn note_life_of_owner(&mut self, pid: Pid, life: Option<Life>) {
+        if let Some(life) = life
+            && self.state.lives().get(&pid) != Some(&life)
+        {
+            self.record(Event::OwnerIs(pid, life), Given::default());
+        }
     }
 
     /// A client gave up its right to call.
@@ -309,6 +343,7 @@ impl Custody {
 
     /// An owner is to be fenced: it was sent SIGTERM.
     pub fn fencing(&mut self, pid: Pid, process: OwnedFd, next_step: Moment) {
+        let life = process::life(&process, pid).ok();
         let event = Event::Fencing(Fence {
             pid,
             process: process.number(),
@@ -320,6 +355,7 @@ impl Custody {
             ..Given::default()
         };
         self.record(event, given);
+        self.note_life_of_owner(pid, life);
     }
 
     /// The fencing of an owner took its next step.
@@ -363,6 +399,8 @@ impl Custody {
     /// An owner holds something without a connection of its own: it is watched through this pidfd, or
     /// cannot be seen. What it was watched through before is closed.
     pub fn watches(&mut self, pid: Pid, process: Option<OwnedFd>) {
+        let life = process.as_ref();
+        let life = life.and_then(|process| process::life(process, pid).ok());
         let event = Event::Watched(Watched {
             pid,
             process: process.as_ref().map(Descriptor::number),
@@ -372,6 +410,7 @@ impl Custody {
             ..Given::default()
         };
         self.record(event, given);
+        self.note_life_of_owner(pid, life);
     }
 
     /// An owner is not watched any more: what it was watched through, to be closed.
@@ -394,26 +433,53 @@ impl Custody {
     /// # Errors
     /// Those of the memory file.
     pub fn renew(&mut self) -> Result<(), Errno> {
-        if self.ledger.descriptor().is_err() && self.renew_elsewhere() {
+        let is_elsewhere = self.ledger.wants_name() || self.ledger.descriptor().is_err();
+        if is_elsewhere && self.renew_elsewhere() {
             return Ok(());
         }
         self.ledger.rewrite(self.state.entries())
     }
 
-    /// What the host refused once it may allow by now: a ledger that cannot be passed on is written anew
-    /// into one that can. False if there is none, and then it stays as it is.
+    /// What the host refused once it may allow by now: a ledger that has no name, or cannot be passed on,
+    /// is written anew into one that has, or can. False if there is none, and then it stays as it is.
     fn renew_elsewhere(&mut self) -> bool {
-        let Ok(mut another) = Ledger::new() else {
-            return false;
-        };
-        if another.descriptor().is_err()
-            || another.rewrite(self.state.entries()).is_err()
-            || another.descriptor().is_err()
-        {
-            return false;
+        if self.ledger.wants_name() && self.ledger.move_to_name(self.state.entries()).is_ok() {
+            return true;
         }
-        self.ledger = another;
-        true
+        self.ledger.descriptor().is_err() && self.ledger.move_to_memory(self.state.entries())
+    }
+
+    /// From now on the ledger is in this directory, if it can be, so that a start after the death of all
+    /// processes finds it. A file there that nobody writes any more has said all that it had to say.
+    pub fn keep_in(&mut self, run_directory: &Path) {
+        let here = Here {
+            boot: process::boot(),
+            namespace: process::namespace(),
+        };
+        if self.state.here() != Some(here) {
+            self.record(Event::Here(here), Given::default());
+        }
+        if self.ledger.call(ledger::file_in(run_directory)) {
+            return;
+        }
+        let Err(refusal) = self.ledger.move_to_name(self.state.entries()) else {
+            return;
+        };
+        tracing::warn!(
+            target: "locking.lock_daemon",
+            "{refusal}. The daemon serves with a ledger that has no name: should all its processes be \
+             killed at once, the next start does not have the locks"
+        );
+        // It says what was.
+        if let Ok(Some(orphan)) = ledger::find_orphan(run_directory) {
+            orphan.remove();
+        }
+    }
+
+    /// Somebody else goes on with the locks who does not write the ledger, or nobody does: a later start must
+    /// not find it.
+    pub fn leaves_file(&mut self) {
+        self.ledger.lose_name();
     }
 
     /// Whether the ledger has grown too long, or lacks something, and is to be written anew.
@@ -483,7 +549,11 @@ impl Custody {
         traffic: impl Iterator<Item = (ClientId, Traffic)>,
     ) -> Result<Memory, Errno> {
         let traffic = traffic.map(|(id, it)| Event::Traffic(Number(id.0), Box::new(it)));
-        earlier::write(version, self.state.entries_of_the_living().chain(traffic))
+        if earlier::knows_the_watched(version) {
+            earlier::write(version, self.state.entries().chain(traffic))
+        } else {
+            earlier::write(version, self.state.entries_of_the_living().chain(traffic))
+        }
     }
 
     /// Goes on after a handover that failed.

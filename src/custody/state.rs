@@ -7,13 +7,14 @@ use foldhash::HashMap;
 
 use super::clients::{Arrival, Client, ClientId, Standing, Traffic};
 use super::descriptor::{Descriptor, Form, Number, Saved};
-use super::event::{Event, OwnerRecord, ResourceName};
+use super::event::{Event, Here, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
 use super::own_connections::{Own, OwnConnections};
 use super::roll::Roll;
 use super::servers::{Both, Listening, Server, Service};
 use super::settings::Settings;
 use crate::host::file::FileIdentity;
+use crate::host::process::Life;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::table::{Granted, Owner, OwnerKey, Pid, Resource, ResourceId, Table};
 use crate::log::Printable;
@@ -40,6 +41,10 @@ pub struct State<F: Form> {
     pub(in crate::custody) estates: VecDeque<Estate<F::File>>,
     pub(in crate::custody) fences: HashMap<Pid, Fence<F::Other>>,
     pub(in crate::custody) watched: HashMap<Pid, Watched<F::Other>>,
+    /// The processes that are watched or being fenced, to be known again.
+    pub(in crate::custody) lives: HashMap<Pid, Life>,
+    /// Where the numbers of processes mean what they do.
+    pub(in crate::custody) here: Option<Here>,
     pub(in crate::custody) unreachable: BTreeSet<Pid>,
     pub(in crate::custody) settings: Settings,
     pub(in crate::custody) poll: Option<Number>,
@@ -71,6 +76,8 @@ impl<F: Form> Default for State<F> {
             estates: VecDeque::new(),
             fences: HashMap::default(),
             watched: HashMap::default(),
+            lives: HashMap::default(),
+            here: None,
             unreachable: BTreeSet::new(),
             settings: Settings::default(),
             poll: None,
@@ -295,6 +302,7 @@ impl<F: Form> State<F> {
             Event::Fencing(fence) => return self.fence(fence, source),
             Event::Fenced(pid) => {
                 let fence = self.fences.remove(&pid);
+                self.forget_life(pid);
                 return Ok(fence.map_or(Left::Nothing, |fence| Left::Process(fence.process)));
             }
             Event::Unreachable(pid) => _ = self.unreachable.insert(pid),
@@ -304,7 +312,14 @@ impl<F: Form> State<F> {
                 let before = self.watched.insert(pid, Watched { pid, process });
                 return Ok(process_of(before));
             }
-            Event::Unwatched(pid) => return Ok(process_of(self.watched.remove(&pid))),
+            Event::Unwatched(pid) => {
+                let before = self.watched.remove(&pid);
+                self.forget_life(pid);
+                return Ok(process_of(before));
+            }
+            Event::Here(here) => self.here = Some(here),
+            Event::ClientIs(number, life) => self.client_mut(number)?.life = Some(life),
+            Event::OwnerIs(pid, life) => _ = self.lives.insert(pid, life),
             Event::Server(service, server) => *self.servers.of_mut(service) = server,
             Event::Listening(listening) => {
                 let Listening {
@@ -328,6 +343,13 @@ impl<F: Form> State<F> {
         }
         Ok(Left::Nothing)
     }
+
+    fn forget_life(&mut self, pid: Pid) {
+        if !self.fences.contains_key(&pid) && !self.watched.contains_key(&pid) {
+            self.lives.remove(&pid);
+        }
+    }
+
     fn client_mut(&mut self, number: Number) -> Result<&mut Client<F::Other>, String> {
         self.clients
             .get_mut(number.0)
@@ -415,6 +437,11 @@ impl<F: Form> State<F> {
         for number in numbers {
             self.stands_from_now(Number(number));
         }
+    }
+
+    /// Makes room for so many locks.
+    pub(in crate::custody) fn reserve_locks(&mut self, count: usize) {
+        self.table.reserve(count);
     }
 
     /// How many files dead owners left that are still to be freed.
@@ -617,6 +644,16 @@ impl<F: Form> State<F> {
         &self.watched
     }
 
+    /// The process of an owner that is watched or being fenced, to be known again.
+    pub fn lives(&self) -> &HashMap<Pid, Life> {
+        &self.lives
+    }
+
+    /// Where the numbers of processes mean what they do; `None` if nobody has said so.
+    pub fn here(&self) -> Option<Here> {
+        self.here
+    }
+
     /// Whether an owner holds something that is to be fenced and whose process cannot be reached.
     pub fn has_unreachable(&self) -> bool {
         self.unreachable.iter().any(|pid| self.table.holds(*pid))
@@ -700,6 +737,7 @@ impl<F: Form> State<F> {
     }
 
     fn entries_of(&self, has_estates: bool) -> impl Iterator<Item = Event<'_>> + Clone {
+        let here = self.here.map(Event::Here).into_iter();
         let settings = std::iter::once_with(|| Event::Process(Box::new(self.settings.clone())));
         let listeners = self.listeners.iter();
         let listeners = listeners.map(|it| Event::Listening(it.by_number()));
@@ -716,11 +754,13 @@ impl<F: Form> State<F> {
         let fences = fences.map(|fence| Event::Fencing(fence.by_number()));
         let watched = self.watched.values();
         let watched = watched.map(|watched| Event::Watched(watched.by_number()));
+        let lives = self.lives.iter();
+        let lives = lives.map(|(pid, life)| Event::OwnerIs(*pid, *life));
         let unreachable = self.unreachable.iter().copied().map(Event::Unreachable);
         // Behind the clients, whose numbers would otherwise raise the next one.
         let servers = Service::ALL.into_iter();
         let servers = servers.map(|it| Event::Server(it, *self.servers.of(it)));
-        settings
+        here.chain(settings)
             .chain(listeners)
             .chain(clients.flat_map(client_entries))
             .chain(traffic)
@@ -730,6 +770,7 @@ impl<F: Form> State<F> {
             .chain(held)
             .chain(fences)
             .chain(watched)
+            .chain(lives)
             .chain(unreachable)
             .chain(servers)
             .chain(self.poll.map(Event::Poll))
@@ -752,6 +793,7 @@ fn client_entries<D: Descriptor>(client: &Client<D>) -> impl Iterator<Item = Eve
     std::iter::once(Event::Connected(number, client.arrival))
         .chain(client.has_called.then_some(Event::Called(number)))
         .chain(owner.map(|owner| Event::Registered(number, owner.into())))
+        .chain(client.life.map(|life| Event::ClientIs(number, life)))
         .chain(client.restricted.then_some(Event::Restricted(number)))
         .chain(client.is_over().then_some(Event::Leaving(number)))
 }

@@ -1,5 +1,10 @@
-//! A memory file (memfd_create(2)) that is written through a mapping: appending to it costs no
-//! system call, and what was written outlives the process image that wrote it.
+//! A memory file that is written through a mapping: appending to it costs no system call, and what was
+//! written outlives the process image that wrote it.
+//!
+//! It may have a name in a file system that is memory itself (tmpfs(5)): then what was written also outlives
+//! every process that had it open. Such a file is locked as a whole for as long as anybody has it open
+//! through the same open file, also over exec: so whoever finds one that is not locked knows that nobody
+//! writes it any more. Without a name (memfd_create(2)) it goes with the last process that has it open.
 //!
 //! Where the host refuses such a file, the same bytes lie in the process's own memory: everything works
 //! but passing them on.
@@ -7,15 +12,18 @@
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap, munmap};
-use nix::sys::stat::fstat;
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, lstat};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
+use super::descriptors;
 use super::errno::{self, Errno};
 use super::patience::{patiently, while_it_may_pass};
 use super::refusal::Refusal;
@@ -55,6 +63,32 @@ impl Memory {
             Ok(file) => Ok(Memory(Place::File(file))),
             Err(refusal) if is_lack(refusal.reason) => Err(refusal.reason),
             Err(refusal) => Memory::private(size, refusal),
+        }
+    }
+
+    /// New memory of `size` bytes in a file of this name, which nobody else may read and which is locked
+    /// from the start. What had the name before loses it.
+    ///
+    /// # Errors
+    /// What the host refuses, or what there is not enough of; there is no such name then.
+    pub fn named(path: &Path, size: NonZeroUsize) -> Result<Memory, Refusal> {
+        let made = File::named(path, size).map(|file| Memory(Place::File(file)));
+        made.inspect_err(|_| {
+            let _ = std::fs::remove_file(path);
+        })
+    }
+
+    /// Goes on with other memory. The number of the descriptor stays, if there was one.
+    ///
+    /// # Errors
+    /// Why the number cannot mean the other file; then nothing has changed.
+    pub fn replace(&mut self, another: Memory) -> Result<(), Errno> {
+        match (&mut self.0, another.0) {
+            (Place::File(file), Place::File(other)) => file.replace(other),
+            (place, other) => {
+                *place = other;
+                Ok(())
+            }
         }
     }
 
@@ -196,6 +230,38 @@ impl File {
     fn new(size: NonZeroUsize) -> Result<File, Refusal> {
         let descriptor = memfd_create(c"virtlockd-ledger", MFdFlags::MFD_CLOEXEC)
             .map_err(Refusal::of("a memory file cannot be made (memfd_create)"))?;
+        File::of(descriptor, size)
+    }
+
+    fn named(path: &Path, size: NonZeroUsize) -> Result<File, Refusal> {
+        // One that a killed process did not finish.
+        let _ = std::fs::remove_file(path);
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let descriptor = open(path, flags | OFlag::O_NOFOLLOW, mode)
+            .map_err(Refusal::of("a file in the run directory cannot be made"))?;
+        // Elsewhere a mapping waits for a disk or a server, and a page that cannot be had is a signal.
+        let file_system = fstatfs(&descriptor).map_err(Refusal::of(
+            "the file system of the run directory cannot be looked at (fstatfs)",
+        ))?;
+        if file_system.filesystem_type() != TMPFS_MAGIC {
+            return Err(Refusal {
+                what: "the run directory is not in memory (tmpfs)",
+                reason: Errno::EOPNOTSUPP,
+            });
+        }
+        if !lock(&descriptor).map_err(Refusal::of(
+            "a file in the run directory cannot be locked (fcntl)",
+        ))? {
+            return Err(Refusal {
+                what: "a new file in the run directory is somebody's already",
+                reason: Errno::EEXIST,
+            });
+        }
+        File::of(descriptor, size)
+    }
+
+    fn of(descriptor: OwnedFd, size: NonZeroUsize) -> Result<File, Refusal> {
         allocate(&descriptor, size)?;
         let start = map(&descriptor, size, MapFlags::empty())?;
         Ok(File {
@@ -203,6 +269,14 @@ impl File {
             start,
             size,
         })
+    }
+
+    fn replace(&mut self, mut another: File) -> Result<(), Errno> {
+        descriptors::put_in_place(&another.descriptor, self.descriptor.as_raw_fd())?;
+        // The mappings outlive what they were made of; the other's goes with the old one's.
+        std::mem::swap(&mut self.start, &mut another.start);
+        std::mem::swap(&mut self.size, &mut another.size);
+        Ok(())
     }
 
     fn grow(&mut self, size: NonZeroUsize) -> Result<(), Refusal> {
@@ -316,6 +390,63 @@ fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Refusal> {
         ))
 }
 
+/// Locks a file as a whole, for as long as its open file is anybody's. False if somebody else has it locked.
+fn lock(descriptor: &OwnedFd) -> Result<bool, Errno> {
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole)).map_err(Errno::from) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// A file that somebody left at a name.
+#[derive(Debug)]
+pub enum LeftBehind {
+    /// There is none.
+    Nothing,
+    /// Somebody writes it still.
+    InUse,
+    /// Nobody does; nobody else can begin to as long as this is open.
+    Free(OwnedFd),
+}
+
+/// Looks for a file that was made with [`Memory::named`] by somebody who may be gone.
+///
+/// # Errors
+/// Why it cannot be looked at.
+pub fn left_behind(path: &Path) -> Result<LeftBehind, Errno> {
+    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let descriptor = match open(path, flags, Mode::empty()).map_err(Errno::from) {
+        Ok(descriptor) => descriptor,
+        Err(Errno::ENOENT) => return Ok(LeftBehind::Nothing),
+        Err(errno) => return Err(errno),
+    };
+    if SFlag::from_bits_truncate(fstat(&descriptor)?.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(Errno::EINVAL);
+    }
+    Ok(if lock(&descriptor)? {
+        LeftBehind::Free(descriptor)
+    } else {
+        LeftBehind::InUse
+    })
+}
+
+/// Whether a name leads to this open file.
+pub fn is_at(path: &Path, file: impl AsFd) -> bool {
+    let key = |stat: FileStat| (stat.st_dev, stat.st_ino);
+    match (lstat(path), fstat(file)) {
+        (Ok(there), Ok(held)) => key(there) == key(held),
+        _ => false,
+    }
+}
+
 /// The content of a memory file that was passed on, whatever its file offset.
 pub fn read(descriptor: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let length = usize::try_from(fstat(descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
@@ -350,6 +481,23 @@ mod tests {
         let content = read(memory.descriptor().unwrap()).unwrap();
         assert_eq!((&content[..5], content[(1 << 20) - 1]), (&b"state"[..], 7));
         assert_eq!(memory.bytes(), content);
+    }
+
+    #[test]
+    fn memory_that_takes_the_place_of_other_memory_has_its_number() {
+        let page = NonZeroUsize::new(4096).unwrap();
+        let mut memory = Memory::new(page).unwrap();
+        let number = memory.descriptor().unwrap().as_raw_fd();
+        let mut another = Memory::new(NonZeroUsize::new(8192).unwrap()).unwrap();
+        another.bytes_mut()[..5].copy_from_slice(b"state");
+        memory.replace(another).unwrap();
+        assert_eq!(memory.descriptor().unwrap().as_raw_fd(), number);
+        memory.bytes_mut()[8191] = 7;
+        assert_eq!(read(memory.descriptor().unwrap()).unwrap(), memory.bytes());
+        assert_eq!(
+            (&memory.bytes()[..5], memory.bytes()[8191]),
+            (&b"state"[..], 7)
+        );
     }
 
     #[test]

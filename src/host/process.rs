@@ -4,10 +4,12 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
+use nix::sys::stat::fstat;
+use nix::sys::statfs::{FsType, fstatfs};
 
 use super::errno::Errno;
 
@@ -27,6 +29,62 @@ pub fn started() -> u32 {
         0 => std::process::id(),
         number => number,
     }
+}
+
+/// What tells a process from every other one of the same number, as long as the host is up: to know it
+/// again without a descriptor of it.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+pub enum Life {
+    /// The inode of its pidfds, which no other process of this boot has (Linux 6.9).
+    Inode(u64),
+    /// When it started, clock ticks since boot.
+    Start(u64),
+}
+
+/// The device of all pidfds, where these have inodes of their own; [`UNASKED`] or [`NONE`].
+static PIDFD_DEVICE: AtomicU64 = AtomicU64::new(UNASKED);
+const UNASKED: u64 = u64::MAX;
+const NONE: u64 = u64::MAX - 1;
+
+/// PID_FS_MAGIC of linux/magic.h: before it, all pidfds were one inode.
+const PIDFD_FILE_SYSTEM: FsType = FsType(0x5049_4446);
+
+/// What tells the process of a pidfd, whose number is `pid`, from every other. ESRCH if it has ended and
+/// cannot be told any more.
+pub fn life(pidfd: &OwnedFd, pid: i32) -> Result<Life, Errno> {
+    let found = fstat(pidfd)?;
+    if PIDFD_DEVICE.load(Ordering::Relaxed) == UNASKED {
+        let has_own = fstatfs(pidfd)?.filesystem_type() == PIDFD_FILE_SYSTEM;
+        let device = if has_own { found.st_dev } else { NONE };
+        PIDFD_DEVICE.store(device, Ordering::Relaxed);
+    }
+    if found.st_dev == PIDFD_DEVICE.load(Ordering::Relaxed) {
+        return Ok(Life::Inode(found.st_ino));
+    }
+    let started = start_time(pid)?;
+    // Asked by its number: it was its own until here if it is not dead.
+    if is_dead(pidfd) {
+        return Err(Errno::ESRCH);
+    }
+    Ok(Life::Start(started))
+}
+
+/// Which boot of the host this is. `None` if that cannot be found out.
+pub fn boot() -> Option<[u8; 16]> {
+    let text = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
+    let digits: Vec<u8> = text.into_iter().filter(u8::is_ascii_hexdigit).collect();
+    let number = std::str::from_utf8(&digits).ok()?;
+    let number = u128::from_str_radix(number, 16).ok()?;
+    (digits.len() == 32).then_some(number.to_be_bytes())
+}
+
+/// In which pid namespace this process is: in another one numbers mean other processes. `None` if that
+/// cannot be found out.
+pub fn namespace() -> Option<u64> {
+    let found = nix::sys::stat::stat("/proc/self/ns/pid").ok()?;
+    Some(found.st_ino)
 }
 
 /// A process that cannot be confused with a later one of the same number.
@@ -257,6 +315,24 @@ mod tests {
             Process::open(own_pid(), start + 1).err(),
             Some(Errno::ESRCH)
         );
+    }
+
+    #[test]
+    fn a_process_is_known_again_and_no_other_is_taken_for_it() {
+        let life_of = |pid| {
+            let process = Process::open_any(pid).unwrap();
+            life(process.pidfd(), pid)
+        };
+        let own = life_of(own_pid()).unwrap();
+        assert_eq!(life_of(own_pid()), Ok(own));
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let other = life_of(i32::try_from(child.id()).unwrap()).unwrap();
+        // Clock ticks are long: two processes may have started in the same one, under two numbers.
+        assert!(other != own || matches!(own, Life::Start(_)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(boot().map(|id| id.len()), Some(16));
+        assert!(namespace().is_some());
     }
 
     #[test]

@@ -299,6 +299,9 @@ fn set_up(
         idle_timeout_s,
         ..settings
     });
+    let run_directory = Paths::of_this_process().run_directory;
+    reactor.custody_mut().keep_in(&run_directory);
+    serve::say_what_is_refused(reactor);
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
     }

@@ -2,6 +2,7 @@
 //! itself. [`start`] has the order and knows all the others; none knows it.
 #![forbid(unsafe_code)]
 
+pub mod cold_start;
 pub mod go_on;
 pub mod guardian;
 pub mod plan;

@@ -75,5 +75,5 @@ fn try_out() -> Result<(), Refusal> {
     plan::raise_limit();
     let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())), None)?;
     reactor.try_out()?;
-    Ledger::try_out()
+    Ledger::try_out(&Paths::of_this_process().run_directory)
 }

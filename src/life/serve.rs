@@ -4,6 +4,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use super::cold_start;
 use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
@@ -47,7 +48,8 @@ pub fn serve(
     run(ManuallyDrop::new(reactor), pid_file, desk)
 }
 
-/// The reactor with its sockets, ready to run.
+/// The reactor with its sockets, ready to run. What a daemon that was killed has left is taken before
+/// anybody can connect.
 fn open_for_clients(
     plan: Plan,
     activation: Activation,
@@ -55,29 +57,28 @@ fn open_for_clients(
     desk: Guarded,
 ) -> Result<Reactor, StartError> {
     let descriptors = plan::raise_limit();
-    let listeners = Listeners::open(activation, &plan.paths)
+    let limits = plan::client_limits(&plan.config, descriptors);
+    let paths = plan.paths.clone();
+    let mut reactor = reactor(plan, descriptors, pid_file, desk)?;
+    reactor.configure(limits);
+    let left =
+        cold_start::take_again(&mut reactor, &paths.run_directory, limits).map_err(refused)?;
+    let listeners = Listeners::open(activation, &paths)
         .map_err(|error| StartError::new(ExitCode::Network, error))?;
-    let paths = listeners.paths();
+    left.settle(&mut reactor);
+    let sockets = listeners.paths();
     // They are closed by then, so there are descriptors to ask whether anybody else listens.
-    serving_reactor(plan, listeners, descriptors, pid_file, desk)
-        .inspect_err(|_| paths.iter().for_each(|path| listen::remove_socket(path)))
+    serving_reactor(reactor, listeners)
+        .inspect_err(|_| sockets.iter().for_each(|path| listen::remove_socket(path)))
 }
 
-fn serving_reactor(
-    plan: Plan,
-    listeners: Listeners,
-    descriptors: u64,
-    pid_file: Option<&PidFile>,
-    desk: Guarded,
-) -> Result<Reactor, StartError> {
-    let limits = plan::client_limits(&plan.config, descriptors);
-    let mut reactor = reactor(plan, descriptors, pid_file, desk)?;
+fn serving_reactor(mut reactor: Reactor, listeners: Listeners) -> Result<Reactor, StartError> {
+    say_what_is_refused(&reactor);
     // Nothing is lost yet: what is only lacking now is better had than done without for ever.
     let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
     if let Some(lack) = refusals.find(|refusal| errno::may_pass(refusal.reason)) {
         return Err(refused(lack));
     }
-    reactor.configure(limits);
     let lock = listeners.lock.into_iter().map(|one| (one, Service::Lock));
     let admin = listeners.admin.into_iter().map(|one| (one, Service::Admin));
     for (listener, service) in lock.chain(admin) {
@@ -102,7 +103,6 @@ pub fn reactor(
     let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
     let reload = Box::new(move || plan.reload(descriptors));
     let mut reactor = Reactor::new(reload, desk.ok()).map_err(refused)?;
-    say_what_is_refused(&reactor);
     if let Err(refusal) = desk {
         say_that_it_dies_alone(refusal);
     }
@@ -168,7 +168,7 @@ pub fn refused(refusal: Refusal) -> StartError {
 }
 
 /// Says what the host refuses, and what that costs.
-fn say_what_is_refused(reactor: &Reactor) {
+pub fn say_what_is_refused(reactor: &Reactor) {
     for (way, refusal) in reactor.refusals() {
         let Some(refusal) = refusal else {
             continue;

@@ -126,7 +126,8 @@ fn guarded(
 /// What a guardian needs, unless the host refuses some of it for ever.
 fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refusal> {
     // Without one nobody could go on from where a reactor dies.
-    match while_it_may_pass(Ledger::try_out) {
+    let run_directory = Paths::of_this_process().run_directory;
+    match while_it_may_pass(|| Ledger::try_out(&run_directory)) {
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }

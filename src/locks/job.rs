@@ -24,7 +24,7 @@ impl End<()> {
     /// lock file and nothing else: it goes. In the default lockspace it may be a disk: only what the
     /// daemon made goes.
     #[inline]
-    pub fn of(resource: &Resource<Lease>) -> End<()> {
+    pub fn of<D>(resource: &Resource<Lease<D>>) -> End<()> {
         let is_ours = !resource.lockspace().is_empty() || resource.lease.created;
         End {
             place: (),

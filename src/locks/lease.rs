@@ -70,7 +70,7 @@ pub enum Stranger {
 
 impl Stranger {
     /// Who kept us from locking a file. They may be gone by now.
-    fn of(file: &Lockable, wanted: LockType) -> Stranger {
+    pub(in crate::locks) fn of(file: &Lockable, wanted: LockType) -> Stranger {
         match file::holder(file, wanted) {
             Ok(Conflict::Process(pid)) => Stranger::Process(pid),
             Ok(Conflict::OpenFile) => Stranger::ThisHost,

@@ -1,9 +1,10 @@
 //! Who holds what. This room knows owners and files; sockets and messages are not its business.
 //!
-//! [`table`] decides, on plain data; [`lease`] opens and locks a file, [`job`] is the rest of the work on
-//! one; [`holder`] says in words who has it. The room above puts them together.
+//! [`table`] decides, on plain data; [`lease`] opens and locks a file, [`again`] one that was locked before,
+//! [`job`] is the rest of the work on one; [`holder`] says in words who has it. The room above puts them together.
 #![forbid(unsafe_code)]
 
+pub mod again;
 pub mod holder;
 pub mod job;
 pub mod lease;

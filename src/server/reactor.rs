@@ -48,6 +48,7 @@ use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::host::{descriptors, heap, notify};
+use crate::locks::table::Pid;
 use crate::log::{self, Printable};
 
 /// How many connections on which something happened have their turn between two polls.
@@ -342,6 +343,16 @@ impl Reactor {
             .for_each(|pid| owners.follow_watched(pid));
         owners.watch_the_unwatched();
         Ok(())
+    }
+
+    /// Fences an owner of which `what` says that somebody else has by now what it writes to.
+    pub fn fence_the_robbed(&mut self, pid: Pid, process: OwnedFd, what: &str) {
+        self.owners().fence_the_robbed(pid, process, what);
+    }
+
+    /// Fences an owner that left while it held locks.
+    pub fn fence_who_left(&mut self, pid: Pid, process: OwnedFd) {
+        self.owners().fence(pid, process);
     }
 
     /// Goes on with the poll of an earlier image of this process, which watches the connections

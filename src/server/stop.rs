@@ -63,6 +63,8 @@ impl Owners<'_> {
             }
         }
         while self.free_some() {}
+        // Nobody has anything any more: the next start must not look for it.
+        self.custody.leaves_file();
     }
 
     /// The end must not take longer: who is still being fenced is named.

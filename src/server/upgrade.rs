@@ -287,7 +287,9 @@ impl Upgrade {
         };
         let is_the_moment = match (successor, self.earlier) {
             (Successor::Libvirt, _) => going.is_quiet(),
-            (Successor::Ours, Some(_)) => going.is_settled(),
+            (Successor::Ours, Some(version)) => {
+                earlier::knows_the_watched(version) || going.is_settled()
+            }
             (Successor::Ours, None) => true,
         };
         if !is_the_moment {
@@ -352,14 +354,18 @@ impl Upgrade {
         if let Err(reason) = self.lay_down_for_another(going) {
             return self.failed(going, &reason);
         }
-        warn_of_unwatched(going, "this earlier version of the daemon");
-        let kept = going.kept_for_earlier(number);
+        if !earlier::knows_the_watched(version) {
+            warn_of_unwatched(going, "this earlier version of the daemon");
+        }
+        let kept = going.kept_for_earlier(version, number);
+        going.custody.leaves_file();
         self.replace(going, Successor::Ours, &kept, Some(number));
         if self.is_ordered {
             // The guardian passes it on.
             std::mem::forget(ledger);
         } else {
             going.custody.reopen();
+            going.returns_to_file();
         }
     }
 
@@ -398,10 +404,12 @@ impl Upgrade {
         }
         warn_of_unwatched(going, "libvirt's daemon");
         let kept = libvirt_json::descriptors(going.custody.state());
+        going.custody.leaves_file();
         self.replace(going, Successor::Libvirt, &kept, None);
         if !self.is_ordered {
             let _ = std::fs::remove_file(&self.document);
             going.custody.reopen();
+            going.returns_to_file();
         }
     }
 
@@ -575,12 +583,19 @@ impl Going<'_> {
         self.custody.for_earlier(version, traffic)
     }
 
+    /// Still here, after the ledger's file was removed for somebody who does not write it.
+    fn returns_to_file(&mut self) {
+        // Tried again with each renewal.
+        let _ = self.custody.renew();
+    }
+
     /// The numbers of all descriptors that an earlier version needs.
-    fn kept_for_earlier(&self, ledger: i32) -> Vec<i32> {
+    fn kept_for_earlier(&self, version: u32, ledger: i32) -> Vec<i32> {
         let state = self.custody.state();
         let mut kept: Vec<i32> = state.descriptors().map(|number| number.0).collect();
         // It does not know of these, and would never close them.
-        for watched in state.watched().values() {
+        let unknown = (!earlier::knows_the_watched(version)).then(|| state.watched().values());
+        for watched in unknown.into_iter().flatten() {
             let process = watched.process.as_ref().map(AsRawFd::as_raw_fd);
             kept.retain(|number| Some(*number) != process);
         }

@@ -58,6 +58,12 @@ impl Host {
 
     /// Starts the daemon as a service manager does that listens for it; the lock socket.
     pub fn start_activated(&self) -> (Daemon, PathBuf) {
+        self.start_activated_with(&[])
+    }
+
+    /// As [`Host::start_activated`], with these words.
+    pub fn start_activated_with(&self, args: &[&str]) -> (Daemon, PathBuf) {
+        let words = [&[PROGRAM], args].concat();
         let script = format!(
             "import os, socket
 listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
@@ -70,7 +76,7 @@ for number in range(2):
 os.environ.update(LISTEN_FDS='2', LISTEN_FDNAMES='virtlockd.socket:virtlockd-admin.socket',
                   LISTEN_PID=str(os.getpid()))
 os.closerange(5, 100)
-os.execv('{PROGRAM}', ['{PROGRAM}'])"
+os.execv('{PROGRAM}', {words:?})"
         );
         let python = Path::new("/usr/bin/python3");
         let mut daemon = Daemon::spawn(python, &self.namespace, &["-c", &script], &[]);

@@ -183,9 +183,8 @@ impl Owners<'_> {
                 }))
     }
 
-    /// Begins to fence an owner.
-    fn fence(&mut self, pid: Pid, process: OwnedFd) {
-        self.custody.is_within_reach(pid);
+    /// Begins to fence an owner that left.
+    pub fn fence(&mut self, pid: Pid, process: OwnedFd) {
         let text = self.text(pid);
         if process::is_exiting(pid) {
             tracing::info!(target: "locking.lock_daemon", "{text} is ending");
@@ -201,6 +200,25 @@ impl Owners<'_> {
                  1.6 s; its locks are kept until it is dead"
             );
         }
+        self.ask_to_end(pid, process, &text);
+    }
+
+    /// Begins to fence an owner of which `what` says that somebody else has by now what it writes to. It may
+    /// hold nothing any more.
+    pub fn fence_the_robbed(&mut self, pid: Pid, process: OwnedFd, what: &str) {
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "{what}. Both may write it: the owner is sent SIGTERM now, and SIGKILL if it has not ended \
+             within 1.6 s"
+        );
+        if !self.custody.state().fences().contains_key(&pid) {
+            let text = self.text(pid);
+            self.ask_to_end(pid, process, &text);
+        }
+    }
+
+    fn ask_to_end(&mut self, pid: Pid, process: OwnedFd, text: &str) {
+        self.custody.is_within_reach(pid);
         match process::signal(&process, ASKED_WITH) {
             Ok(()) => (),
             Err(Errno::ESRCH) => return self.free(pid),

@@ -1,0 +1,203 @@
+//! A start after the death of a whole daemon: all its processes were killed at once, and its ledger is in the
+//! run directory. Every lock that it tells of is taken again, before anybody is served.
+//!
+//! The old file stays whole until a new one says everything: whoever kills this start in the middle finds
+//! at the next one what this one found.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use crate::custody::cold::{self, Loss, TakenAgain, Why};
+use crate::custody::descriptor::Saved;
+use crate::custody::ledger::{self, Orphan};
+use crate::custody::state::State;
+use crate::host::errno::{self, Errno};
+use crate::host::refusal::Refusal;
+use crate::locks::again::NotAgain;
+use crate::locks::holder;
+use crate::locks::table::Pid;
+use crate::log::Printable;
+use crate::server::reactor::{Limits, Reactor};
+
+/// What a daemon that was killed has left, as far as it is to be settled when it is sure that this one serves.
+#[derive(Debug)]
+pub struct Left {
+    run_directory: PathBuf,
+    /// Its ledger. It says all until there is a new one.
+    orphan: Option<Orphan>,
+    losses: Vec<Loss>,
+    to_fence: Vec<(Pid, OwnedFd)>,
+}
+
+/// Goes on for a daemon that was killed, if its ledger is in the run directory. The reactor serves nobody yet. A
+/// limit of clients that was set at run time stays, as in an upgrade.
+///
+/// # Errors
+/// What the host refuses for which there is no other way.
+pub fn take_again(
+    reactor: &mut Reactor,
+    run_directory: &Path,
+    limits: Limits,
+) -> Result<Left, Refusal> {
+    let mut left = Left {
+        run_directory: run_directory.to_owned(),
+        orphan: find(run_directory),
+        losses: Vec::new(),
+        to_fence: Vec::new(),
+    };
+    if let Some(Orphan {
+        path,
+        state: Ok(state),
+        ..
+    }) = &left.orphan
+    {
+        (left.losses, left.to_fence) = go_on(reactor, path, state, limits)?;
+    }
+    Ok(left)
+}
+
+impl Left {
+    /// Fences who must be, and says what is lost. From then on the ledger is in the run directory, if it can
+    /// be: not before, so that who is killed up to there leaves what it found.
+    pub fn settle(self, reactor: &mut Reactor) {
+        for loss in self.losses {
+            lose(reactor, loss);
+        }
+        for (pid, process) in self.to_fence {
+            reactor.fence_who_left(pid, process);
+        }
+        // Open, it is somebody's, and no file is put in its place.
+        drop(self.orphan);
+        reactor.custody_mut().keep_in(&self.run_directory);
+    }
+}
+
+/// The ledger of a daemon that was killed. One that cannot be read is kept for somebody to look at.
+fn find(run_directory: &Path) -> Option<Orphan> {
+    // Its processes may be on their way out still.
+    let found = crate::host::patience::patiently(|| ledger::find_orphan(run_directory));
+    let orphan = match found {
+        Ok(orphan) => orphan?,
+        Err(Errno::EAGAIN) => {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The ledger '{}' is another process's, which has it locked: this daemon does not know what \
+                 that one holds",
+                ledger::file_in(run_directory).display()
+            );
+            return None;
+        }
+        Err(reason) => {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "Whether an earlier daemon was killed with locks cannot be found out, because '{}' cannot \
+                 be looked at: {}",
+                ledger::file_in(run_directory).display(),
+                errno::text(reason)
+            );
+            return None;
+        }
+    };
+    match &orphan.state {
+        Ok(state) if cold::is_of_another_boot(state) => {
+            orphan.remove();
+            None
+        }
+        Ok(_) => Some(orphan),
+        Err(reason) => {
+            let kept = orphan.keep_aside();
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "The ledger of a daemon that was killed cannot be used: {reason}. It is kept as '{}'. No \
+                 lock is taken again from it: guests that run without their locks are not protected from \
+                 others, so find out which ones run and restart them",
+                kept.display()
+            );
+            None
+        }
+    }
+}
+
+type ToSettle = (Vec<Loss>, Vec<(Pid, OwnedFd)>);
+
+fn go_on(
+    reactor: &mut Reactor,
+    path: &Path,
+    saved: &State<Saved>,
+    limits: Limits,
+) -> Result<ToSettle, Refusal> {
+    let settings = reactor.custody().state().settings().clone();
+    let TakenAgain {
+        state,
+        freed,
+        losses,
+        to_fence,
+        unseen,
+    } = cold::take_again(saved, settings);
+    let (owners, locks) = (state.table().processes().count(), state.table().len());
+    reactor.go_on(state, None)?;
+    reactor.configure_if_changed(limits);
+    if owners > 0 || freed > 0 || !losses.is_empty() {
+        tracing::warn!(
+            target: "locking.lock_daemon",
+            "A daemon was killed with all its processes: by its ledger '{}' {locks} locks of {owners} owners \
+             were taken again, {freed} of dead owners are free, and {} are lost. Connections are gone: the \
+             owners are watched",
+            path.display(),
+            losses.len()
+        );
+    }
+    for owner in unseen {
+        tracing::warn!(
+            target: "locking.lock_daemon",
+            "{owner} has its locks again, and its process cannot be told from another one of its number: its \
+             death frees nothing. Its locks stay until they are released in its name or the daemon ends"
+        );
+    }
+    Ok((losses, to_fence))
+}
+
+/// Says what is lost. Whoever goes on writing what somebody else has by now is fenced: two writers are worse
+/// than one dead guest.
+fn lose(reactor: &mut Reactor, loss: Loss) {
+    let Loss {
+        owner,
+        pid,
+        process,
+        path,
+        why,
+    } = loss;
+    let path = Printable(&path).to_string();
+    let stays = "It runs on without: find out whether another may write the file, and restart it";
+    let reason = match why {
+        Why::NotLocked(NotAgain::Taken(stranger)) => {
+            let by = holder::of_stranger(stranger);
+            let text = format!(
+                "{owner} lost its lock on '{path}' while no daemon ran{}",
+                Printable(&by)
+            );
+            match process {
+                Some(process) => reactor.fence_the_robbed(pid, process, &text),
+                None => tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{text}. Both may write it, and it cannot be fenced, because its process cannot be \
+                     told or stands for others: stop one of them by hand"
+                ),
+            }
+            return;
+        }
+        Why::NotLocked(NotAgain::Gone) => "it is not there any more".to_owned(),
+        Why::NotLocked(NotAgain::Replaced) => "another file has its name".to_owned(),
+        Why::NotLocked(NotAgain::Open(reason)) => {
+            format!("it cannot be opened: {}", errno::text(reason))
+        }
+        Why::NotLocked(NotAgain::Lock(reason)) => {
+            format!("it cannot be locked: {}", errno::text(reason))
+        }
+        Why::SameFile => "it is held under another name".to_owned(),
+    };
+    tracing::error!(
+        target: "locking.lock_daemon",
+        "{owner} lost its lock on '{path}' with the daemon that was killed: {reason}. {stays}"
+    );
+}
