@@ -31,6 +31,7 @@ use bincode::error::EncodeError;
 
 use super::descriptor::Saved;
 use super::event::Event;
+use super::since::Since;
 use super::state::{Numbers, State};
 use crate::host::memory::{self, Memory};
 use crate::host::refusal::Refusal;
@@ -115,6 +116,9 @@ pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<
     Ok(())
 }
 
+/// What a ledger says, the ledger unless it is of an earlier format, and what happened behind a mark.
+pub type Theirs = (State<Saved>, Option<Ledger>, Since);
+
 /// The ledger of a running daemon.
 #[derive(Debug)]
 pub struct Ledger {
@@ -168,11 +172,17 @@ impl Ledger {
     /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
     /// earlier format is written anew, in a file of its own, once the state is known to be adopted.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
+        let (state, ledger, _) = Ledger::take_over_since(descriptor, None)?;
+        Ok((state, ledger))
+    }
+
+    /// The same, of a process that may have died at any moment, and what happened behind a mark.
+    pub fn take_over_since(descriptor: OwnedFd, mark: Option<u64>) -> Result<Theirs, Unreadable> {
         let memory = Memory::adopt(descriptor).map_err(Unreadable::System)?;
         let found = find(memory.bytes())?;
-        let state = read(memory.bytes(), &found)?;
+        let (state, since) = read_since(memory.bytes(), &found, mark)?;
         if found.version < VERSION {
-            return Ok((state, None));
+            return Ok((state, None, since));
         }
         let mut ledger = Ledger {
             memory,
@@ -184,7 +194,7 @@ impl Ledger {
         ledger.reopen();
         // To map the file at once has brought back what was given back.
         let _ = ledger.memory.empty(HEADER..ledger.live.start);
-        Ok((state, Some(ledger)))
+        Ok((state, Some(ledger), since))
     }
 
     /// Appends an event. If that fails nothing was appended, and what the event says must not
@@ -364,6 +374,11 @@ impl Ledger {
         self.memory.bytes().len().saturating_sub(self.live.start)
     }
 
+    /// Where it ends now, and in which extent.
+    pub fn mark(&self) -> u64 {
+        (self.live.end as u64) << 1 | self.which as u64
+    }
+
     /// What it says so far.
     pub fn replay(&self) -> Result<State<Saved>, Unreadable> {
         replay(self.memory.bytes())
@@ -448,6 +463,18 @@ pub fn replay(content: &[u8]) -> Result<State<Saved>, Unreadable> {
 }
 
 fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
+    read_since(content, found, None).map(|(state, _)| state)
+}
+
+fn read_since(
+    content: &[u8],
+    found: &Found,
+    mark: Option<u64>,
+) -> Result<(State<Saved>, Since), Unreadable> {
+    // A mark of the other extent says nothing: what counted then was written anew.
+    let mark = mark.filter(|mark| (mark & 1) as usize == found.which);
+    let mark = mark.map_or(usize::MAX, |mark| (mark >> 1) as usize);
+    let mut since = Since::default();
     let mut events = content.get(found.events.clone()).unwrap_or_default();
     let mut state = State::default();
     let mut numbers = Numbers::default();
@@ -455,13 +482,21 @@ fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
     while !events.is_empty() {
         let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
-        state
+        let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
+        let is_release = matches!(event, Event::ReleasedBy(..));
+        if is_behind {
+            since.note(&event, &state);
+        }
+        let left = state
             .apply(event, &mut numbers)
             .map_err(Unreadable::Damaged)?;
+        if is_behind && is_release {
+            since.note_left(left);
+        }
         events = events.get(used.max(1)..).unwrap_or_default();
     }
     if found.version < FIRST_WITH_DOMAINS {
         state.forget_mixed_domains();
     }
-    Ok(state)
+    Ok((state, since))
 }

@@ -3,8 +3,13 @@
 //! that the guardian made before its first clone and that outlives every reactor.
 #![forbid(unsafe_code)]
 
+pub mod layout;
+pub mod slot;
+pub mod turn;
+
 use std::num::NonZeroUsize;
 
+use crate::host::errno::Errno;
 use crate::host::refusal::Refusal;
 use crate::host::shared::Shared;
 
@@ -15,7 +20,7 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// An empty desk.
+    /// An empty desk of this size, of which [`size`] says how much is needed.
     ///
     /// # Errors
     /// What the host refuses.
@@ -23,8 +28,21 @@ impl Desk {
         Shared::new(size).map(|memory| Desk { memory })
     }
 
+    /// One that ends with this process: it can be worked at, and nobody finds anything there.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn private() -> Result<Desk, Errno> {
+        Shared::private(layout::WITHOUT_SLOTS).map(|memory| Desk { memory })
+    }
+
     /// The memory itself.
     pub fn memory(&self) -> &Shared {
         &self.memory
     }
+}
+
+/// How large a desk is for a process with at most so many descriptors.
+pub fn size(descriptors: u64) -> NonZeroUsize {
+    layout::size(descriptors)
 }

@@ -14,6 +14,7 @@ use crate::custody::event::Event;
 use crate::custody::ledger::Ledger;
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
+use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::exit::{ExitCode, Failed, StartError, unusable};
 use crate::host::descriptors::Inherited;
@@ -158,7 +159,9 @@ fn set_up(
     }
     // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor.go_on(state, ledger).map_err(serve::refused)?;
+    reactor
+        .go_on(state, ledger, Since::default())
+        .map_err(serve::refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings

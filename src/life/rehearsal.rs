@@ -13,6 +13,7 @@ use super::plan;
 use crate::cli::{self, Options, Outcome};
 use crate::config::Config;
 use crate::custody::ledger::{self, Ledger};
+use crate::desk::Desk;
 use crate::exit::ExitCode;
 use crate::host::paths::Paths;
 use crate::host::refusal::Refusal;
@@ -73,7 +74,9 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
 /// start has another way for is no reason to stay with the program before.
 fn try_out() -> Result<(), Refusal> {
     plan::raise_limit();
-    let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())))?;
+    let no_memory = Refusal::of("there is no memory for the turns of clients");
+    let desk = Desk::private().map_err(no_memory)?;
+    let reactor = Reactor::new(Box::new(|| Err("this is a trial".to_owned())), desk)?;
     reactor.try_out()?;
     Ledger::try_out()
 }

@@ -6,6 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
+use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
@@ -94,7 +95,8 @@ pub fn reactor(
     let config_file = plan.options.config_file.as_ref();
     let config_file = config_file.map(|path| path.as_os_str().as_bytes().to_vec());
     let reload = Box::new(move || plan.reload(descriptors));
-    let mut reactor = Reactor::new(reload).map_err(refused)?;
+    let desk = desk(descriptors)?;
+    let mut reactor = Reactor::new(reload, desk).map_err(refused)?;
     say_what_is_refused(&reactor);
     let custody = reactor.custody_mut();
     custody.set_own_file(pid_file.and_then(PidFile::identity));
@@ -110,6 +112,14 @@ pub fn reactor(
     });
     reactor.set_upgrade(Upgrade::of(command_line, document));
     Ok(reactor)
+}
+
+/// A desk for a reactor with at most so many descriptors.
+fn desk(descriptors: u64) -> Result<Desk, StartError> {
+    Desk::new(desk::size(descriptors)).or_else(|_| {
+        let no_memory = Refusal::of("there is no memory for the turns of clients");
+        Desk::private().map_err(|reason| refused(no_memory(reason)))
+    })
 }
 
 /// Says that the daemon is there, and runs it to its end.
