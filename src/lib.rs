@@ -48,6 +48,8 @@
 //!     connection.rs       the passing half of a client: bytes on their way
 //!     conversation.rs     bytes in, frames out; no socket
 //!     turn.rs             what one connection sent is read, worked on and answered
+//!     poison.rs           a frame of which the daemon died again and again
+//!     recovery.rs         what a reactor that died left of a client, and of its call
 //!   services/             the two programs that clients call
 //!     dispatch.rs         from a frame to its procedure, in libvirt's order of checks
 //!     lock.rs             the lock program
@@ -77,8 +79,12 @@
 //!   own_connections.rs    for which domains processes speak over connections of their own
 //!   fences.rs             who is to die, and whose death is waited for
 //!   settings.rs           the process's own
+//!   since.rs              what happened behind a mark in the ledger
 //! desk/                   what a reactor that dies leaves to the next one
 //!   control.rs            what guardian and reactor have to say to each other
+//!   layout.rs             where what lies there
+//!   slot.rs               what clients have on their way behind their turns
+//!   turn.rs               the turn in progress
 //! locks/                  who holds what
 //!   table.rs              decisions, on plain data
 //!   lease.rs              a kernel's lock on a file: taken, looked after, let go

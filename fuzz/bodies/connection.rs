@@ -21,6 +21,7 @@ use virtlockd::custody::Custody;
 use virtlockd::custody::clients::{Arrival, ClientId, Standing};
 use virtlockd::custody::ledger::Ledger;
 use virtlockd::custody::servers::{Server, Service};
+use virtlockd::desk::{Desk, turn};
 use virtlockd::host::file::{self, Conflict, LockType, Start};
 use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
@@ -63,6 +64,7 @@ struct Daemon {
     names: Names,
     watch: Watch,
     orders: Vec<Order>,
+    desk: Desk,
 }
 
 struct Run<'a> {
@@ -90,6 +92,7 @@ pub fn run(data: &[u8]) {
             names: Names::default(),
             watch: Watch::new(registry),
             orders: Vec::new(),
+            desk: Desk::private().expect("memory"),
         };
         for service in Service::ALL {
             // One of the three on the lock socket has to wait until another has ended.
@@ -141,6 +144,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut self.orders,
+            making: turn::making(self.desk.memory()),
         };
         let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
         self.check_ledger();
@@ -295,7 +299,7 @@ impl Run<'_> {
             let mut out = Vec::new();
             let with_descriptors = descriptors && !bytes.is_empty();
             let taken =
-                conversation.take_in(bytes, with_descriptors, longest, |header, payload| {
+                conversation.take_in(bytes, with_descriptors, longest, |header, payload, _| {
                     let Some(payload) = harmless(world, service, header, payload) else {
                         return Flow::Continue;
                     };

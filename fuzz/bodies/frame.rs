@@ -73,7 +73,7 @@ fn take_in(pieces: &[Piece<'_>], longest: usize, pause: usize) -> Outcome {
                 bytes,
                 piece.descriptors && !bytes.is_empty(),
                 longest,
-                |header, payload| {
+                |header, payload, _| {
                     frames.push((words(header), payload.to_vec()));
                     if frames.len().is_multiple_of(pause) {
                         Flow::Pause

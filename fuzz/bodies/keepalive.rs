@@ -18,6 +18,7 @@ use virtlockd::custody::Custody;
 use virtlockd::custody::clients::{Arrival, ClientId};
 use virtlockd::custody::ledger::Ledger;
 use virtlockd::custody::servers::Service;
+use virtlockd::desk::{Desk, turn};
 use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::Owner;
@@ -118,6 +119,7 @@ impl Daemon {
         out: &mut Vec<u8>,
     ) -> Flow {
         let mut orders = Vec::new();
+        let desk = Desk::private().expect("memory");
         let mut hall = Hall {
             custody: &mut self.custody,
             waiting: &mut self.waiting,
@@ -125,6 +127,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut orders,
+            making: turn::making(desk.memory()),
         };
         let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
         assert_eq!(orders, []);
@@ -183,7 +186,7 @@ fn converse(
                 bytes,
                 piece.descriptors && !bytes.is_empty(),
                 longest,
-                |header, payload| {
+                |header, payload, _| {
                     assert!(out.len() < ENOUGH_OUTPUT, "worked on before it was sent");
                     check_is_ours(header);
                     if is_own_call(own, frame::words(header)) {

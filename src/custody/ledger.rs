@@ -38,6 +38,7 @@ use bincode::error::EncodeError;
 
 use super::descriptor::Saved;
 use super::event::Event;
+use super::since::Since;
 use super::state::{Numbers, State};
 use crate::host::memory::{self, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
@@ -127,6 +128,9 @@ pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<
     content.extend(bytes.map_err(|_| Errno::EINVAL)?);
     Ok(())
 }
+
+/// What a ledger says, the ledger unless it is of an earlier format, and what happened behind a mark.
+pub type Theirs = (State<Saved>, Option<Ledger>, Since);
 
 /// The ledger of a running daemon.
 #[derive(Debug)]
@@ -280,12 +284,18 @@ impl Ledger {
     /// earlier format is written anew, in a file of its own, once the state is known to be adopted. One that
     /// cannot be read stays open.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
+        let (state, ledger, _) = Ledger::take_over_since(descriptor, None)?;
+        Ok((state, ledger))
+    }
+
+    /// The same, of a process that may have died at any moment, and what happened behind a mark.
+    pub fn take_over_since(descriptor: OwnedFd, mark: Option<u64>) -> Result<Theirs, Unreadable> {
         let memory = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
         let found = find(memory.bytes())?;
-        let state = read(memory.bytes(), &found)?;
+        let (state, since) = read_since(memory.bytes(), &found, mark)?;
         let memory = ManuallyDrop::into_inner(memory);
         if found.version < VERSION {
-            return Ok((state, None));
+            return Ok((state, None, since));
         }
         let mut ledger = Ledger {
             memory,
@@ -301,7 +311,7 @@ impl Ledger {
         ledger.reopen();
         // To map the file at once has brought back what was given back.
         let _ = ledger.memory.empty(HEADER..ledger.live.start);
-        Ok((state, Some(ledger)))
+        Ok((state, Some(ledger), since))
     }
 
     /// It is to be called so from now on. True if it is already.
@@ -622,6 +632,11 @@ impl Ledger {
         self.memory.bytes().len().saturating_sub(self.live.start)
     }
 
+    /// Where it ends now, and in which extent.
+    pub fn mark(&self) -> u64 {
+        (self.live.end as u64) << 1 | self.which as u64
+    }
+
     /// What it says so far.
     pub fn replay(&self) -> Result<State<Saved>, Unreadable> {
         replay(self.memory.bytes())
@@ -708,6 +723,18 @@ pub fn replay(content: &[u8]) -> Result<State<Saved>, Unreadable> {
 }
 
 fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
+    read_since(content, found, None).map(|(state, _)| state)
+}
+
+fn read_since(
+    content: &[u8],
+    found: &Found,
+    mark: Option<u64>,
+) -> Result<(State<Saved>, Since), Unreadable> {
+    // A mark of the other extent says nothing: what counted then was written anew.
+    let mark = mark.filter(|mark| (mark & 1) as usize == found.which);
+    let mark = mark.map_or(usize::MAX, |mark| (mark >> 1) as usize);
+    let mut since = Since::default();
     let mut events = content.get(found.events.clone()).unwrap_or_default();
     let mut state = State::default();
     let mut numbers = Numbers::default();
@@ -715,9 +742,17 @@ fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
     while !events.is_empty() {
         let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
-        state
+        let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
+        let is_release = matches!(event, Event::ReleasedBy(..));
+        if is_behind {
+            since.note(&event, &state);
+        }
+        let left = state
             .apply(event, &mut numbers)
             .map_err(Unreadable::Damaged)?;
+        if is_behind && is_release {
+            since.note_left(left);
+        }
         events = events.get(used.max(1)..).unwrap_or_default();
     }
     if found.version < FIRST_WITH_DOMAINS {
@@ -728,5 +763,5 @@ fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
         state.poll = None;
         state.old_poll = None;
     }
-    Ok(state)
+    Ok((state, since))
 }

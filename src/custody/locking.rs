@@ -1,10 +1,11 @@
 //! The door's part for locks: what the table decides becomes work on files, and what the files say
 //! becomes an event. Nothing above this room opens, locks or removes a file of a resource.
 
-use super::descriptor::Descriptor;
+use super::descriptor::{Descriptor, Number};
 use super::event::{Event, ResourceName};
 use super::state::Left;
 use super::{Custody, Given, OwnFile};
+use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::pid_file;
@@ -183,6 +184,37 @@ impl Custody {
         Err(Refusal::Unrecorded(errno))
     }
 
+    /// Goes on with the end of a resource that a process wrote down which died then, and perhaps did.
+    pub fn end_again(&mut self, resource: Resource<Lease<Number>>) {
+        let number = resource.lease.descriptor;
+        if self.state.descriptors().any(|known| known == number) {
+            // Its file must stay open for another name of it, and that is written down, too.
+            return;
+        }
+        let adopt = |number: Number, file| {
+            let descriptor = descriptors::adopt_file(number.0, file)?;
+            Some(Lockable::inherited(descriptor))
+        };
+        let adopted = resource.try_map(|unmapped, lease| {
+            let file = unmapped.identity;
+            let descriptor = adopt(lease.descriptor, file).ok_or(())?;
+            let kind = match lease.kind {
+                LockKind::OpenFile | LockKind::Unknown => LockKind::OpenFile,
+                LockKind::Process { parked } => {
+                    let parked = parked.into_iter();
+                    let parked = parked.filter_map(|number| adopt(number, file)).collect();
+                    LockKind::Process { parked }
+                }
+            };
+            let lease = Lease::resumed(descriptor, kind, lease.created);
+            Ok::<_, ()>((file, lease))
+        });
+        // Otherwise it is closed already.
+        if let Ok(resource) = adopted {
+            self.end(resource);
+        }
+    }
+
     /// A lock that was had is given back, and with it the file if it was made for it.
     fn undo(&self, lease: Lease, place: Place<'_>, identity: FileIdentity, mode: Mode) {
         let removes = lease.created.then_some(mode);
@@ -207,7 +239,7 @@ impl Custody {
     ) -> Result<Acquired, Refusal> {
         let done = match self.decide(owner, place, mode, autocreate)? {
             Decided::Done => return Ok(Acquired::Joined),
-            Decided::Work(acquisition) => acquisition.run(),
+            Decided::Work(acquisition) => acquisition.run(None),
         };
         self.conclude(owner, (place, mode, autocreate), done)?;
         Ok(Acquired::Granted)

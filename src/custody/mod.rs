@@ -20,6 +20,7 @@ pub mod own_connections;
 pub mod roll;
 pub mod servers;
 pub mod settings;
+pub mod since;
 pub mod state;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -427,6 +428,11 @@ impl Custody {
     }
 
     // The ledger.
+
+    /// Where the ledger is now: what is written from here on is behind it.
+    pub fn mark(&self) -> u64 {
+        self.ledger.mark()
+    }
 
     /// Writes the ledger anew, to have it short. If that fails it stays as it is.
     ///

@@ -4,6 +4,9 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod layout;
+pub mod slot;
+pub mod turn;
 
 use std::num::NonZeroUsize;
 
@@ -17,7 +20,7 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// An empty desk.
+    /// An empty desk of this size, of which [`size`] says how much is needed.
     ///
     /// # Errors
     /// What the host refuses.
@@ -25,8 +28,23 @@ impl Desk {
         Shared::new(size).map(|memory| Desk { memory })
     }
 
+    /// One that ends with this process: it can be worked at, and nobody finds anything there.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn private() -> Result<Desk, Refusal> {
+        Shared::private(layout::WITHOUT_SLOTS)
+            .map(|memory| Desk { memory })
+            .map_err(Refusal::of("there is no memory for the turns of clients"))
+    }
+
     /// The memory itself.
     pub fn memory(&self) -> &Shared {
         &self.memory
     }
+}
+
+/// How large a desk is for a process with at most so many descriptors.
+pub fn size(descriptors: u64) -> NonZeroUsize {
+    layout::size(descriptors)
 }

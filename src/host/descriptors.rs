@@ -5,7 +5,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::errno::Errno;
-use super::file::FileIdentity;
+use super::file::{self, FileIdentity};
 
 /// How many descriptors are looked at with one call: far fewer than any limit of open files, which
 /// is what poll(2) allows.
@@ -35,6 +35,17 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
     // SAFETY: it is open, and the caller adopts each number once; no other part of this young
     // process knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Takes over a descriptor that a dead process left open, if it is open and of this file: its number may
+/// have been given to something else since. Each number is to be adopted once.
+pub fn adopt_file(number: RawFd, file: FileIdentity) -> Option<OwnedFd> {
+    // SAFETY: borrowed for this call. It may not be open, which is what fstat(2) is asked.
+    let borrowed = (number >= 0).then(|| unsafe { BorrowedFd::borrow_raw(number) })?;
+    (file::identity(borrowed) == Ok(file)).then(|| {
+        // SAFETY: it is open, and the caller adopts each number once; nobody else knows of it.
+        unsafe { OwnedFd::from_raw_fd(number) }
+    })
 }
 
 /// The descriptors that the previous image of this process left open, each to be taken once.
@@ -180,7 +191,7 @@ pub fn put_in_place(descriptor: &OwnedFd, number: RawFd) -> Result<(), Errno> {
 /// Gives an open descriptor below 3 another number, close-on-exec, and leaves one of nothing in its place.
 pub fn move_away(number: RawFd) -> Result<RawFd, Errno> {
     use std::os::fd::AsRawFd;
-    let nothing = super::file::open_nothing()?;
+    let nothing = file::open_nothing()?;
     // SAFETY: F_DUPFD_CLOEXEC takes two integers and touches no memory of ours.
     let now = Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
     // SAFETY: dup3(2) takes integers; what the number meant before is open under the new one.
@@ -203,7 +214,7 @@ pub fn put_back(now: RawFd, number: RawFd) -> Result<(), Errno> {
 /// there next would be taken for one of them by a program that is started.
 pub fn fill_standard_places() {
     use std::os::fd::{AsRawFd, IntoRawFd};
-    while let Ok(nothing) = super::file::open_nothing()
+    while let Ok(nothing) = file::open_nothing()
         && nothing.as_raw_fd() <= libc::STDERR_FILENO
     {
         let _ = nothing.into_raw_fd();

@@ -3,7 +3,11 @@
 //! next one, however it died: a store is done or not done, never half.
 //!
 //! It is sparse: a page takes memory from the first time that it is written until it is given back.
+//!
+//! Where the host refuses a shared mapping, the same bytes lie in the process's own memory: everything works
+//! but outliving it.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ffi::CStr;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -12,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::errno::Errno;
 use super::refusal::Refusal;
@@ -26,6 +31,22 @@ const WORD: usize = size_of::<u64>();
 pub struct Shared {
     start: NonNull<u8>,
     size: usize,
+    /// Who the memory is from, if it is this process's own.
+    own: Option<Layout>,
+}
+
+/// A word of it, lent to somebody who is to know nothing else of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Word<'a> {
+    memory: &'a Shared,
+    at: usize,
+}
+
+impl Word<'_> {
+    /// Writes it.
+    pub fn store(&self, value: u64) {
+        self.memory.store(self.at, value);
+    }
 }
 
 impl Shared {
@@ -39,7 +60,28 @@ impl Shared {
         Ok(Shared {
             start: start.cast(),
             size: size.get(),
+            own: None,
         })
+    }
+
+    /// The same in this process's own memory, which ends with it.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn private(size: NonZeroUsize) -> Result<Shared, Errno> {
+        let layout = Layout::from_size_align(size.get(), PAGE).map_err(|_| Errno::ENOMEM)?;
+        // SAFETY: the size is not zero.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Errno::ENOMEM)?;
+        Ok(Shared {
+            start,
+            size: size.get(),
+            own: Some(layout),
+        })
+    }
+
+    /// A word, to be lent.
+    pub fn lend(&self, at: usize) -> Word<'_> {
+        Word { memory: self, at }
     }
 
     /// How large it is, bytes.
@@ -122,6 +164,18 @@ impl Shared {
         CStr::from_bytes_until_nul(bytes).unwrap_or_default()
     }
 
+    /// Copies bytes from a place; zeros where there are none.
+    pub fn read_into(&self, at: usize, bytes: &mut [u8]) {
+        if !self.has(at, bytes.len()) {
+            return bytes.fill(0);
+        }
+        // SAFETY: the range is inside the mapping, and nobody of this process writes there over this call.
+        unsafe {
+            let place = self.start.add(at).as_ptr();
+            std::ptr::copy(place, bytes.as_mut_ptr(), bytes.len());
+        }
+    }
+
     /// Where a range lies, for a system call that reads or writes there. `None` if it is not inside.
     pub fn address(&self, at: usize, length: usize) -> Option<NonNull<u8>> {
         self.has(at, length)
@@ -142,7 +196,7 @@ impl Shared {
         let Some(place) = self.address(start, length) else {
             return;
         };
-        if length > 0 {
+        if length > 0 && self.own.is_none() {
             // SAFETY: whole pages of this mapping, of which nothing is borrowed.
             let _ = unsafe { madvise(place.cast(), length, MmapAdvise::MADV_REMOVE) };
         }
@@ -151,18 +205,28 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: this is our mapping, and nothing of it can be borrowed any more.
-        let _ = unsafe { munmap(self.start.cast(), self.size) };
+        match self.own {
+            // SAFETY: it is from the allocator, with this layout, and nothing of it can be borrowed any more.
+            Some(layout) => unsafe { dealloc(self.start.as_ptr(), layout) },
+            // SAFETY: this is our mapping, and nothing of it can be borrowed any more.
+            None => _ = unsafe { munmap(self.start.cast(), self.size) },
+        }
     }
 }
 
 fn in_a_file(size: NonZeroUsize) -> Result<NonNull<libc::c_void>, Refusal> {
     let file = memfd_create(c"virtlockd-desk", MFdFlags::MFD_CLOEXEC)
         .map_err(Refusal::of("a memory file cannot be made (memfd_create)"))?;
-    let length = i64::try_from(size.get()).map_err(|_| Refusal {
+    let too_large = Refusal {
         what: "a memory file cannot be so large (ftruncate)",
         reason: Errno::EFBIG,
-    })?;
+    };
+    let length = i64::try_from(size.get()).map_err(|_| too_large)?;
+    // To go beyond the limit of files would be a signal.
+    let limit = getrlimit(Resource::RLIMIT_FSIZE).map_or(0, |(limit, _)| limit);
+    if u64::try_from(size.get()).is_ok_and(|size| size > limit) {
+        return Err(too_large);
+    }
     nix::unistd::ftruncate(&file, length)
         .map_err(Refusal::of("a memory file cannot be so large (ftruncate)"))?;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -200,6 +264,18 @@ mod tests {
         assert_eq!(memory.read(PAGE..PAGE + 5), b"bytes");
         memory.give_back(PAGE..2 * PAGE);
         assert_eq!(memory.read(PAGE..PAGE + 5), [0; 5]);
+    }
+
+    #[test]
+    fn memory_of_this_process_alone_takes_the_same() {
+        let memory = Shared::private(NonZeroUsize::new(2 * PAGE).unwrap()).unwrap();
+        memory.lend(8).store(7);
+        assert!(memory.write(PAGE, b"bytes"));
+        let mut read = [0; 5];
+        memory.read_into(PAGE, &mut read);
+        assert_eq!((memory.load(8), &read), (7, b"bytes"));
+        memory.read_into(2 * PAGE - 1, &mut read);
+        assert_eq!(read, [0; 5]);
     }
 
     #[test]

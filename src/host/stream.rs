@@ -1,13 +1,15 @@
 //! UNIX stream sockets: accept, read with passed descriptors, write, and who the peer is.
 //! Nothing here waits.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{self, MsgFlags, SockFlag, sockopt};
+use nix::sys::socket::{self, SockFlag, sockopt};
 
 use super::errno::{self, Errno};
 use super::patience::patiently;
 use super::process::Process;
+use super::shared::Shared;
 
 /// The process that called connect(), as the kernel noted it then (SO_PEERCRED, unix(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -118,7 +120,7 @@ fn own_peer_process() -> Result<Process, Errno> {
 }
 
 /// What one read brought.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     /// Bytes read; 0 at the end of the stream.
     pub bytes: usize,
@@ -130,39 +132,149 @@ pub struct Received {
 const DESCRIPTOR: usize = size_of::<RawFd>();
 
 /// Room for the control message of one descriptor. The kernel drops what does not fit.
-#[repr(C, align(8))]
-struct Control([u8; 24]);
+const CONTROL: usize = 24;
 
-/// Reads what is there from the socket with this number, at most `buffer`, and collects passed descriptors. A read never goes past
-/// the bytes that a descriptor was sent with (unix(7)), so one mark for the last byte is enough.
-pub fn receive(socket: RawFd, buffer: &mut [u8]) -> Result<Received, Errno> {
-    let mut control = Control([0; 24]);
-    let mut vector = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
+/// A message on its way through the kernel, which writes from inside the call how many bytes it moved: in
+/// memory that outlives this process, whoever comes next knows it.
+#[repr(C)]
+struct Letter {
+    header: libc::mmsghdr,
+    vector: libc::iovec,
+    control: [u64; CONTROL / 8],
+}
+
+/// What a letter takes of the memory that it lies in, bytes.
+pub const LETTER: usize = 128;
+const _: () = assert!(size_of::<Letter>() <= LETTER);
+
+/// In the place of a number of bytes: the call that is to say it has not come back from the kernel.
+const NOT_YET: u32 = u32::MAX;
+
+fn letter(memory: &Shared, at: usize) -> Result<*mut Letter, Errno> {
+    let place = memory.address(at, LETTER).ok_or(Errno::EINVAL)?;
+    let place: *mut Letter = place.as_ptr().cast();
+    if place.is_aligned() {
+        Ok(place)
+    } else {
+        Err(Errno::EINVAL)
+    }
+}
+
+/// Makes the letter at this place one that has moved nothing: to be done before the next is sent or
+/// received with it.
+pub fn blank(memory: &Shared, at: usize) {
+    if let Ok(letter) = letter(memory, at) {
+        // SAFETY: the place is inside the mapping and aligned; letters are only reached through these
+        // functions, none of which keeps a reference.
+        unsafe {
+            (&raw mut (*letter).header.msg_len).write_volatile(NOT_YET);
+        }
+    }
+}
+
+/// What the letter at this place moved, perhaps for a process that is dead. `None` if nothing has come back.
+pub fn moved(memory: &Shared, at: usize) -> Option<Received> {
+    let letter = letter(memory, at).ok()?;
+    // SAFETY: as in `blank`. The kernel or `receive` filled the header in, and its pointers are not followed.
+    let (count, flags, mut header) = unsafe {
+        let count = (&raw const (*letter).header.msg_len).read_volatile();
+        let header = (&raw const (*letter).header.msg_hdr).read();
+        (count, header.msg_flags, header)
     };
-    // SAFETY: all zero is a valid msghdr (null pointers with zero lengths).
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut vector;
-    message.msg_iovlen = 1;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = size_of::<Control>() as _;
+    if count == NOT_YET {
+        return None;
+    }
+    // SAFETY: inside the mapping: only the place is computed.
+    header.msg_control = unsafe { (&raw mut (*letter).control).cast() };
+    let is_possible = (1..=CONTROL).contains(&{ header.msg_controllen });
+    let came = is_possible && each_passed(&header, drop);
+    Some(Received {
+        bytes: usize::try_from(count).unwrap_or(0),
+        descriptors: came || flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// Reads what is there from the socket with this number into this range of the memory, and collects passed
+/// descriptors, with the blank letter at `at`. A read never goes past the bytes that a descriptor was sent
+/// with (unix(7)), so one mark for the last byte is enough.
+pub fn receive(
+    socket: RawFd,
+    memory: &Shared,
+    at: usize,
+    buffer: Range<usize>,
+) -> Result<Received, Errno> {
+    let letter = letter(memory, at)?;
+    let place = memory.address(buffer.start, buffer.len());
+    let place = place.ok_or(Errno::EINVAL)?.as_ptr();
+    // SAFETY: as in `blank`; the letter, its control part and the buffer are inside the mapping.
+    let header = unsafe {
+        (*letter).vector = libc::iovec {
+            iov_base: place.cast(),
+            iov_len: buffer.len(),
+        };
+        let header = &raw mut (*letter).header.msg_hdr;
+        fill(header, &raw mut (*letter).vector);
+        (*header).msg_control = (&raw mut (*letter).control).cast();
+        (*header).msg_controllen = CONTROL as _;
+        &raw mut (*letter).header
+    };
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: `message` points at `vector` and `control`, both alive and of the stated sizes, and
-    // `vector` at `buffer`, borrowed mutably for the call.
-    let count = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
-    let bytes = usize::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
+    let mut is_again = false;
+    loop {
+        // SAFETY: one message, whose header, vector, control part and buffer are alive and of the stated
+        // sizes; nobody else touches them meanwhile.
+        let called = unsafe { libc::recvmmsg(socket, header, 1, flags as _, std::ptr::null_mut()) };
+        match Errno::result(called) {
+            Ok(_) => break,
+            // Unlike recvmsg(2) this tells of the other side's end before it gives what came before it,
+            // and only once.
+            Err(Errno::ECONNRESET) if !is_again => is_again = true,
+            // A security policy may not know it: without it the number is written down here.
+            Err(Errno::ENOSYS | Errno::EPERM) => {
+                // SAFETY: as above.
+                let count = unsafe { libc::recvmsg(socket, &raw mut (*header).msg_hdr, flags) };
+                let count = u32::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
+                // SAFETY: as above.
+                unsafe { (&raw mut (*header).msg_len).write_volatile(count) };
+                break;
+            }
+            Err(reason) => return Err(reason),
+        }
+    }
+    // SAFETY: the kernel filled in the header, whose pointers are still those of above.
+    let (message, bytes) = unsafe {
+        let bytes = (&raw const (*header).msg_len).read_volatile();
+        ((&raw const (*header).msg_hdr).read(), bytes)
+    };
     // Those for which this process had no room, in its buffer or its table of open files, came too.
     let dropped = message.msg_flags & libc::MSG_CTRUNC != 0;
-    let closed = message.msg_controllen > 0 && close_passed(&message);
+    let closed = message.msg_controllen > 0
+        && each_passed(&message, |passed| {
+            // SAFETY: the kernel wrote this descriptor just now; it is new and ours.
+            drop(unsafe { OwnedFd::from_raw_fd(passed) });
+        });
     Ok(Received {
-        bytes,
+        bytes: usize::try_from(bytes).map_err(|_| Errno::EIO)?,
         descriptors: closed || dropped,
     })
 }
 
-/// Closes the descriptors that came with `message`; whether there were any.
-fn close_passed(message: &libc::msghdr) -> bool {
+/// A header of a message of this one vector, with nothing else.
+///
+/// # Safety
+/// `header` is valid to be written.
+unsafe fn fill(header: *mut libc::msghdr, vector: *mut libc::iovec) {
+    // SAFETY: all zero is a valid msghdr (null pointers with zero lengths), and the caller vouches for the
+    // place.
+    unsafe {
+        header.write(std::mem::zeroed());
+        (*header).msg_iov = vector;
+        (*header).msg_iovlen = 1;
+    }
+}
+
+/// Hands out the numbers of the descriptors that came with `message`; whether there were any.
+fn each_passed(message: &libc::msghdr, mut each: impl FnMut(RawFd)) -> bool {
     let mut any = false;
     // SAFETY: the kernel filled in `message`; the CMSG macros walk its control buffer, which is
     // alive, and yield null at its end.
@@ -179,15 +291,12 @@ fn close_passed(message: &libc::msghdr) -> bool {
         if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
             // SAFETY: only computes how long a header is.
             let head = unsafe { libc::CMSG_LEN(0) } as usize;
-            let count = length.saturating_sub(head) / DESCRIPTOR;
+            let count = length.saturating_sub(head).min(CONTROL) / DESCRIPTOR;
             // SAFETY: `header` is a control message in the buffer; this points behind its header.
             let data = unsafe { libc::CMSG_DATA(header) };
             for position in 0..count {
-                // SAFETY: the kernel wrote `count` descriptors there; each is new and ours.
-                let passed = unsafe {
-                    OwnedFd::from_raw_fd(data.cast::<RawFd>().add(position).read_unaligned())
-                };
-                drop(passed);
+                // SAFETY: the kernel wrote `count` descriptors there.
+                each(unsafe { data.cast::<RawFd>().add(position).read_unaligned() });
                 any = true;
             }
         }
@@ -197,17 +306,71 @@ fn close_passed(message: &libc::msghdr) -> bool {
     any
 }
 
-/// Writes what the socket with this number takes now.
-pub fn send(socket: RawFd, bytes: &[u8]) -> Result<usize, Errno> {
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    Ok(socket::send(socket.as_raw_fd(), bytes, flags)?)
+/// Writes what the socket with this number takes now, with the blank letter at `at`.
+pub fn send(socket: RawFd, memory: &Shared, at: usize, bytes: &[u8]) -> Result<usize, Errno> {
+    let letter = letter(memory, at)?;
+    // SAFETY: as in `blank`; the kernel only reads what the vector points at.
+    let header = unsafe {
+        (*letter).vector = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        fill(&raw mut (*letter).header.msg_hdr, &raw mut (*letter).vector);
+        &raw mut (*letter).header
+    };
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: one message, whose header, vector and bytes are alive and of the stated sizes.
+    let called = unsafe { libc::sendmmsg(socket, header, 1, flags as _) };
+    match Errno::result(called) {
+        Ok(_) => (),
+        // As in `receive`.
+        Err(Errno::ENOSYS | Errno::EPERM) => {
+            // SAFETY: as above.
+            let count = unsafe { libc::sendmsg(socket, &raw const (*header).msg_hdr, flags) };
+            let count = u32::try_from(Errno::result(count)?).map_err(|_| Errno::EIO)?;
+            // SAFETY: as above.
+            unsafe { (&raw mut (*header).msg_len).write_volatile(count) };
+        }
+        Err(reason) => return Err(reason),
+    }
+    // SAFETY: as above.
+    let count = unsafe { (&raw const (*header).msg_len).read_volatile() };
+    usize::try_from(count).map_err(|_| Errno::EIO)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{AddressFamily, ControlMessage, SockType, sendmsg, socketpair};
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, MsgFlags, SockType, sendmsg, socketpair,
+    };
     use std::io::IoSlice;
+    use std::num::NonZeroUsize;
+
+    /// Letters and a buffer.
+    struct Desk(Shared);
+
+    impl Desk {
+        fn new() -> Desk {
+            Desk(Shared::new(NonZeroUsize::new(8192).unwrap()).unwrap())
+        }
+
+        fn receive(&self, socket: &OwnedFd) -> Result<Received, Errno> {
+            blank(&self.0, 0);
+            assert_eq!(moved(&self.0, 0), None);
+            let received = receive(socket.as_raw_fd(), &self.0, 0, 4096..4160);
+            assert_eq!(moved(&self.0, 0), received.ok(), "who comes next knows it");
+            received
+        }
+
+        fn send(&self, socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+            blank(&self.0, 256);
+            let sent = send(socket.as_raw_fd(), &self.0, 256, bytes);
+            let moved = moved(&self.0, 256).map(|it| it.bytes);
+            assert_eq!(moved, sent.ok(), "who comes next knows it");
+            sent
+        }
+    }
 
     fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(
@@ -239,18 +402,16 @@ mod tests {
     #[test]
     fn a_read_stops_behind_the_bytes_that_a_descriptor_came_with() {
         let (ours, theirs) = pair();
-        send(theirs.as_raw_fd(), b"frame").unwrap();
+        let desk = Desk::new();
+        desk.send(&theirs, b"frame").unwrap();
         pass(&theirs, b"\0", &[0]);
-        send(theirs.as_raw_fd(), b"next").unwrap();
-        let mut buffer = [0; 64];
-        let first = receive(ours.as_raw_fd(), &mut buffer).unwrap();
+        desk.send(&theirs, b"next").unwrap();
+        let first = desk.receive(&ours).unwrap();
         assert_eq!((first.bytes, first.descriptors), (6, true));
-        let second = receive(ours.as_raw_fd(), &mut buffer).unwrap();
+        assert_eq!(desk.0.read(4096..4102), b"frame\0");
+        let second = desk.receive(&ours).unwrap();
         assert_eq!((second.bytes, second.descriptors), (4, false));
-        assert_eq!(
-            receive(ours.as_raw_fd(), &mut buffer).err(),
-            Some(Errno::EAGAIN)
-        );
+        assert_eq!(desk.receive(&ours).err(), Some(Errno::EAGAIN));
     }
 
     #[test]
@@ -258,13 +419,24 @@ mod tests {
         let (ours, theirs) = pair();
         let before = open_descriptors();
         pass(&theirs, b"x", &[0; 253]);
-        let received = receive(ours.as_raw_fd(), &mut [0; 8]).unwrap();
+        let received = Desk::new().receive(&ours).unwrap();
         assert!(received.descriptors);
         // Other tests of this process open descriptors too: look again until the count fits.
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while open_descriptors() > before + 100 {
             assert!(std::time::Instant::now() < deadline, "descriptors leaked");
         }
+    }
+
+    #[test]
+    fn what_came_before_an_end_is_read_although_the_other_side_left_replies_unread() {
+        let (ours, theirs) = pair();
+        let desk = Desk::new();
+        desk.send(&ours, b"unread").unwrap();
+        desk.send(&theirs, b"last words").unwrap();
+        drop(theirs);
+        assert_eq!(desk.receive(&ours).map(|it| it.bytes), Ok(10));
+        assert_eq!(desk.receive(&ours).map(|it| it.bytes), Ok(0));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::custody::cold::{self, Loss, TakenAgain, Why};
 use crate::custody::descriptor::Saved;
 use crate::custody::ledger::{self, Orphan};
+use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::host::errno::{self, Errno};
 use crate::host::refusal::Refusal;
@@ -135,7 +136,7 @@ fn go_on(
         unseen,
     } = cold::take_again(saved, settings);
     let (owners, locks) = (state.table().processes().count(), state.table().len());
-    reactor.go_on(state, None)?;
+    reactor.go_on(state, None, Since::default())?;
     reactor.configure_if_changed(limits);
     if owners > 0 || freed > 0 || !losses.is_empty() {
         tracing::warn!(

@@ -20,9 +20,10 @@ use crate::custody::event::Event;
 use crate::custody::ledger::Ledger;
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
+use crate::custody::since::Since;
 use crate::custody::state::State;
-use crate::desk::Desk;
 use crate::desk::control::{Death, Failure, Order};
+use crate::desk::{Desk, turn};
 use crate::exit::{Failed, StartError, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
@@ -51,19 +52,24 @@ pub fn resume(
     let not_open = |_| unusable("its descriptor is not open");
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
-        Ledger::take_over(descriptor).map_err(|reason| unusable(&reason.to_string()))
+        let mark = desk
+            .ok()
+            .and_then(|desk| turn::ledger_before(desk.memory()));
+        Ledger::take_over_since(descriptor, mark).map_err(|reason| unusable(&reason.to_string()))
     });
-    if let Ok((state, _)) = &taken_over {
+    if let Ok((state, _, _)) = &taken_over {
         standard::keep_clear_of(state);
     }
-    let (state, ledger) = match taken_over {
+    let (state, ledger, since) = match taken_over {
         Ok(theirs) => theirs,
         Err(error) => {
             log::install(Settings::initial())?;
             return cannot_read(error, desk);
         }
     };
-    let before = desk.ok().and_then(|desk| look_back(desk, &state, number));
+    let before = desk
+        .ok()
+        .and_then(|desk| look_back(desk, &state, number, &since));
     log::install(Settings::initial())?;
     let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
@@ -103,9 +109,12 @@ pub fn resume(
     let limits = limits_are_known.then_some(limits);
     let idle_timeout_s = state.settings().idle_timeout_s;
     let theirs = (ledger, Some(idle_timeout_s));
-    set_up(&mut reactor, state, &mut inherited, theirs, limits).map_err(give_up)?;
+    set_up(&mut reactor, (state, since), &mut inherited, theirs, limits).map_err(give_up)?;
     if let (Some(before), Ok(desk)) = (before, desk) {
         before.say(desk, &document);
+        for descriptor in before.swept.left {
+            reactor.close_left(descriptor);
+        }
         for (socket, service) in before.swept.accepted {
             reactor.take_in(socket, service);
         }
@@ -142,16 +151,17 @@ struct Before {
 }
 
 /// If there was another reactor before, what became of it, and of what it left open.
-fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd) -> Option<Before> {
+fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd, since: &Since) -> Option<Before> {
     let (death, failed) = (desk.take_death(), desk.take_failed_order());
     if death.is_none() && failed.is_none() {
         sweep::respect_strangers(state, ledger, desk);
         return None;
     }
+    let known: Vec<RawFd> = since.descriptors().collect();
     Some(Before {
         death,
         failed,
-        swept: sweep::sweep(state, ledger, desk),
+        swept: sweep::sweep(state, ledger, &known, desk),
     })
 }
 
@@ -236,6 +246,7 @@ pub fn resume_started(
     let mut inherited = inherit(&state).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
     let nothing = (None, None);
+    let state = (state, Since::default());
     set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Ok(desk) = desk {
@@ -281,7 +292,7 @@ fn open_reactor(
 /// reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
-    state: State<Saved>,
+    (state, since): (State<Saved>, Since),
     inherited: &mut Inherited,
     (ledger, idle_timeout_s): (Option<Ledger>, Option<u32>),
     limits: Option<Limits>,
@@ -294,7 +305,9 @@ fn set_up(
     }
     // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor.go_on(state, ledger).map_err(serve::refused)?;
+    reactor
+        .go_on(state, ledger, since)
+        .map_err(serve::refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings

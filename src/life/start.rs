@@ -2,12 +2,11 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
-use super::plan::Plan;
+use super::plan::{self, Plan};
 use super::way_back::WayBack;
 use super::{go_on, serve, standard, takeover};
 use crate::cli::{Options, Outcome};
@@ -15,7 +14,7 @@ use crate::config::Config;
 use crate::custody::descriptor::Saved;
 use crate::custody::ledger::Ledger;
 use crate::custody::state::State;
-use crate::desk::Desk;
+use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
 use crate::host::descriptors;
@@ -27,12 +26,6 @@ use crate::host::program::Program;
 use crate::host::refusal::Refusal;
 use crate::log;
 use crate::restart::handover::CommandLine;
-
-/// How much is shared with the guardian, bytes.
-const DESK_SIZE: NonZeroUsize = match NonZeroUsize::new(64 * 1024) {
-    Some(size) => size,
-    None => NonZeroUsize::MIN,
-};
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
 ///
@@ -126,12 +119,13 @@ fn guarded(
 /// What a guardian needs, unless the host refuses some of it for ever.
 fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refusal> {
     // Without one nobody could go on from where a reactor dies.
+    let descriptors = plan::raise_limit();
     let run_directory = Paths::of_this_process().run_directory;
     match while_it_may_pass(|| Ledger::try_out(&run_directory)) {
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }
-    let desk = while_it_may_pass(|| Desk::new(DESK_SIZE))?;
+    let desk = while_it_may_pass(|| Desk::new(desk::size(descriptors)))?;
     let program = command_line.prepared().map_err(|_| Refusal {
         what: "the command line cannot be passed on (execve)",
         reason: Errno::EINVAL,

@@ -9,7 +9,6 @@ use crate::custody::servers::Service;
 use crate::custody::state::State;
 use crate::desk::Desk;
 use crate::host::descriptors;
-use crate::host::file::Lockable;
 use crate::host::stream;
 
 /// The last of standard input, output and error.
@@ -20,18 +19,22 @@ const LAST_STANDARD: RawFd = 2;
 pub struct Swept {
     /// Connections that nobody has served.
     pub accepted: Vec<(OwnedFd, Service)>,
-    /// How many others there were, which are closed.
-    pub closed: usize,
+    /// Others, which are to be closed when it is known what was done with them.
+    pub left: Vec<OwnedFd>,
     /// Those that cannot be closed: a POSIX lock on the same file would go with them.
     pub kept: Vec<RawFd>,
 }
 
-/// Closes what is in nobody's hands. Nothing may have been opened since the reactor died.
-pub fn sweep(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Swept {
+/// Looks for what is in nobody's hands. Nothing may have been opened since the reactor died. `known` are
+/// those of which the ledger says that they are to be closed.
+pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) -> Swept {
     let mut swept = Swept::default();
     let mut avoid = state.avoid().to_vec();
     avoid.extend(desk.pid_file().and_then(descriptors::identity));
     for number in unknown(state, ledger, desk) {
+        if known.contains(&number) {
+            continue;
+        }
         let mut listeners = state.listeners().iter();
         let door = listeners.find(|it| stream::is_connection_to(it.socket.0, number));
         let is_avoided = || descriptors::identity(number).is_some_and(|it| avoid.contains(&it));
@@ -44,10 +47,7 @@ pub fn sweep(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Swept {
         };
         match door {
             Some(door) => swept.accepted.push((descriptor, door.server)),
-            None => {
-                drop(Lockable::inherited(descriptor));
-                swept.closed = swept.closed.saturating_add(1);
-            }
+            None => swept.left.push(descriptor),
         }
     }
     swept

@@ -20,6 +20,7 @@ use super::table::Mode;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 use crate::host::process;
+use crate::host::shared::Word;
 
 /// What kind of lock a lease is. What stands for the descriptors is `D`.
 #[derive(Debug)]
@@ -168,12 +169,13 @@ fn is_mended_by_name(errno: Errno) -> bool {
 
 impl Acquisition<'_> {
     /// Opens and locks the file. Whether it is held under another name is for the keeper to see, who
-    /// undoes it then.
-    pub fn run(&self) -> Result<(Lease, FileIdentity), NotLocked> {
+    /// undoes it then. That it makes the file is noted in `making` before, for whoever finds it should
+    /// this process die.
+    pub fn run(&self, making: Option<Word<'_>>) -> Result<(Lease, FileIdentity), NotLocked> {
         let mut made = None;
         let mut stale = 0;
         for _ in 0..ROUNDS {
-            match self.round(&mut made, stale == STALE_ROUNDS) {
+            match self.round(&mut made, making, stale == STALE_ROUNDS) {
                 Ok(locked) => return Ok(locked),
                 Err(Missed::Replaced) => (),
                 Err(Missed::Stale(_)) if stale < STALE_ROUNDS => stale = stale.saturating_add(1),
@@ -190,9 +192,10 @@ impl Acquisition<'_> {
     fn round(
         &self,
         made: &mut Option<FileIdentity>,
+        making: Option<Word<'_>>,
         is_last: bool,
     ) -> Result<(Lease, FileIdentity), Missed> {
-        let (descriptor, is_new) = self.open().inspect_err(|refused| {
+        let (descriptor, is_new) = self.open(making).inspect_err(|refused| {
             if let (Some(_), Refused::Open(errno)) = (*made, refused.reason) {
                 self.left_behind(errno);
             }
@@ -307,15 +310,26 @@ impl Acquisition<'_> {
     }
 
     /// The opened file, and whether it was made.
-    fn open(&self) -> Result<(OwnedFd, bool), NotLocked> {
+    fn open(&self, making: Option<Word<'_>>) -> Result<(OwnedFd, bool), NotLocked> {
         if !self.avoid.is_empty() {
-            return self.look_and_open();
+            return self.look_and_open(making);
         }
-        self.open_at_once()
+        self.open_at_once(making)
             .map_err(|reason| Refused::from(reason).into())
     }
 
-    fn open_at_once(&self) -> Result<(OwnedFd, bool), Unreachable> {
+    /// Makes the file.
+    fn make(&self, making: Option<Word<'_>>) -> Result<OwnedFd, Unreachable> {
+        let note = |value| {
+            if let Some(word) = making {
+                word.store(value);
+            }
+        };
+        note(1);
+        self.place.reach(file::create).inspect_err(|_| note(0))
+    }
+
+    fn open_at_once(&self, making: Option<Word<'_>>) -> Result<(OwnedFd, bool), Unreachable> {
         if !self.autocreate {
             return Ok((self.open_at_place(file::open_existing)?, false));
         }
@@ -327,7 +341,7 @@ impl Acquisition<'_> {
                 result => return Ok((result?, false)),
             }
         }
-        match self.place.reach(file::create) {
+        match self.make(making) {
             Ok(descriptor) => Ok((descriptor, true)),
             // Made by somebody else, or a symbolic link that leads to nothing.
             Err(Unreachable::System(Errno::EEXIST)) => {
@@ -359,7 +373,7 @@ impl Acquisition<'_> {
     }
 
     /// Opens a file only if it is known not to be one to be avoided.
-    fn look_and_open(&self) -> Result<(OwnedFd, bool), NotLocked> {
+    fn look_and_open(&self, making: Option<Word<'_>>) -> Result<(OwnedFd, bool), NotLocked> {
         for _ in 0..ROUNDS {
             let look = |start: Start<'_>, path: &[u8]| {
                 let handle = file::handle(start, path)?;
@@ -388,7 +402,7 @@ impl Acquisition<'_> {
                 Err(reason) => return Err(Refused::from(reason).into()),
             }
             // Missing: nobody can hold it, and what is made here is new.
-            match self.place.reach(file::create) {
+            match self.make(making) {
                 // Made by somebody else just now: looked at like any other.
                 Err(Unreachable::System(Errno::EEXIST)) => (),
                 made => return Ok((made.map_err(Refused::from)?, true)),
@@ -533,6 +547,23 @@ impl Lease {
                 self.descriptor.lock_process(LockType::Write)
             }
         }
+    }
+}
+
+/// Closes a file that a process left open which died before it wrote down that it locked it. If it was making
+/// the file at this place for that, and this is it, it goes, unless somebody else has taken it meanwhile.
+pub fn take_back(file: OwnedFd, made_at: Option<Place<'_>>) {
+    let mut file = Lockable::inherited(file);
+    // If there is a POSIX lock it is another name's.
+    file.leave_process_lock();
+    let Some(place) = made_at else {
+        return;
+    };
+    if let Ok(identity) = file::identity(&file)
+        && leads_to(place, identity) == Ok(true)
+        && file.lock(LockType::Write).is_ok()
+    {
+        remove(place, identity);
     }
 }
 

@@ -8,6 +8,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::servers::Service;
 use crate::host::names::Names;
+use crate::host::shared::Word;
 use crate::locks::table::Pid;
 use crate::wire::error::Error;
 
@@ -26,6 +27,8 @@ pub struct Hall<'a> {
     pub names: &'a mut Names,
     /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
+    /// Where it is noted that a file is being made.
+    pub making: Word<'a>,
 }
 
 impl Hall<'_> {

@@ -18,8 +18,9 @@ use mio::{Events, Poll};
 use nix::sys::signal::Signal;
 
 use super::clients::accept::{Accepted, Entrance, Gate};
-use super::clients::connection::Connection;
-use super::clients::turn::{Buffers, Pace, Turn, Turned};
+use super::clients::connection::{Appetite, Connection};
+use super::clients::recovery::{self, Making};
+use super::clients::turn::{Buffers, Pace, Turn, Turned, whose};
 use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
 use super::lines::{Line, Lines, ROTATION};
@@ -36,9 +37,11 @@ use crate::custody::descriptor::{Number, Open};
 use crate::custody::ledger::Ledger;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
+use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::Desk;
 use crate::desk::control::Message;
+use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::clock::Moment;
 use crate::host::errno;
 use crate::host::names::Names;
@@ -48,6 +51,7 @@ use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
 use crate::host::{descriptors, heap, notify};
+use crate::locks::lease;
 use crate::locks::table::Pid;
 use crate::log::{self, Printable};
 
@@ -137,6 +141,7 @@ pub struct Reactor {
     freeing: Freeing,
     names: Names,
     upgrade: Upgrade,
+    desk: &'static Desk,
     buffers: Buffers,
     pace: Pace,
     /// What calls asked for in the turn that is just over.
@@ -144,19 +149,26 @@ pub struct Reactor {
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
     /// What is shared with the guardian, if there is one.
-    desk: Option<&'static Desk>,
+    guard: Option<&'static Desk>,
     /// There was a guardian, and there is none any more.
     is_orphaned: bool,
+    /// Where a reactor that died was making a file.
+    making: Option<Making>,
 }
 
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
-    /// [`Reactor::listen`]. What can be done another way where the host refuses it is, and is told by
-    /// [`Reactor::refusals`].
+    /// [`Reactor::listen`]. It works at the guardian's desk, if there is a guardian. What can be done another way
+    /// where the host refuses it is, and is told by [`Reactor::refusals`].
     ///
     /// # Errors
     /// What the host refuses for which there is no other way.
-    pub fn new(reload: Reload, desk: Option<&'static Desk>) -> Result<Reactor, Refusal> {
+    pub fn new(reload: Reload, guard: Option<&'static Desk>) -> Result<Reactor, Refusal> {
+        let desk = match guard {
+            Some(desk) => desk,
+            // There is one reactor in a process, and it lives as long.
+            None => Box::leak(Box::new(patiently(Desk::private)?)),
+        };
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
         // Where there is no other way it is tried for a while, whatever the reason.
         let poll = patiently(|| Poll::new().map_err(&no_poll))?;
@@ -166,7 +178,7 @@ impl Reactor {
         })?;
         let watch = Watch::new(registry);
         let signals = while_it_may_pass(|| {
-            let signals = Signals::open(desk.is_some())?;
+            let signals = Signals::open(guard.is_some())?;
             add(&watch, Source::Signals, signals.as_raw_fd())?;
             Ok(signals)
         })
@@ -203,12 +215,14 @@ impl Reactor {
             freeing: Freeing::default(),
             names: Names::default(),
             upgrade: Upgrade::default(),
-            buffers: Buffers::default(),
+            buffers: Buffers::new(desk),
+            desk,
             pace: Pace::default(),
             orders: Vec::new(),
             admin_bytes: 0,
-            desk,
+            guard,
             is_orphaned: false,
+            making: None,
         })
     }
 
@@ -283,11 +297,18 @@ impl Reactor {
     }
 
     /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
-    /// that is to be written. Whatever has been taken when this fails is the reactor's, and open.
+    /// that is to be written, and from the desk, if somebody died at it: `since` is what happened behind
+    /// the mark that [`step::ledger_before`] finds there. Whatever has been taken when this fails is the
+    /// reactor's, and open.
     ///
     /// # Errors
     /// What the host refuses for which there is no other way.
-    pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) -> Result<(), Refusal> {
+    pub fn go_on(
+        &mut self,
+        state: State<Open>,
+        ledger: Option<Ledger>,
+        mut since: Since,
+    ) -> Result<(), Refusal> {
         self.custody.go_on(state, ledger);
         let is_watched = match self.custody.take_poll() {
             Some(poll) => self.inherit(poll)?,
@@ -311,15 +332,15 @@ impl Reactor {
             .clients()
             .map(|(id, client)| (id, client.is_refused(), client.is_over()))
             .collect();
+        let mut interrupted = None;
         for (id, is_refused, is_over) in clients {
             if !is_watched {
                 let watched = || self.watch.add(Source::Connection(id), id.0);
                 patiently(watched)
                     .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             }
-            let traffic = self.custody.take_traffic(id);
-            let has_traffic = traffic.is_some();
-            let connection = traffic.map(Connection::resume).unwrap_or_default();
+            let (connection, of_turn) = self.find_traffic(id, &mut since);
+            let has_traffic = !connection.is_quiet();
             // Its number is its socket's, of which there is one.
             let _ = self.connections.insert(id.0, connection);
             if is_over {
@@ -327,7 +348,9 @@ impl Reactor {
             } else if is_refused {
                 self.wait_for_first_call(id, NoRoom::Limit);
             }
-            if has_traffic {
+            if of_turn.is_some() {
+                interrupted = of_turn;
+            } else if has_traffic {
                 self.enqueue(id);
             }
         }
@@ -342,6 +365,18 @@ impl Reactor {
             .into_iter()
             .for_each(|pid| owners.follow_watched(pid));
         owners.watch_the_unwatched();
+        self.carry_out_orders();
+        if let Some((id, rest)) = interrupted {
+            // From here on the call that a reactor died in is one that waits like others. It goes first:
+            // what it may have been told already must still be true.
+            let whose = self.whose(id);
+            self.buffers.settle(self.desk, whose, &rest);
+            if let Some(connection) = self.connections.get_mut(id.0) {
+                connection.appetite = Appetite::Small;
+            }
+            self.enqueue(id);
+        }
+        step::none(self.desk.memory());
         Ok(())
     }
 
@@ -353,6 +388,56 @@ impl Reactor {
     /// Fences an owner that left while it held locks.
     pub fn fence_who_left(&mut self, pid: Pid, process: OwnedFd) {
         self.owners().fence(pid, process);
+    }
+
+    /// The passing half of a client as somebody left it who died at the desk, or passed it on. If it was
+    /// this one's turn, what it has on its way is to be left in its slot when its orders are carried out.
+    fn find_traffic(
+        &mut self,
+        id: ClientId,
+        since: &mut Since,
+    ) -> (Connection, Option<(ClientId, Rest)>) {
+        let Some(whose) = self.whose(id) else {
+            return (Connection::default(), None);
+        };
+        let memory = self.desk.memory();
+        let (custody, orders) = (&mut self.custody, &mut self.orders);
+        let found = recovery::recover(memory, whose, id, custody, since, orders);
+        let is_of_turn = step::whose_turn(memory) == Some(whose);
+        let passed_on = self.custody.state().traffic().get(&id).map(recovery::rest);
+        let (rest, is_known) = match (found, passed_on.is_some()) {
+            (Some(recovered), _) => {
+                self.making = self.making.take().or(recovered.making);
+                (recovered.rest, true)
+            }
+            (None, true) => (passed_on.unwrap_or_default(), false),
+            (None, false) => return (Connection::default(), None),
+        };
+        if !is_known {
+            self.buffers.settle(self.desk, Some(whose), &rest);
+        }
+        // Passed on once more it would be worked on or sent twice.
+        self.custody.take_traffic(id);
+        let connection = Connection::resume(recovery::traffic(&rest));
+        (connection, is_of_turn.then_some((id, rest)))
+    }
+
+    /// Closes a descriptor that a reactor which died left open and nobody knows, before anybody is served: a
+    /// file that it was about to lock may have to be removed again.
+    pub fn close_left(&self, descriptor: OwnedFd) {
+        lease::take_back(descriptor, self.making.as_ref().map(Making::place));
+    }
+
+    /// What was ordered is done: the step in which it was ends. How the turn ends, if it does.
+    fn end_step(&mut self, id: ClientId) -> Option<Turned> {
+        let whose = self.whose(id)?;
+        let connection = self.connections.get(id.0)?;
+        (!self.buffers.end(self.desk, whose, connection)).then_some(Turned::Over)
+    }
+
+    fn whose(&self, id: ClientId) -> Option<Whose> {
+        let arrival = self.custody.state().client(id)?.arrival;
+        Some(whose(id, arrival.server, arrival.id))
     }
 
     /// Goes on with the poll of an earlier image of this process, which watches the connections
@@ -411,7 +496,7 @@ impl Reactor {
                 Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error),
                 _ => (),
             }
-            if let Some(desk) = self.desk
+            if let Some(desk) = self.guard
                 && desk.is_away(Moment::now())
             {
                 desk.wake_guardian();
@@ -431,7 +516,7 @@ impl Reactor {
     /// What whoever goes on must know before anything else, should this be the last that is heard of this
     /// reactor.
     fn leave_word(&self) {
-        if let Some(desk) = self.desk {
+        if let Some(desk) = self.guard {
             desk.set_ledger(self.custody.ledger().ok().map(AsRawFd::as_raw_fd));
             desk.is_back();
         }
@@ -571,7 +656,9 @@ impl Reactor {
         let mut turned = self.turn(id, start, end);
         while turned == Turned::Ordered {
             self.carry_out_orders();
-            turned = self.turn(id, start, end);
+            turned = self
+                .end_step(id)
+                .unwrap_or_else(|| self.turn(id, start, end));
         }
         if turned == Turned::Over {
             self.end_connection(id);
@@ -598,8 +685,10 @@ impl Reactor {
                 reserve: &self.reserve,
                 names: &mut self.names,
                 orders: &mut self.orders,
+                making: step::making(self.desk.memory()),
             },
             watch: &self.watch,
+            desk: self.desk,
             buffers: &mut self.buffers,
             pace: self.pace,
         };
@@ -768,6 +857,7 @@ impl Reactor {
         if let Some(connection) = self.connections.remove(id.0) {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         }
+        self.buffers.leave(self.desk, id);
         // Behind what becomes of its owner, and before anybody else can have its number.
         drop(self.custody.gone(id));
         self.reserve.refill();
@@ -880,6 +970,14 @@ impl Reactor {
                     self.custody.give_memory_back();
                 }
                 heap::give_back();
+                let state = self.custody.state();
+                self.buffers.give_back(self.desk, |number, who| {
+                    let id = i32::try_from(number).map(ClientId);
+                    let client = id.ok().and_then(|id| Some((id, state.client(id)?.arrival)));
+                    client.is_some_and(|(id, arrival)| {
+                        whose(id, arrival.server, arrival.id).who == who
+                    })
+                });
             }
             Deadline::Ledger => (),
             Deadline::Successor => {
@@ -942,7 +1040,7 @@ impl Reactor {
         self.doing = Doing::Ending;
         let (upgrade, mut going) = self.going();
         upgrade.abandon_upgrade(&mut going);
-        match self.desk {
+        match self.guard {
             Some(desk) => {
                 // Whoever goes on should this reactor die goes on with the end.
                 desk.ask(Signal::SIGTERM);
@@ -974,7 +1072,7 @@ impl Reactor {
 
     fn take_signals(&mut self) {
         while let Some(signal) = self.signals.next() {
-            if self.desk.is_none() {
+            if self.guard.is_none() {
                 self.act_on(signal);
             }
         }
@@ -983,7 +1081,7 @@ impl Reactor {
 
     /// What the guardian was asked for, if there is one.
     fn do_what_was_asked(&mut self) {
-        let Some(desk) = self.desk else {
+        let Some(desk) = self.guard else {
             return;
         };
         self.is_orphaned = !desk.has_guardian();

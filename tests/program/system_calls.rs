@@ -80,14 +80,14 @@ fn an_acquire_costs_six_system_calls_and_a_release_five_however_many_are_connect
     });
 
     let acquire = [
-        "recvmsg",
+        "recvmmsg",
         "openat",
         "newfstatat",
         "fcntl",
-        "sendto",
+        "sendmmsg",
         "epoll_wait",
     ];
-    let release = ["recvmsg", "fcntl", "close", "sendto", "epoll_wait"];
+    let release = ["recvmmsg", "fcntl", "close", "sendmmsg", "epoll_wait"];
     let pair = [&acquire[..], &release[..]].concat();
     let expected: Vec<&str> = std::iter::once("epoll_wait")
         .chain(pair.repeat(PAIRS))

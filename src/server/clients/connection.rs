@@ -8,7 +8,8 @@ use crate::host::errno::Errno;
 
 use super::conversation::{Conversation, Pending};
 use crate::custody::clients::Traffic;
-use crate::host::stream;
+use crate::desk::turn;
+use crate::host::shared::Shared;
 use crate::server::flow::ENOUGH_OUTPUT;
 
 /// What serving a connection takes, as far as it is known.
@@ -32,12 +33,23 @@ pub enum Appetite {
 pub enum Sent {
     /// Everything is out.
     All,
+    /// Some of it is out, and the socket may take more.
+    Part,
     /// The socket takes no more for now.
     Blocked,
     /// The kernel has no memory for it now.
     NoMemory,
     /// Nobody will ever read it.
     Failed,
+}
+
+/// Through what a connection sends: its socket, and the desk that is to know how much went out.
+#[derive(Clone, Copy, Debug)]
+pub struct Post<'a> {
+    /// The socket.
+    pub socket: RawFd,
+    /// The desk's memory.
+    pub memory: &'a Shared,
 }
 
 /// A connection.
@@ -160,40 +172,42 @@ impl Connection {
         }
     }
 
-    /// Sends what is left of earlier replies.
-    pub fn send_rest(&mut self, socket: RawFd) -> Sent {
+    /// Sends what is left of earlier replies, once. What it achieved, and how many bytes went out.
+    pub fn send_rest(&mut self, post: Post<'_>) -> (Sent, usize) {
         match &mut self.on_the_way {
             Some(on_the_way) if !on_the_way.output.is_empty() => {
                 let output = std::mem::take(&mut on_the_way.output);
-                self.send(socket, &output)
+                self.send(post, &output)
             }
-            _ => Sent::All,
+            _ => (Sent::All, 0),
         }
     }
 
-    /// Sends what is left of earlier replies, then `bytes`; keeps what the socket does not take.
-    pub fn send(&mut self, socket: RawFd, bytes: &[u8]) -> Sent {
+    /// Sends what is left of earlier replies, then `bytes`, once; keeps what the socket does not take. What
+    /// it achieved, and how many bytes went out.
+    pub fn send(&mut self, post: Post<'_>, bytes: &[u8]) -> (Sent, usize) {
         if !self.unsent().is_empty() {
             self.hold(bytes);
-            return self.send_rest(socket);
+            return self.send_rest(post);
         }
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            match stream::send(socket, rest) {
-                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
-                Err(Errno::EINTR) => (),
-                Err(Errno::EAGAIN) => {
-                    self.hold(rest);
-                    return Sent::Blocked;
-                }
-                Err(Errno::ENOMEM | Errno::ENOBUFS) => {
-                    self.hold(rest);
-                    return Sent::NoMemory;
-                }
-                Err(_) => return Sent::Failed,
-            }
+        if bytes.is_empty() {
+            return (Sent::All, 0);
         }
-        Sent::All
+        loop {
+            let failed = match turn::send(post.memory, post.socket, bytes) {
+                Ok(count) if count >= bytes.len() => return (Sent::All, count),
+                Ok(count) => {
+                    self.hold(bytes.get(count..).unwrap_or_default());
+                    return (Sent::Part, count);
+                }
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => Sent::Blocked,
+                Err(Errno::ENOMEM | Errno::ENOBUFS) => Sent::NoMemory,
+                Err(_) => return (Sent::Failed, 0),
+            };
+            self.hold(bytes);
+            return (failed, 0);
+        }
     }
 
     /// Whether its replies wait for those that follow: frames of it are waiting, and there is not

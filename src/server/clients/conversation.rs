@@ -55,6 +55,17 @@ impl Conversation {
         self.pending.len()
     }
 
+    /// What waits.
+    pub fn bytes(&self) -> &[u8] {
+        &self.pending
+    }
+
+    /// Whether descriptors came with the last byte that waits, and how many of the call at the front have
+    /// arrived.
+    pub fn descriptors(&self) -> (bool, u32) {
+        (self.descriptors_at_end, self.arrived)
+    }
+
     /// What waits, to be passed on.
     pub fn pending(&self) -> Option<Pending> {
         (!self.is_empty()).then(|| Pending {
@@ -79,8 +90,8 @@ impl Conversation {
     }
 
     /// Takes in bytes that follow those taken in before, of which the last may have had descriptors
-    /// with it, and hands each whole frame to `work`: its header and arguments. A frame longer than
-    /// `longest` bytes ends the connection.
+    /// with it, and hands each whole frame to `work`: its header and arguments, and how many bytes of all
+    /// that waited and came are done with behind it. A frame longer than `longest` bytes ends the connection.
     ///
     /// With no bytes, works on what has been waiting since a pause.
     pub fn take_in(
@@ -88,7 +99,7 @@ impl Conversation {
         bytes: &[u8],
         descriptors_at_end: bool,
         longest: usize,
-        mut work: impl FnMut(Header, &[u8]) -> Flow,
+        mut work: impl FnMut(Header, &[u8], usize) -> Flow,
     ) -> Taken {
         if self.pending.is_empty() {
             self.descriptors_at_end = descriptors_at_end;
@@ -137,8 +148,9 @@ impl Conversation {
         &mut self,
         mut stream: &'a [u8],
         longest: usize,
-        work: &mut impl FnMut(Header, &[u8]) -> Flow,
+        work: &mut impl FnMut(Header, &[u8], usize) -> Flow,
     ) -> (&'a [u8], Taken) {
+        let all = stream.len();
         loop {
             let (header, arguments, length, whole) = match self.next_call(stream, longest) {
                 Next::Frame(header, arguments, length, whole) => (header, arguments, length, whole),
@@ -150,7 +162,8 @@ impl Conversation {
                 }
                 Next::Invalid => return (&[], Taken::Close),
             };
-            let flow = work(header, arguments);
+            let done = all.saturating_sub(stream.len()).saturating_add(length);
+            let flow = work(header, arguments, done);
             if flow == Flow::Again {
                 // Its descriptors have arrived and are counted; the byte of the last one is not kept.
                 let end = if length > whole { whole } else { stream.len() };
@@ -239,7 +252,7 @@ mod tests {
         let mut serials = Vec::new();
         let mut last = Taken::All;
         for (bytes, mark) in pieces {
-            last = conversation.take_in(bytes, *mark, LONGEST_FRAME, |header, arguments| {
+            last = conversation.take_in(bytes, *mark, LONGEST_FRAME, |header, arguments, _| {
                 assert_eq!(arguments, [0, 0, 0, 3, b'/', b'l', b's', 0]);
                 serials.push(header.serial);
                 Flow::Continue
@@ -308,7 +321,7 @@ mod tests {
         frame.resize(80_000, 0);
         let mut conversation = Conversation::default();
         let mut take_in = |bytes: &[u8]| {
-            let taken = conversation.take_in(bytes, false, LONGEST_FRAME, |_, _| Flow::Continue);
+            let taken = conversation.take_in(bytes, false, LONGEST_FRAME, |_, _, _| Flow::Continue);
             assert_eq!(taken, Taken::All);
             conversation.pending.capacity()
         };
@@ -333,7 +346,7 @@ mod tests {
         let mut conversation = Conversation::default();
         let mut serials = Vec::new();
         for bytes in [&stream[..], b"", b""] {
-            let taken = conversation.take_in(bytes, false, LONGEST_FRAME, |header, _| {
+            let taken = conversation.take_in(bytes, false, LONGEST_FRAME, |header, _, _| {
                 serials.push(header.serial);
                 Flow::Pause
             });

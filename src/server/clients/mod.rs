@@ -4,4 +4,6 @@
 pub mod accept;
 pub mod connection;
 pub mod conversation;
+pub mod poison;
+pub mod recovery;
 pub mod turn;

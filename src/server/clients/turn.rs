@@ -2,17 +2,21 @@
 //! or its time is over. Turns are short, and shorter while somebody else is served beside them, so that
 //! nobody who makes one call waits long for those who make thousands.
 
-use std::ops::Range;
 use std::os::fd::RawFd;
 
 use crate::host::errno::Errno;
 
-use super::connection::{Appetite, Connection, Sent};
+use super::connection::{Appetite, Connection, Post, Sent};
 use super::conversation::Taken;
+use super::poison;
 use crate::custody::clients::ClientId;
 use crate::custody::servers::Service;
+use crate::desk::Desk;
+use crate::desk::layout::READ_SIZE;
+use crate::desk::slot::Places;
+use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::clock::Moment;
-use crate::host::stream;
+use crate::host::stream::Received;
 use crate::server::deadlines::{Deadline, RETRY_MS};
 use crate::server::flow::Flow;
 use crate::server::hall::Hall;
@@ -31,9 +35,6 @@ const COMPANY_MS: u64 = 1000;
 /// What a turn must not take although it has ended in time, microseconds: a frame that costs so much
 /// is as good as many. Far above a lock's cost, because the processor may have been somebody else's.
 const LONG_TURN_US: u64 = 2 * TURN_US;
-/// The most that one read takes. It is more than a turn's worth of calls: what is left of them has to
-/// be kept, and that takes time, too.
-const READ_SIZE: usize = 8 * 1024;
 /// So many bytes of replies at the end of a turn are sent in the next one: that takes long, too.
 const LONG_REPLIES: usize = 8 * 1024;
 
@@ -97,24 +98,126 @@ impl Turned {
     }
 }
 
-/// Where bytes are received, and where replies are made. All turns share them.
+/// Where bytes are worked on, and where replies are made. All turns share them. What a turn receives, does
+/// and sends is noted on the desk at the same time, for whoever comes next should this process die.
 #[derive(Debug)]
 pub struct Buffers {
     input: Vec<u8>,
     output: Vec<u8>,
+    step: Step,
+    /// Who has room for long messages there.
+    places: Places,
+    /// Replies took more of the desk than they do most often.
+    is_stretched: bool,
 }
 
-impl Default for Buffers {
-    fn default() -> Self {
+/// How far the step of a turn has come: something received, worked on, and sent once.
+#[derive(Clone, Copy, Debug, Default)]
+struct Step {
+    /// How many bytes were received.
+    received: usize,
+    /// How many bytes are worked on, of those that waited and were received.
+    done: usize,
+    /// How many bytes were sent, of those that were unsent and made.
+    sent: usize,
+}
+
+impl Buffers {
+    /// Buffers of a reactor at this desk.
+    pub fn new(desk: &Desk) -> Buffers {
         Buffers {
             input: vec![0; READ_SIZE],
             output: Vec::new(),
+            step: Step::default(),
+            places: Places::find(desk.memory()),
+            is_stretched: false,
+        }
+    }
+
+    fn begin(&mut self, desk: &Desk, whose: Whose) {
+        step::begin(desk.memory(), whose);
+        self.step = Step::default();
+        self.output.clear();
+        if self.output.capacity() > READ_SIZE {
+            // One long reply is no reason to keep so much memory for ever.
+            self.output.shrink_to(READ_SIZE);
+        }
+    }
+
+    /// Ends a step: what the client has on its way by now is left in its slot. False if there is no room
+    /// for it.
+    pub fn end(&mut self, desk: &Desk, whose: Whose, connection: &Connection) -> bool {
+        let Step {
+            received,
+            done,
+            sent,
+        } = self.step;
+        let conversation = connection.conversation();
+        let (descriptors_at_end, arrived) =
+            conversation.map(|it| it.descriptors()).unwrap_or_default();
+        let end = step::End {
+            received: self.input.get(..received).unwrap_or_default(),
+            done,
+            replies: &self.output,
+            sent,
+            pending: conversation.map(|it| it.bytes()).unwrap_or_default(),
+            unsent: connection.unsent(),
+            descriptors_at_end,
+            arrived,
+            closing: connection.closing,
+        };
+        let is_kept = step::end(desk.memory(), &mut self.places, whose, &end);
+        self.is_stretched |= self.output.len() > READ_SIZE;
+        is_kept
+    }
+
+    /// Leaves in a client's slot what a dead reactor, or an earlier image of the process, left of it.
+    pub fn settle(&mut self, desk: &Desk, whose: Option<Whose>, rest: &Rest) {
+        if let Some(whose) = whose
+            && !step::settle(desk.memory(), &mut self.places, whose, rest)
+        {
+            tracing::error!(
+                target: "rpc.netserverclient",
+                "What a client (descriptor {}) has on its way could not be kept: should the daemon die \
+                 now, it may be lost", whose.number
+            );
+        }
+    }
+
+    /// A client is gone.
+    pub fn leave(&mut self, desk: &Desk, id: ClientId) {
+        if let Ok(number) = usize::try_from(id.0) {
+            self.places.leave(desk.memory(), number);
+        }
+    }
+
+    /// Gives back the memory of the slots that nobody uses any more, between turns. `is_used` says whether
+    /// a client is there.
+    pub fn give_back(&mut self, desk: &Desk, is_used: impl FnMut(usize, u64) -> bool) {
+        let memory = desk.memory();
+        // The last step may be told by a slot that is about to be forgotten.
+        step::none(memory);
+        self.places.give_back(memory, is_used);
+        if std::mem::take(&mut self.is_stretched) {
+            step::give_back(memory);
         }
     }
 }
 
+/// What tells a client from every other that has or had its descriptor's number.
+pub fn whose(id: ClientId, service: Service, number: u64) -> Whose {
+    let service = match service {
+        Service::Lock => 1,
+        Service::Admin => 2,
+    };
+    Whose {
+        number: usize::try_from(id.0).unwrap_or(usize::MAX),
+        who: number << 2 | service,
+    }
+}
+
 enum Read {
-    Some { bytes: usize, descriptors: bool },
+    Some { descriptors: bool },
     Nothing,
     NoMemory,
     End,
@@ -127,6 +230,8 @@ pub struct Turn<'a> {
     pub hall: Hall<'a>,
     /// Where readiness is asked for.
     pub watch: &'a Watch,
+    /// Where it is noted how far it is.
+    pub desk: &'a Desk,
     /// The buffers.
     pub buffers: &'a mut Buffers,
     /// How long it may be.
@@ -152,13 +257,20 @@ impl Turn<'_> {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
         };
+        let whose = whose(id, client.arrival.server, client.arrival.id);
         let socket = id.0;
         let mut turned = Turned::Short;
         let mut is_over = false;
         loop {
-            if !connection.holds_replies() {
-                match connection.send_rest(socket) {
+            if !connection.holds_replies() && !connection.unsent().is_empty() {
+                self.buffers.begin(self.desk, whose);
+                let sent = self.send(socket, connection, false);
+                if !self.buffers.end(self.desk, whose, connection) {
+                    return self.no_room(id);
+                }
+                match sent {
                     Sent::All => (),
+                    Sent::Part => continue,
                     Sent::Blocked => return self.wait_to_send(id, connection, true, turned),
                     Sent::NoMemory => return self.serve_later(id, turned),
                     Sent::Failed if connection.reads_to_the_end() => (),
@@ -178,68 +290,138 @@ impl Turn<'_> {
             if is_over {
                 return Turned::Unfinished;
             }
-            let (bytes, descriptors) = if connection.paused {
-                (0, false)
+            self.buffers.begin(self.desk, whose);
+            let descriptors = if connection.paused {
+                false
             } else {
-                match receive(socket, connection, &mut self.buffers.input) {
-                    Read::Some { bytes, descriptors } => (bytes, descriptors),
+                match self.receive(socket, connection) {
+                    Read::Some { descriptors } => descriptors,
                     Read::Nothing => continue,
                     Read::NoMemory => return self.serve_later(id, turned),
                     Read::End => return Turned::Over,
                 }
             };
-            let taken = self.take_in(id, connection, longest, 0..bytes, descriptors, end);
+            let taken = self.take_in((id, whose), connection, longest, descriptors, end);
             // Before the reply goes out: whoever gets it may have this processor next.
             let now = Moment::now();
             is_over = now >= end;
             if now >= start.plus_us(LONG_TURN_US) {
                 turned = Turned::Long;
             }
+            connection.closing |= taken == Taken::Close;
             if !self.hall.orders.is_empty() {
-                connection.closing |= taken == Taken::Close;
+                // The step ends when they have been carried out: see [`Buffers::end`].
                 self.hold_replies(connection);
                 return Turned::Ordered;
             }
             if is_over && self.buffers.output.len() >= LONG_REPLIES && taken != Taken::Close {
                 self.hold_replies(connection);
+                if !self.buffers.end(self.desk, whose, connection) {
+                    return self.no_room(id);
+                }
                 return Turned::Unfinished;
             }
-            if let Some(turned) = self.answer(id, connection, taken, turned) {
-                return turned;
+            let sent = if taken == Taken::Paused && connection.holds_replies() {
+                connection.hold(&self.buffers.output);
+                Sent::All
+            } else {
+                self.send(socket, connection, true)
+            };
+            if !self.buffers.end(self.desk, whose, connection) {
+                return self.no_room(id);
+            }
+            match sent {
+                Sent::Failed if connection.reads_to_the_end() => (),
+                Sent::Failed => return Turned::Over,
+                Sent::All if connection.closing => return Turned::Over,
+                Sent::All | Sent::Part => (),
+                Sent::Blocked => {
+                    self.hall.deadlines.give_memory_back_later();
+                    return self.wait_to_send(id, connection, true, turned);
+                }
+                Sent::NoMemory => return self.serve_later(id, turned),
             }
         }
+    }
+
+    /// Sends, once in a step, what is unsent, and the replies that were made in it.
+    fn send(&mut self, socket: RawFd, connection: &mut Connection, with_replies: bool) -> Sent {
+        let post = Post {
+            socket,
+            memory: self.desk.memory(),
+        };
+        let (sent, count) = if with_replies {
+            connection.send(post, &self.buffers.output)
+        } else {
+            connection.send_rest(post)
+        };
+        self.buffers.step.sent = count;
+        sent
     }
 
     /// Works on the frames of what was read.
     fn take_in(
         &mut self,
-        id: ClientId,
+        (id, whose): (ClientId, Whose),
         connection: &mut Connection,
         longest: usize,
-        bytes: Range<usize>,
         descriptors: bool,
         end: Moment,
     ) -> Taken {
         let mut conversation = connection.take_conversation();
         let waited = conversation.waiting();
-        let Buffers { input, output } = &mut *self.buffers;
+        let Buffers {
+            input,
+            output,
+            step,
+            ..
+        } = &mut *self.buffers;
+        let memory = self.desk.memory();
+        let deaths = if waited > 0 {
+            step::deaths(memory, whose)
+        } else {
+            0
+        };
         let hall = &mut self.hall;
         let mut count = 0usize;
         // Most often there is only one frame, and nothing else to be put off; of many, every second
         // one is worth a look at the clock, or every one.
-        let step = if end < self.pace.company_until { 1 } else { 2 };
+        let slowness = if end < self.pace.company_until { 1 } else { 2 };
         let taken = conversation.take_in(
-            input.get(bytes).unwrap_or_default(),
+            input.get(..step.received).unwrap_or_default(),
             descriptors,
             longest,
-            |header, payload| {
-                let flow = dispatch::dispatch(hall, id, header, payload, output);
-                // What was ordered is about the state behind this call, not behind those that follow.
-                if !hall.orders.is_empty() && flow == Flow::Continue {
-                    return Flow::Pause;
+            |header, payload, done| {
+                let known = output.len();
+                step::frame_begins(memory, step.done, hall.custody.mark());
+                let flow = if step.done == 0 && poison::is_deadly(deaths) {
+                    poison::refuse(hall, id, header, payload, output)
+                } else {
+                    dispatch::dispatch(hall, id, header, payload, output)
+                };
+                // What was ordered is about the state behind this call, not behind those that follow; it is
+                // done before the call is.
+                if !hall.orders.is_empty() {
+                    if flow != Flow::Again {
+                        step.done = done;
+                    }
+                    return if flow == Flow::Continue { Flow::Pause } else { flow };
+                }
+                if flow == Flow::Again {
+                    return flow;
+                }
+                step.done = done;
+                let is_last = flow == Flow::Close;
+                if !step::frame_is_done(memory, done, output, known, is_last) {
+                    tracing::error!(
+                        target: "rpc.netserverclient",
+                        "A client is closed because there is no room for the reply to it ({} bytes)",
+                        output.len()
+                    );
+                    return Flow::Close;
                 }
                 count = count.wrapping_add(1);
-                let may_pause = count.is_multiple_of(step) && flow == Flow::Continue;
+                let may_pause = count.is_multiple_of(slowness) && flow == Flow::Continue;
                 if may_pause && Moment::now() >= end {
                     Flow::Pause
                 } else {
@@ -260,42 +442,16 @@ impl Turn<'_> {
     /// Keeps the replies that were made for the connection's next turn.
     fn hold_replies(&mut self, connection: &mut Connection) {
         connection.hold(&self.buffers.output);
-        self.buffers.output.clear();
-        self.buffers.output.shrink_to(READ_SIZE);
         self.hall.deadlines.give_memory_back_later();
     }
 
-    /// Sends the replies that were made, or keeps them for those that follow. How the turn ended, if it
-    /// does.
-    fn answer(
-        &mut self,
-        id: ClientId,
-        connection: &mut Connection,
-        taken: Taken,
-        turned: Turned,
-    ) -> Option<Turned> {
-        let output = &mut self.buffers.output;
-        let sent = if taken == Taken::Paused && connection.holds_replies() {
-            connection.hold(output);
-            Sent::All
-        } else {
-            connection.send(id.0, output)
-        };
-        output.clear();
-        // One long reply is no reason to keep so much memory for ever.
-        output.shrink_to(READ_SIZE);
-        connection.closing |= taken == Taken::Close;
-        match sent {
-            Sent::Failed if connection.reads_to_the_end() => None,
-            Sent::Failed => Some(Turned::Over),
-            Sent::All if connection.closing => Some(Turned::Over),
-            Sent::All => None,
-            Sent::Blocked => {
-                self.hall.deadlines.give_memory_back_later();
-                Some(self.wait_to_send(id, connection, true, turned))
-            }
-            Sent::NoMemory => Some(self.serve_later(id, turned)),
-        }
+    /// What is on its way would be lost with this process.
+    fn no_room(&mut self, id: ClientId) -> Turned {
+        tracing::error!(
+            target: "rpc.netserverclient",
+            "A client (descriptor {}) is closed: there is no room to keep what it has on its way", id.0
+        );
+        Turned::Over
     }
 
     /// To end a connection for want of memory would be to kill the machine that it stands for.
@@ -328,27 +484,29 @@ impl Turn<'_> {
             }
         }
     }
-}
 
-/// Reads once. A short read means that the socket is empty: the next bytes, and the end of the
-/// stream, come with an event of their own. Unless the end was announced already, or descriptors
-/// cut the read short.
-fn receive(socket: RawFd, connection: &mut Connection, buffer: &mut [u8]) -> Read {
-    match stream::receive(socket, buffer) {
-        Ok(received) if received.bytes == 0 => Read::End,
-        Ok(stream::Received { bytes, descriptors }) => {
-            let is_short = bytes < buffer.len() && !descriptors;
-            connection.readable = connection.hung_up || !is_short;
-            Read::Some { bytes, descriptors }
+    /// Reads once. A short read means that the socket is empty: the next bytes, and the end of the
+    /// stream, come with an event of their own. Unless the end was announced already, or descriptors
+    /// cut the read short.
+    fn receive(&mut self, socket: RawFd, connection: &mut Connection) -> Read {
+        let input = &mut self.buffers.input;
+        match step::receive(self.desk.memory(), socket, input) {
+            Ok(received) if received.bytes == 0 => Read::End,
+            Ok(Received { bytes, descriptors }) => {
+                let is_short = bytes < input.len() && !descriptors;
+                connection.readable = connection.hung_up || !is_short;
+                self.buffers.step.received = bytes;
+                Read::Some { descriptors }
+            }
+            // Nobody reads the replies, and there is no end to be read.
+            Err(Errno::EAGAIN) if connection.hung_up => Read::End,
+            Err(Errno::EAGAIN) => {
+                connection.readable = false;
+                Read::Nothing
+            }
+            Err(Errno::EINTR) => Read::Nothing,
+            Err(Errno::ENOMEM | Errno::ENOBUFS) => Read::NoMemory,
+            Err(_) => Read::End,
         }
-        // Nobody reads the replies, and there is no end to be read.
-        Err(Errno::EAGAIN) if connection.hung_up => Read::End,
-        Err(Errno::EAGAIN) => {
-            connection.readable = false;
-            Read::Nothing
-        }
-        Err(Errno::EINTR) => Read::Nothing,
-        Err(Errno::ENOMEM | Errno::ENOBUFS) => Read::NoMemory,
-        Err(_) => Read::End,
     }
 }

@@ -6,6 +6,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::locking::{Decided, Refusal};
 use crate::host::process;
+use crate::host::shared::Word;
 use crate::locks::holder;
 use crate::locks::lockspace::NotMade;
 use crate::locks::place::Place;
@@ -104,7 +105,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 hall.orders.push(Order::Settle(owner.pid));
                 return Ok(Called::Again);
             }
-            acquire(owner, custody, place(target), flags)?;
+            acquire(owner, custody, place(target), flags, hall.making)?;
             if is_lent && is_to_be_watched(custody, owner) {
                 hall.orders.push(Order::Watch(id));
             }
@@ -209,6 +210,7 @@ fn acquire(
     custody: &mut Custody,
     place: Place<'_>,
     flags: u32,
+    making: Word<'_>,
 ) -> Result<(), Error> {
     let mode = if flags & SHARED == 0 {
         Mode::Exclusive
@@ -226,7 +228,7 @@ fn acquire(
     let decided = custody.decide(owner, place, mode, autocreate);
     let done = match decided {
         Ok(Decided::Done) => return Ok(()),
-        Ok(Decided::Work(acquisition)) => acquisition.run(),
+        Ok(Decided::Work(acquisition)) => acquisition.run(Some(making)),
         Err(refusal) => return Err(not_acquired(custody, place, autocreate, refusal)),
     };
     custody
@@ -340,6 +342,7 @@ mod tests {
     use crate::custody::clients::Arrival;
     use crate::custody::ledger::Ledger;
     use crate::custody::servers::Service;
+    use crate::desk::{Desk, turn};
     use crate::host::memory::Memory;
     use crate::host::names::Names;
     use crate::server::deadlines::Deadlines;
@@ -375,6 +378,7 @@ mod tests {
         }
 
         fn outcome(&mut self, asked: &Call<'_>) -> Result<(), Error> {
+            let desk = Desk::private().unwrap();
             let mut hall = Hall {
                 custody: &mut self.custody,
                 waiting: &mut WaitingRoom::new(true),
@@ -382,6 +386,7 @@ mod tests {
                 reserve: &Reserve::default(),
                 names: &mut Names::default(),
                 orders: &mut Vec::new(),
+                making: turn::making(desk.memory()),
             };
             let called = call(&mut hall, self.id, asked)?;
             assert_eq!(called, Called::Done);

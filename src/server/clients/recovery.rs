@@ -1,0 +1,292 @@
+//! What a reactor that died left of a client: the bytes that were on their way, and at most one call that it
+//! was working on. Was that call done? If so it is answered, and not worked on again; if not it is, from the
+//! start. The events behind the place where the ledger was before the call say which.
+//!
+//! | procedure | it is done if the ledger says behind the mark |
+//! |---|---|
+//! | ACQUIRE_RESOURCE | that the owner was granted this resource, or one more holding of it |
+//! | RELEASE_RESOURCE | that the owner released it; then the file is let go, should it still be open |
+//! | REGISTER | that this client registered; whom it spoke for before is seen to once more |
+//! | RESTRICT | that this client was restricted |
+//! | NEW, CREATE_LOCKSPACE | that this lockspace was made (an acquire opens one, too: that is nothing) |
+//! | CREATE_RESOURCE, DELETE_RESOURCE | never: a file that is there or gone already is a success |
+//! | admin CLIENT_CLOSE | that the connection of the client that was meant is over |
+//! | admin CONNECT_DAEMON_SHUTDOWN | that nobody is let in any more, or that a connection is over: the end goes on |
+//! | other admin calls that set something | never: to set it once more changes nothing, and orders what follows |
+//! | what only asks, what is refused, PING | never: it changed nothing |
+//!
+//! Of what can be done once more it does not matter that it was done, as nobody else is served before. All of
+//! this can be found out again, should this process die of it, too, until the client's slot has the result.
+
+use crate::custody::Custody;
+use crate::custody::clients::{ClientId, Traffic};
+use crate::custody::descriptor::Number;
+use crate::custody::servers::Service;
+use crate::custody::since::{Happened, Held, Since};
+use crate::desk::turn::{self as step, Rest, Whose};
+use crate::host::shared::Shared;
+use crate::locks::place::Place;
+use crate::locks::table::Owner;
+use crate::server::hall::Order;
+use crate::wire::frame::{self, Header, Kind, Split};
+use crate::wire::{admin, lock};
+
+/// What is left of a client.
+#[derive(Debug)]
+pub struct Recovered {
+    /// What it has on its way.
+    pub rest: Rest,
+    /// Whether a call of it was being worked on.
+    pub was_interrupted: bool,
+    /// Where a file was being made for that call, which is not done.
+    pub making: Option<Making>,
+}
+
+/// The place of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Making {
+    lockspace: Vec<u8>,
+    name: Vec<u8>,
+}
+
+impl Making {
+    /// The place.
+    pub fn place(&self) -> Place<'_> {
+        Place {
+            lockspace: &self.lockspace,
+            name: &self.name,
+        }
+    }
+}
+
+/// What became of the call that was being worked on.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It is to be worked on.
+    Undone,
+    /// It is done.
+    Done,
+    /// It is done, and its connection ends without an answer.
+    Over,
+}
+
+/// What a dead reactor left of a client, if anything is known of it. What is still to be done before the
+/// call that it was working on is answered is done, or ordered.
+pub fn recover(
+    memory: &Shared,
+    whose: Whose,
+    id: ClientId,
+    custody: &mut Custody,
+    since: &mut Since,
+    orders: &mut Vec<Order>,
+) -> Option<Recovered> {
+    let (mut rest, interrupted) = step::rest(memory, whose)?;
+    let mut recovered = Recovered {
+        rest: Rest::default(),
+        was_interrupted: interrupted.is_some(),
+        making: None,
+    };
+    if let Some(interrupted) = interrupted
+        && let Some(client) = custody.state().client(id)
+    {
+        let call = Call::at_front(&rest, client.arrival.server);
+        let verdict = match &call {
+            Some(call) => call.verdict(id, custody, since, orders),
+            None => Verdict::Undone,
+        };
+        // A file that was being let go is let go.
+        for happened in since.happened.drain(..) {
+            if let Happened::Released(_, Some(resource)) = happened {
+                custody.end_again(*resource);
+            }
+        }
+        match (verdict, call) {
+            (Verdict::Undone, call) => {
+                rest.deaths = rest.deaths.saturating_add(1);
+                recovered.making = call
+                    .filter(|_| interrupted.making)
+                    .and_then(|call| call.making());
+            }
+            (Verdict::Done, Some(call)) => {
+                let (header, length) = (call.header, call.length);
+                lock::encode_success(&mut rest.unsent, header);
+                rest.pending.drain(..length.min(rest.pending.len()));
+                (rest.arrived, rest.deaths) = (0, 0);
+            }
+            (Verdict::Over | Verdict::Done, _) => {
+                rest.pending.clear();
+                rest.closing = true;
+            }
+        }
+    }
+    recovered.rest = rest;
+    Some(recovered)
+}
+
+/// As the next image of the process, or a connection, takes it.
+pub fn traffic(rest: &Rest) -> Traffic {
+    Traffic {
+        pending: rest.pending.clone(),
+        descriptors_at_end: rest.descriptors_at_end,
+        arrived: rest.arrived,
+        unsent: rest.unsent.clone(),
+        closing: rest.closing,
+    }
+}
+
+/// What an earlier image passed on.
+pub fn rest(traffic: &Traffic) -> Rest {
+    Rest {
+        pending: traffic.pending.clone(),
+        descriptors_at_end: traffic.descriptors_at_end,
+        arrived: traffic.arrived,
+        deaths: 0,
+        unsent: traffic.unsent.clone(),
+        closing: traffic.closing,
+    }
+}
+
+/// A call, cut out as the conversation does it.
+struct Call {
+    header: Header,
+    arguments: Vec<u8>,
+    /// How many bytes it takes of what waits.
+    length: usize,
+    service: Service,
+}
+
+impl Call {
+    fn at_front(rest: &Rest, service: Service) -> Option<Call> {
+        let Split::Frame(found) = frame::split(&rest.pending, frame::LONGEST) else {
+            return None;
+        };
+        let (program, length) = (found.header.program, found.length);
+        let (arguments, length) = match found.header.kind {
+            Kind::Call => (found.payload, length),
+            Kind::CallWithDescriptors => {
+                let (count, arguments) = frame::descriptors(found.payload)?;
+                // The byte of the last descriptor may have come with it.
+                let with_byte = rest.arrived < count && rest.descriptors_at_end;
+                let all = rest.pending.len();
+                (arguments, if with_byte { all } else { length })
+            }
+            _ => return None,
+        };
+        let is_ours = match service {
+            Service::Lock => program == lock::PROGRAM,
+            Service::Admin => program == admin::PROGRAM,
+        };
+        is_ours.then(|| Call {
+            header: found.header,
+            arguments: arguments.to_vec(),
+            length,
+            service,
+        })
+    }
+
+    fn lock_call(&self) -> Option<lock::Call<'_>> {
+        let procedure = lock::Procedure::from_number(self.header.procedure)?;
+        let call =
+            (self.service == Service::Lock).then(|| lock::decode(procedure, &self.arguments));
+        call?.ok()
+    }
+
+    fn admin_call(&self) -> Option<admin::Call<'_>> {
+        let procedure = admin::Procedure::from_number(self.header.procedure)?;
+        let call =
+            (self.service == Service::Admin).then(|| admin::decode(procedure, &self.arguments));
+        call?.ok()
+    }
+
+    /// The place of the file that an acquire was making.
+    fn making(&self) -> Option<Making> {
+        match self.lock_call()? {
+            lock::Call::AcquireResource { target, .. } => Some(Making {
+                lockspace: target.lockspace.to_vec(),
+                name: target.name.to_vec(),
+            }),
+            _ => None,
+        }
+    }
+
+    fn verdict(
+        &self,
+        id: ClientId,
+        custody: &Custody,
+        since: &Since,
+        orders: &mut Vec<Order>,
+    ) -> Verdict {
+        let owner = custody
+            .state()
+            .client(id)
+            .and_then(|it| it.owner.as_deref());
+        let any = |is_it: &dyn Fn(&Happened) -> bool| since.happened.iter().any(is_it);
+        let is_done = if let Some(call) = self.lock_call() {
+            match call {
+                lock::Call::AcquireResource { target, .. } => {
+                    let held = held(owner, target);
+                    any(&|it| matches!(it, Happened::Acquired(by) if Some(by) == held.as_ref()))
+                }
+                lock::Call::ReleaseResource { target, .. } => {
+                    let held = held(owner, target);
+                    any(&|it| matches!(it, Happened::Released(by, _) if Some(by) == held.as_ref()))
+                }
+                lock::Call::Register { .. } => {
+                    let before = since.happened.iter().find_map(|it| match it {
+                        Happened::Registered(Number(number), before) if *number == id.0 => {
+                            Some(before)
+                        }
+                        _ => None,
+                    });
+                    if let Some(Some(before)) = before {
+                        orders.push(Order::Spoke(id, (before.pid, before.uuid)));
+                    }
+                    before.is_some()
+                }
+                lock::Call::Restrict { .. } => {
+                    any(&|it| matches!(it, Happened::Restricted(Number(it)) if *it == id.0))
+                }
+                lock::Call::New { path, .. } | lock::Call::CreateLockspace { path } => {
+                    any(&|it| matches!(it, Happened::Lockspace(made) if made == path))
+                }
+                lock::Call::CreateResource { .. } | lock::Call::DeleteResource { .. } => false,
+            }
+        } else {
+            match self.admin_call() {
+                Some(admin::Call::ClientClose { client, .. }) => any(&|it| {
+                    let Happened::Leaving(Number(number)) = it else {
+                        return false;
+                    };
+                    let left = custody.state().client(ClientId(*number));
+                    left.is_some_and(|left| {
+                        let arrival = &left.arrival;
+                        arrival.server.name().as_bytes() == client.server && arrival.id == client.id
+                    })
+                }),
+                Some(admin::Call::ConnectDaemonShutdown { .. }) => {
+                    if any(&|it| matches!(it, Happened::Deaf | Happened::Leaving(_))) {
+                        orders.push(Order::Stop);
+                        return Verdict::Over;
+                    }
+                    false
+                }
+                _ => false,
+            }
+        };
+        if is_done {
+            Verdict::Done
+        } else {
+            Verdict::Undone
+        }
+    }
+}
+
+fn held(owner: Option<&Owner>, target: lock::Target<'_>) -> Option<Held> {
+    let owner = owner?;
+    Some(Held {
+        pid: owner.pid,
+        uuid: owner.uuid,
+        lockspace: target.lockspace.to_vec(),
+        name: target.name.to_vec(),
+    })
+}
