@@ -6,6 +6,7 @@ mod support;
 
 mod cold_start;
 mod handover_signals;
+mod killed_anywhere;
 mod ledger_truth;
 mod ledgers;
 mod libvirt_upgrade;
