@@ -172,7 +172,11 @@ impl Ledger {
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
         let memory = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
         let found = find(memory.bytes())?;
-        let state = read(memory.bytes(), &found)?;
+        let mut state = read(memory.bytes(), &found)?;
+        if !found.is_closed {
+            // Whoever went on from it since has taken its poll.
+            state.poll = None;
+        }
         let memory = ManuallyDrop::into_inner(memory);
         if found.version < VERSION {
             return Ok((state, None));
@@ -467,11 +471,6 @@ fn read(content: &[u8], found: &Found) -> Result<State<Saved>, Unreadable> {
     }
     if found.version < FIRST_WITH_DOMAINS {
         state.forget_mixed_domains();
-    }
-    if !found.is_closed {
-        // Whoever went on from it since has taken its poll, or closed it.
-        state.poll = None;
-        state.old_poll = None;
     }
     Ok(state)
 }

@@ -18,13 +18,13 @@ use crate::custody::state::State;
 use crate::desk::Desk;
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
-use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::listen::Activation;
 use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
+use crate::host::{descriptors, limits};
 use crate::log;
 use crate::restart::handover::CommandLine;
 
@@ -130,6 +130,8 @@ fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refus
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }
+    // A reactor has the limits of its guardian, and says it if this one cannot be raised.
+    let _ = limits::raise_open_files();
     let desk = while_it_may_pass(|| Desk::new(DESK_SIZE))?;
     let program = command_line.prepared().map_err(|_| Refusal {
         what: "the command line cannot be passed on (execve)",

@@ -18,7 +18,7 @@ fn traced(daemon: &Daemon, work: impl FnOnce()) -> Vec<String> {
     let directory = TempDir::new();
     let output = directory.path().join("trace");
     let mut strace = Command::new("strace")
-        .args(["-p", &daemon.pid().to_string(), "-o"])
+        .args(["-p", &daemon.reactor().to_string(), "-o"])
         .arg(&output)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())

@@ -121,6 +121,24 @@ impl Daemon {
         i32::try_from(self.child.id()).expect("a pid is an i32")
     }
 
+    /// The process that serves: the daemon's child, or the daemon itself where it has none (libvirt's, or
+    /// one that can have no guardian).
+    pub fn reactor(&self) -> i32 {
+        reactor_of(self.pid())
+    }
+
+    /// Sets a limit as prlimit(1) takes it, of the daemon's processes and of those that follow them.
+    pub fn limit(&self, limit: &str) {
+        for process in [self.pid(), self.reactor()] {
+            let pid = format!("--pid={process}");
+            let status = std::process::Command::new("prlimit")
+                .args([&pid, limit])
+                .status();
+            let status = status.expect("run prlimit");
+            assert!(status.success(), "prlimit {limit}: {status}");
+        }
+    }
+
     /// The lock socket, as reached from outside of the namespace.
     pub fn lock_socket(&self) -> &Path {
         &self.lock_socket
@@ -191,7 +209,7 @@ impl Daemon {
 
     /// How many descriptors it has open.
     pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
+        std::fs::read_dir(format!("/proc/{}/fd", self.reactor()))
             .expect("list the daemon's descriptors")
             .count()
     }
@@ -199,21 +217,19 @@ impl Daemon {
     /// Waits until the daemon does nothing at all: it has not run for a tenth of a second. One that
     /// goes round and round over something it cannot finish never gets there.
     pub fn wait_until_asleep(&self) {
-        let runs = || {
-            // Time on a processor in nanoseconds, time waited for one, number of times it ran.
-            std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid()))
-                .expect("read how often the daemon ran")
-        };
+        // Time on a processor in nanoseconds, time waited for one, number of times it ran. The guardian
+        // looks at a reactor now and then that had something to do: it does not count.
+        let runs = || std::fs::read_to_string(format!("/proc/{}/schedstat", self.reactor())).ok();
         wait_until(DEADLINE, "the daemon to have nothing to do", || {
             let before = runs();
             std::thread::sleep(Duration::from_millis(100));
-            before == runs()
+            before.is_some() && before == runs()
         });
     }
 
     /// A size in KiB out of `/proc/PID/status`, for example `VmRSS` or `VmSize`.
     pub fn memory_kib(&self, field: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.reactor()))
             .expect("read the daemon's status");
         status
             .lines()
@@ -235,6 +251,14 @@ impl Drop for Daemon {
             }
         }
     }
+}
+
+/// The process that serves for the daemon with this number: its youngest child, if it has any.
+pub fn reactor_of(pid: i32) -> i32 {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let youngest = children.split_whitespace().next_back();
+    youngest.and_then(|it| it.parse().ok()).unwrap_or(pid)
 }
 
 fn changes_a_daemon(name: &OsStr) -> bool {

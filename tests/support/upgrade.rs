@@ -158,8 +158,10 @@ pub fn image(pid: i32) -> Vec<u8> {
     std::fs::read(format!("/proc/{pid}/auxv")).unwrap_or_default()
 }
 
-/// Whether the process would survive SIGUSR1: it blocks the signal, or catches it.
+/// Whether the process would survive SIGUSR1: it blocks the signal, or catches it. One that waits for the
+/// signal does not show that it blocks it: what it has made to serve does.
 fn survives_usr1(pid: i32) -> bool {
+    let pid = daemon::reactor_of(pid);
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| {
         let mask = line
@@ -362,14 +364,17 @@ impl Disturbed {
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{injection}")])
             .args(["-p", &daemon.pid().to_string()])
+            .args(["-p", &daemon.reactor().to_string()])
             .stderr(Stdio::null())
             .spawn()
             .expect("start strace");
-        let status = format!("/proc/{}/status", daemon.pid());
-        wait_until(DEADLINE, "strace to be attached", || {
-            let status = std::fs::read_to_string(&status).expect("the daemon's status");
-            !status.contains("TracerPid:\t0\n")
-        });
+        for process in [daemon.pid(), daemon.reactor()] {
+            let status = format!("/proc/{process}/status");
+            wait_until(DEADLINE, "strace to be attached", || {
+                let status = std::fs::read_to_string(&status).expect("the daemon's status");
+                !status.contains("TracerPid:\t0\n")
+            });
+        }
         Disturbed { strace }
     }
 }
