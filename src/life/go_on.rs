@@ -148,6 +148,12 @@ fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd) -> Option<Before>
         sweep::respect_strangers(state, ledger, desk);
         return None;
     }
+    if failed.is_some() {
+        // They were to stay open over the exec.
+        for Number(number) in state.descriptors() {
+            let _ = descriptors::keep_on_exec(number, false);
+        }
+    }
     Some(Before {
         death,
         failed,
