@@ -158,6 +158,12 @@ fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd, since: &Since) ->
         return None;
     }
     let known: Vec<RawFd> = since.descriptors().collect();
+    if failed.is_some() {
+        // They were to stay open over the exec.
+        for Number(number) in state.descriptors() {
+            let _ = descriptors::keep_on_exec(number, false);
+        }
+    }
     Some(Before {
         death,
         failed,

@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
-use super::plan::{self, Plan};
+use super::plan::Plan;
 use super::way_back::WayBack;
 use super::{go_on, serve, standard, takeover};
 use crate::cli::{Options, Outcome};
@@ -17,13 +17,13 @@ use crate::custody::state::State;
 use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
-use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::listen::Activation;
 use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
+use crate::host::{descriptors, limits};
 use crate::log;
 use crate::restart::handover::CommandLine;
 
@@ -116,15 +116,19 @@ fn guarded(
     }
 }
 
+/// The limit of open files where the host does not tell it: room on the desk costs nothing until it is used.
+const SUPPOSED_LIMIT: u64 = 1 << 16;
+
 /// What a guardian needs, unless the host refuses some of it for ever.
 fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refusal> {
     // Without one nobody could go on from where a reactor dies.
-    let descriptors = plan::raise_limit();
     let run_directory = Paths::of_this_process().run_directory;
     match while_it_may_pass(|| Ledger::try_out(&run_directory)) {
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }
+    // A reactor has the limits of its guardian, and says it if this one cannot be raised.
+    let descriptors = limits::raise_open_files().unwrap_or(SUPPOSED_LIMIT);
     let desk = while_it_may_pass(|| Desk::new(desk::size(descriptors)))?;
     let program = command_line.prepared().map_err(|_| Refusal {
         what: "the command line cannot be passed on (execve)",

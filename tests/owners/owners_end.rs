@@ -77,7 +77,9 @@ impl Scene {
         }
         let traced = format!("trace={traced}");
         // -D: the daemon is the process that was started, and strace its child.
-        let words = ["strace", "-D", "-o", TRACE, "-e", &traced, "-e", injection];
+        let words = [
+            "strace", "-D", "-f", "-o", TRACE, "-e", &traced, "-e", injection,
+        ];
         Scene::under(&words, &[], &[WATCHED])
     }
 
@@ -103,11 +105,7 @@ impl Scene {
 
     /// How many descriptors the daemon may have from now on.
     fn limit_descriptors(&self, count: usize) {
-        let (pid, limit) = (self.daemon.pid(), format!("--nofile={count}:"));
-        let status = Command::new("prlimit")
-            .args([&format!("--pid={pid}"), &limit])
-            .status();
-        assert!(status.expect("run prlimit").success());
+        self.daemon.limit(&format!("--nofile={count}:"));
     }
 
     fn configure(&self, text: &str) {
@@ -419,7 +417,7 @@ fn a_want_of_descriptors_at_the_start_is_no_older_kernel() {
     drop(scene);
     let limit = format!("--nofile={limit}:{limit}");
     let traced = format!("trace={traced}");
-    let words = ["strace", "-D", "-o", TRACE, "-e", &traced];
+    let words = ["strace", "-D", "-f", "-o", TRACE, "-e", &traced];
     let words = [&["prlimit", &limit][..], &words].concat();
     if let Some(scene) = Scene::under(&words, &[], &[WATCHED]) {
         is_named_by_the_kernel(&scene);

@@ -333,6 +333,7 @@ fn a_held_file_is_not_deleted_because_nobody_could_see_that_it_is_held() {
     // It is opened without ado, but below a directory nothing can be looked at.
     let words = [
         "-D",
+        "-f",
         "-o",
         "/run/trace",
         "-e",

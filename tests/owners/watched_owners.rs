@@ -440,6 +440,7 @@ fn without_a_descriptor_for_it_an_owner_is_watched_later() {
     let injection = "inject=pidfd_open:error=EMFILE:when=1..20";
     let words = [
         "-D",
+        "-f",
         "-o",
         "/run/strace",
         "-e",
@@ -639,10 +640,8 @@ fn without_descriptors_left_whoever_speaks_for_a_known_owner_is_served() {
     let disk = scene.host.disk("disk");
     let owner = scene.host.guest(&scene.daemon, "owner", &disk);
     scene.daemon.wait_until_asleep();
-    let (pid, limit) = (scene.daemon.pid(), scene.daemon.descriptors() + 4);
-    let words = [format!("--pid={pid}"), format!("--nofile={limit}:")];
-    let status = Command::new("prlimit").args(words).status();
-    assert!(status.expect("run prlimit").success());
+    let limit = scene.daemon.descriptors() + 4;
+    scene.daemon.limit(&format!("--nofile={limit}:"));
     let mut served = Vec::new();
     while let Some(client) = let_in(&scene, &register_as("new", NOBODY)) {
         served.push(client);

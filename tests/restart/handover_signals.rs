@@ -7,20 +7,15 @@ use crate::support::daemon::{self, Daemon};
 use crate::support::namespace::Namespace;
 use crate::support::{DEADLINE, wait_until};
 use nix::sys::signal::Signal;
-use std::process::Command;
 
 const PROGRAM: &str = "/run/virtlockd-under-test";
 
 fn file_size_limit(daemon: &Daemon, limit: &str) {
-    let status = Command::new("prlimit")
-        .args(["--pid", &daemon.pid().to_string(), limit])
-        .status()
-        .expect("run prlimit");
-    assert!(status.success(), "prlimit {limit}: {status}");
+    daemon.limit(limit);
 }
 
 fn is_pending(daemon: &Daemon, signal: Signal) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid()))
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.reactor()))
         .expect("read the daemon's status");
     status
         .lines()

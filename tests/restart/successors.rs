@@ -12,7 +12,6 @@ use crate::support::{DEADLINE, require_root, wait_until};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// A daemon at work.
@@ -103,19 +102,16 @@ impl Scene {
     }
 }
 
+/// The children of the process that serves.
 fn children(daemon: &Daemon) -> String {
-    let pid = daemon.pid();
+    let pid = daemon.reactor();
     std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
         .expect("list the daemon's children")
 }
 
 /// Sets a soft limit of the running daemon, as an administrator would.
 fn limit(daemon: &Daemon, limit: &str) {
-    let status = Command::new("prlimit")
-        .args(["--pid", &daemon.pid().to_string(), limit])
-        .status()
-        .expect("start prlimit");
-    assert!(status.success(), "prlimit {limit}");
+    daemon.limit(limit);
 }
 
 #[test]

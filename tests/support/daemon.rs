@@ -127,6 +127,18 @@ impl Daemon {
         reactor_of(self.pid())
     }
 
+    /// Sets a limit as prlimit(1) takes it, of the daemon's processes and of those that follow them.
+    pub fn limit(&self, limit: &str) {
+        for process in [self.pid(), self.reactor()] {
+            let pid = format!("--pid={process}");
+            let status = std::process::Command::new("prlimit")
+                .args([&pid, limit])
+                .status();
+            let status = status.expect("run prlimit");
+            assert!(status.success(), "prlimit {limit}: {status}");
+        }
+    }
+
     /// The lock socket, as reached from outside of the namespace.
     pub fn lock_socket(&self) -> &Path {
         &self.lock_socket
@@ -174,9 +186,9 @@ impl Daemon {
         self.wait_end()
     }
 
-    /// Ends the daemon at once (SIGKILL).
+    /// Ends the daemon at once (SIGKILL), all of it.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
+        kill_all(self.pid());
         let _ = self.child.wait();
     }
 
@@ -241,12 +253,28 @@ impl Drop for Daemon {
     }
 }
 
-/// The process that serves for the daemon with this number: its youngest child, if it has any.
-pub fn reactor_of(pid: i32) -> i32 {
+/// Kills a daemon's processes, so that none of them makes another one.
+pub fn kill_all(pid: i32) {
+    use nix::sys::signal::{Signal, kill};
+    let signal = |pid: i32, signal| _ = kill(nix::unistd::Pid::from_raw(pid), signal);
+    // Stopped, it does not act on the death of a child.
+    signal(pid, Signal::SIGSTOP);
+    for child in children_of(pid) {
+        signal(child, Signal::SIGKILL);
+    }
+    signal(pid, Signal::SIGKILL);
+}
+
+fn children_of(pid: i32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
-    let youngest = children.split_whitespace().next_back();
-    youngest.and_then(|it| it.parse().ok()).unwrap_or(pid)
+    let numbers = children.split_whitespace();
+    numbers.filter_map(|it| it.parse().ok()).collect()
+}
+
+/// The process that serves for the daemon with this number: its youngest child, if it has any.
+pub fn reactor_of(pid: i32) -> i32 {
+    children_of(pid).last().copied().unwrap_or(pid)
 }
 
 fn changes_a_daemon(name: &OsStr) -> bool {

@@ -215,7 +215,7 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), Signal::SIGKILL);
+        daemon::kill_all(self.pid);
     }
 }
 
