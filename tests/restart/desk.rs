@@ -108,7 +108,8 @@ impl Script {
         let space = world.directory.join("space").display().to_string();
         let disk = |name: &str| world.directory.join(name).display().to_string();
         match random.below(16) {
-            0 => {
+            // The daemon takes no more than 1,024.
+            0 if self.spaces < 150 => {
                 self.spaces += 1;
                 let path = disk(&format!("made-{}-{}", self.number, self.spaces));
                 self.call(&new_lockspace(&path), Due::Ok);
@@ -338,10 +339,11 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         let mut reactor = Reactor::new(reload, desk).unwrap();
         reactor.go_on(state, ledger, since).unwrap();
         for number in before {
-            if !known.contains(&number) && !spared.contains(&number) {
-                if let Ok(left) = descriptors::adopt(number) {
-                    reactor.close_left(left);
-                }
+            if !known.contains(&number)
+                && !spared.contains(&number)
+                && let Ok(left) = descriptors::adopt(number)
+            {
+                reactor.close_left(left);
             }
         }
         // A word that nobody uses otherwise.
