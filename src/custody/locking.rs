@@ -430,6 +430,7 @@ mod tests {
     use super::*;
     use crate::custody::event::KindRecord;
     use crate::custody::ledger::Ledger;
+    use crate::custody::since::Happened;
     use crate::host::file::{self, Conflict, LockType, Start};
 
     fn owner(pid: Pid) -> Owner {
@@ -509,6 +510,48 @@ mod tests {
             assert_eq!(kept.lease.kind.parked().len(), 1);
             assert!(custody.is_written_down(), "what is parked has its event");
         }
+    }
+
+    #[test]
+    fn a_file_whose_release_was_written_down_and_not_done_is_let_go_once_and_no_other_of_its_number()
+     {
+        use std::os::unix::ffi::OsStrExt;
+        let path = std::env::temp_dir().join(format!("virtlockd-again-{}", std::process::id()));
+        let place = Place {
+            lockspace: b"",
+            name: path.as_os_str().as_bytes(),
+        };
+        let owner = owner(7);
+        let mut custody = Custody::new(Ledger::new().unwrap());
+        let granted = custody.acquire(&owner, place, Mode::Exclusive, true);
+        assert_eq!(granted, Ok(Acquired::Granted));
+        let mark = Some(custody.mark());
+        let event = Event::ReleasedBy(owner.pid, owner.uuid, name_of(place));
+        custody.ledger.append(&event).unwrap();
+        let ledger = || custody.ledger().unwrap().try_clone().unwrap();
+        let left = |file| {
+            let (_, _, since) = Ledger::take_over_since(file, mark).unwrap();
+            assert_eq!(since.descriptors().count(), 1);
+            let first = since.happened.into_iter().next();
+            match first {
+                Some(Happened::Released(_, Some(resource))) => resource,
+                other => panic!("{other:?}"),
+            }
+        };
+        let (first, second) = (left(ledger()), left(ledger()));
+        let number = first.lease.descriptor;
+        // Whoever died closes nothing.
+        std::mem::forget(custody);
+        let mut next = Custody::new(Ledger::new().unwrap());
+        next.end_again(*first);
+        assert!(!path.exists(), "the daemon made it");
+        let taken = std::fs::File::open("/dev/null").unwrap();
+        next.end_again(*second);
+        let is_number = std::os::fd::AsRawFd::as_raw_fd(&taken) == number.0;
+        assert!(
+            taken.metadata().is_ok(),
+            "its number means another file ({is_number})"
+        );
     }
 
     #[test]

@@ -335,3 +335,378 @@ pub fn rest(memory: &Shared, whose: Whose) -> Option<(Rest, Option<Interrupted>)
     });
     Some((rest, interrupted))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::desk::Desk;
+    use crate::desk::layout;
+
+    const WHOSE: Whose = Whose { number: 3, who: 5 };
+
+    fn desk() -> Desk {
+        Desk::new(layout::size(8)).unwrap()
+    }
+
+    fn pair() -> (UnixStream, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (ours, theirs)
+    }
+
+    fn put(mut socket: &UnixStream, bytes: &[u8]) {
+        std::io::Write::write_all(&mut socket, bytes).unwrap();
+    }
+
+    fn pending(bytes: &[u8]) -> Rest {
+        Rest {
+            pending: bytes.to_vec(),
+            ..Rest::default()
+        }
+    }
+
+    fn unsent(bytes: &[u8]) -> Rest {
+        Rest {
+            unsent: bytes.to_vec(),
+            ..Rest::default()
+        }
+    }
+
+    /// What is left, asked twice: to ask changes nothing.
+    fn left(memory: &Shared) -> (Rest, Option<Interrupted>) {
+        let left = rest(memory, WHOSE).unwrap_or_default();
+        assert_eq!(rest(memory, WHOSE).unwrap_or_default(), left);
+        let other = Whose { who: 6, ..WHOSE };
+        assert_eq!(
+            rest(memory, other),
+            None,
+            "nothing of it is another client's"
+        );
+        left
+    }
+
+    fn end_of(end: End<'_>, memory: &Shared, places: &mut Places) {
+        assert!(super::end(memory, places, WHOSE, &end));
+    }
+
+    const QUIET: End<'static> = End {
+        received: b"",
+        done: 0,
+        replies: b"",
+        sent: 0,
+        pending: b"",
+        unsent: b"",
+        descriptors_at_end: false,
+        arrived: 0,
+        closing: false,
+    };
+
+    #[test]
+    fn at_each_step_of_a_turn_what_is_left_is_what_is_not_done() {
+        let desk = desk();
+        let memory = desk.memory();
+        let (ours, theirs) = pair();
+        let socket = ours.as_raw_fd();
+        put(&theirs, b"first second half");
+        begin(memory, WHOSE);
+        assert_eq!(left(memory), (Rest::default(), None));
+        let mut input = [0; READ_SIZE];
+        assert_eq!(receive(memory, socket, &mut input).unwrap().bytes, 17);
+        assert_eq!(&input[..17], b"first second half");
+        assert_eq!(left(memory), (pending(b"first second half"), None));
+        frame_begins(memory, 0, 77);
+        let mut interrupted = Interrupted {
+            ledger: 77,
+            making: false,
+        };
+        let all = pending(b"first second half");
+        assert_eq!(left(memory), (all.clone(), Some(interrupted)));
+        making(memory).store(1);
+        interrupted.making = true;
+        assert_eq!(left(memory), (all, Some(interrupted)));
+        assert_eq!(ledger_before(memory), Some(77));
+        assert!(frame_is_done(memory, 6, b"one.", 0, false));
+        let expected = Rest {
+            pending: b"second half".to_vec(),
+            ..unsent(b"one.")
+        };
+        assert_eq!(left(memory), (expected.clone(), None));
+        frame_begins(memory, 6, 78);
+        let interrupted = Interrupted {
+            ledger: 78,
+            making: false,
+        };
+        assert_eq!(left(memory), (expected, Some(interrupted)));
+        assert!(frame_is_done(memory, 13, b"one.two.", 4, false));
+        let expected = Rest {
+            pending: b"half".to_vec(),
+            ..unsent(b"one.two.")
+        };
+        assert_eq!(left(memory), (expected, None));
+        assert_eq!(send(memory, socket, b"one.two."), Ok(8));
+        assert_eq!(left(memory), (pending(b"half"), None));
+        let mut places = Places::default();
+        let end = End {
+            received: &input[..17],
+            done: 13,
+            replies: b"one.two.",
+            sent: 8,
+            pending: b"half",
+            ..QUIET
+        };
+        end_of(end, memory, &mut places);
+        assert_eq!(left(memory), (pending(b"half"), None));
+        // The slot has it: the step adds nothing any more, and neither does the next one yet.
+        begin(memory, WHOSE);
+        assert_eq!(left(memory), (pending(b"half"), None));
+        put(&theirs, b" a frame");
+        assert_eq!(receive(memory, socket, &mut input).unwrap().bytes, 8);
+        assert_eq!(left(memory), (pending(b"half a frame"), None));
+        frame_begins(memory, 0, 79);
+        assert!(frame_is_done(memory, 12, b"three", 0, true));
+        let expected = Rest {
+            closing: true,
+            ..unsent(b"three")
+        };
+        assert_eq!(left(memory), (expected, None));
+    }
+
+    #[test]
+    fn a_client_without_anything_on_its_way_has_no_slot() {
+        let desk = desk();
+        let memory = desk.memory();
+        let (ours, theirs) = pair();
+        put(&theirs, b"call");
+        let mut places = Places::default();
+        for _ in 0..2 {
+            begin(memory, WHOSE);
+            let _ = receive(memory, ours.as_raw_fd(), &mut [0; READ_SIZE]);
+            end_of(QUIET, memory, &mut places);
+            assert_eq!(slot::numbers(memory).count(), 0);
+        }
+        begin(memory, WHOSE);
+        let end = End {
+            received: b"ca",
+            pending: b"ca",
+            ..QUIET
+        };
+        end_of(end, memory, &mut places);
+        assert_eq!(slot::numbers(memory).collect::<Vec<_>>(), [3]);
+        begin(memory, WHOSE);
+        end_of(End { done: 2, ..QUIET }, memory, &mut places);
+        assert_eq!(left(memory), (Rest::default(), None));
+        none(memory);
+        places.give_back(memory, |_, who| who == WHOSE.who);
+        assert_eq!(slot::numbers(memory).count(), 0);
+        assert_eq!(rest(memory, WHOSE), None);
+    }
+
+    #[test]
+    fn a_frame_that_comes_byte_by_byte_is_not_copied_with_each() {
+        let desk = desk();
+        let memory = desk.memory();
+        let mut places = Places::default();
+        let mut waiting = Vec::new();
+        for byte in 0..20_000u32 {
+            begin(memory, WHOSE);
+            let byte = [byte as u8];
+            waiting.extend(byte);
+            let end = End {
+                received: &byte,
+                pending: &waiting,
+                ..QUIET
+            };
+            end_of(end, memory, &mut places);
+            let held = slot::load(memory, 3).unwrap().pending;
+            assert_eq!(held.len(), waiting.len());
+            // Had it been moved it would begin behind what counted before.
+            assert!(format!("{held:?}").contains("start: 0,"), "{held:?}");
+        }
+        assert_eq!(left(memory), (pending(&waiting), None));
+    }
+
+    #[test]
+    fn whatever_becomes_of_the_bytes_on_their_way_the_slot_has_them_and_the_one_before_until_then()
+    {
+        let desk = desk();
+        let memory = desk.memory();
+        let mut places = Places::default();
+        let mut random = 1u64;
+        let mut below = |limit: usize| {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (random >> 33) as usize % limit
+        };
+        let (mut pending, mut unsent) = (Vec::new(), Vec::new());
+        for round in 0..3000usize {
+            let size = [10, 100, 3000, 8000, 200_000][below(5)];
+            let byte = round as u8;
+            let (received, replies) = (vec![byte; below(size)], vec![!byte; below(size)]);
+            begin(memory, WHOSE);
+            let mut all = [&pending[..], &received[..]].concat();
+            let done = if below(3) == 0 {
+                all.len()
+            } else {
+                below(all.len() + 1)
+            };
+            all.drain(..done);
+            let mut out = [&unsent[..], &replies[..]].concat();
+            let sent = if below(3) == 0 {
+                out.len()
+            } else {
+                below(out.len() + 1)
+            };
+            out.drain(..sent);
+            // The byte of a descriptor may be left out.
+            if below(4) == 0 {
+                all.pop();
+            }
+            let before = left(memory).0;
+            assert!(
+                before.pending == pending && before.unsent == unsent,
+                "{round}"
+            );
+            let end = End {
+                received: &received,
+                done,
+                replies: &replies,
+                sent,
+                pending: &all,
+                unsent: &out,
+                ..QUIET
+            };
+            end_of(end, memory, &mut places);
+            let after = left(memory).0;
+            assert!(after.pending == all && after.unsent == out, "{round}");
+            (pending, unsent) = (all, out);
+            if below(50) == 0 {
+                none(memory);
+                places.give_back(memory, |_, who| who == WHOSE.who);
+                let after = left(memory).0;
+                assert!(
+                    after.pending == pending && after.unsent == unsent,
+                    "{round}"
+                );
+            }
+            if below(50) == 0 {
+                places = Places::find(memory);
+            }
+        }
+    }
+
+    #[test]
+    fn who_died_of_the_frame_at_the_front_is_counted_until_it_is_done() {
+        let desk = desk();
+        let memory = desk.memory();
+        let mut places = Places::default();
+        let once = Rest {
+            deaths: 1,
+            ..pending(b"bad good")
+        };
+        begin(memory, WHOSE);
+        assert!(settle(memory, &mut places, WHOSE, &once));
+        assert_eq!(
+            (left(memory), deaths(memory, WHOSE)),
+            ((once.clone(), None), 1)
+        );
+        begin(memory, WHOSE);
+        frame_begins(memory, 0, 7);
+        assert_eq!(left(memory).0.deaths, 1);
+        let end = End {
+            pending: b"bad good",
+            ..QUIET
+        };
+        end_of(end, memory, &mut places);
+        assert_eq!(deaths(memory, WHOSE), 1, "it waits yet");
+        begin(memory, WHOSE);
+        frame_begins(memory, 0, 7);
+        assert!(frame_is_done(memory, 4, b"", 0, false));
+        assert_eq!(left(memory).0, pending(b"good"));
+        let end = End {
+            done: 4,
+            pending: b"good",
+            ..QUIET
+        };
+        end_of(end, memory, &mut places);
+        assert_eq!(
+            (left(memory).0, deaths(memory, WHOSE)),
+            (pending(b"good"), 0)
+        );
+    }
+
+    #[test]
+    fn a_settlement_that_was_interrupted_is_made_again_from_the_same() {
+        let desk = desk();
+        let memory = desk.memory();
+        let (ours, theirs) = pair();
+        put(&theirs, b"call");
+        begin(memory, WHOSE);
+        let _ = receive(memory, ours.as_raw_fd(), &mut [0; READ_SIZE]);
+        frame_begins(memory, 0, 7);
+        let before = left(memory);
+        // Another client's slot is settled first, and then this process dies.
+        let other = Whose { number: 4, who: 9 };
+        assert!(settle(
+            memory,
+            &mut Places::find(memory),
+            other,
+            &pending(b"other")
+        ));
+        assert_eq!(left(memory), before);
+        assert_eq!(rest(memory, other), Some((pending(b"other"), None)));
+        let mut places = Places::find(memory);
+        assert!(settle(memory, &mut places, WHOSE, &before.0));
+        assert_eq!(left(memory), (before.0, None));
+    }
+
+    #[test]
+    fn a_slot_is_its_clients_alone_and_what_an_earlier_one_left_is_written_over() {
+        let desk = desk();
+        let memory = desk.memory();
+        let mut places = Places::default();
+        let earlier = Whose { who: 4, ..WHOSE };
+        let long = vec![1; 300_000];
+        assert!(settle(memory, &mut places, earlier, &pending(&long)));
+        assert_eq!(rest(memory, WHOSE), None);
+        begin(memory, WHOSE);
+        let end = End {
+            received: b"new",
+            pending: b"new",
+            ..QUIET
+        };
+        end_of(end, memory, &mut places);
+        assert_eq!(left(memory), (pending(b"new"), None));
+        assert_eq!(rest(memory, earlier), None);
+        none(memory);
+        places.leave(memory, 3);
+        places.give_back(memory, |_, _| false);
+        assert_eq!(slot::numbers(memory).count(), 0);
+    }
+
+    #[test]
+    fn at_a_desk_that_ends_with_its_process_turns_go_on_and_nothing_is_left() {
+        let desk = Desk::private().unwrap();
+        let memory = desk.memory();
+        let (ours, theirs) = pair();
+        put(&theirs, b"half");
+        begin(memory, WHOSE);
+        let mut input = [0; READ_SIZE];
+        assert_eq!(
+            receive(memory, ours.as_raw_fd(), &mut input).unwrap().bytes,
+            4
+        );
+        assert!(frame_is_done(memory, 4, &[0; 1000], 0, false));
+        assert_eq!(send(memory, ours.as_raw_fd(), b"reply"), Ok(5));
+        let end = End {
+            received: b"half",
+            pending: b"half",
+            ..QUIET
+        };
+        end_of(end, memory, &mut Places::default());
+        assert_eq!(slot::numbers(memory).count(), 0);
+    }
+}

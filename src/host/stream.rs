@@ -186,7 +186,7 @@ pub fn moved(memory: &Shared, at: usize) -> Option<Received> {
     }
     // SAFETY: inside the mapping: only the place is computed.
     header.msg_control = unsafe { (&raw mut (*letter).control).cast() };
-    let is_possible = (1..=CONTROL).contains(&{ header.msg_controllen });
+    let is_possible = (1..=CONTROL as _).contains(&header.msg_controllen);
     let came = is_possible && each_passed(&header, drop);
     Some(Received {
         bytes: usize::try_from(count).unwrap_or(0),

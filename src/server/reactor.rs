@@ -236,6 +236,11 @@ impl Reactor {
         &mut self.custody
     }
 
+    /// Where it works.
+    pub fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
     /// How the program is replaced.
     pub fn set_upgrade(&mut self, upgrade: Upgrade) {
         self.upgrade = upgrade;

@@ -290,3 +290,228 @@ fn held(owner: Option<&Owner>, target: lock::Target<'_>) -> Option<Held> {
         name: target.name.to_vec(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::custody::clients::Arrival;
+    use crate::custody::ledger::Ledger;
+    use crate::desk::{self, Desk};
+    use crate::host::names::Names;
+    use crate::server::clients::turn::whose;
+    use crate::server::deadlines::Deadlines;
+    use crate::server::flow::Flow;
+    use crate::server::hall::Hall;
+    use crate::server::reserve::Reserve;
+    use crate::server::services::dispatch;
+    use crate::server::waiting_room::WaitingRoom;
+    use crate::wire::lock::AUTOCREATE;
+
+    /// A daemon that dies between a call and its answer.
+    struct Fixture {
+        custody: Custody,
+        desk: Desk,
+        lock: (ClientId, Whose),
+        admin: (ClientId, Whose),
+        _other_ends: Vec<UnixStream>,
+        directory: std::path::PathBuf,
+    }
+
+    impl Fixture {
+        fn new(name: &str) -> Fixture {
+            let mut custody = Custody::new(Ledger::new().unwrap());
+            let mut others = Vec::new();
+            let mut connect = |service| {
+                let (ours, theirs) = UnixStream::pair().unwrap();
+                let id = ClientId(ours.as_raw_fd());
+                let arrival = Arrival {
+                    server: service,
+                    id: custody.take_id(service),
+                    peer: None,
+                    start_time: None,
+                    connected_at: 0,
+                    refused: false,
+                };
+                custody.connected(OwnedFd::from(ours), arrival);
+                others.push(theirs);
+                (id, whose(id, service, arrival.id))
+            };
+            let (lock, admin) = (connect(Service::Lock), connect(Service::Admin));
+            let name = format!("virtlockd-recovery-{name}-{}", std::process::id());
+            let directory = std::env::temp_dir().join(name);
+            std::fs::create_dir(&directory).unwrap();
+            Fixture {
+                custody,
+                desk: Desk::new(desk::size(4096)).unwrap(),
+                lock,
+                admin,
+                _other_ends: others,
+                directory,
+            }
+        }
+
+        /// Works on a frame, if `is_done`; what the next reactor finds of it, and what it orders.
+        fn dies(
+            &mut self,
+            (id, whose): (ClientId, Whose),
+            bytes: &[u8],
+            is_done: bool,
+        ) -> (Recovered, Vec<Order>) {
+            let memory = self.desk.memory();
+            let waiting = Rest {
+                pending: bytes.to_vec(),
+                ..Rest::default()
+            };
+            let mut places = desk::slot::Places::find(memory);
+            assert!(step::settle(memory, &mut places, whose, &waiting));
+            step::begin(memory, whose);
+            step::frame_begins(memory, 0, self.custody.mark());
+            if is_done {
+                let Split::Frame(found) = frame::split(bytes, frame::LONGEST) else {
+                    panic!("it is a frame");
+                };
+                let mut out = Vec::new();
+                let mut hall = Hall {
+                    custody: &mut self.custody,
+                    waiting: &mut WaitingRoom::new(true),
+                    deadlines: &mut Deadlines::default(),
+                    reserve: &Reserve::default(),
+                    names: &mut Names::default(),
+                    orders: &mut Vec::new(),
+                    making: step::making(memory),
+                };
+                let flow = dispatch::dispatch(&mut hall, id, found.header, found.payload, &mut out);
+                assert_eq!(flow, Flow::Continue);
+                assert_eq!(out.get(24..28), Some(&[0; 4][..]), "it succeeds");
+            }
+            let memory = self.desk.memory();
+            let mark = step::ledger_before(memory);
+            assert!(mark.is_some());
+            let file = self.custody.ledger().unwrap().try_clone().unwrap();
+            let (_, _, mut since) = Ledger::take_over_since(file, mark).unwrap();
+            let mut orders = Vec::new();
+            let custody = &mut self.custody;
+            let found = recover(memory, whose, id, custody, &mut since, &mut orders);
+            (found.unwrap(), orders)
+        }
+
+        fn lock_dies(&mut self, call: &lock::Call<'_>, is_done: bool) -> Recovered {
+            let mut bytes = Vec::new();
+            call.encode(&mut bytes, 7);
+            self.dies(self.lock, &bytes, is_done).0
+        }
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.directory);
+        }
+    }
+
+    #[track_caller]
+    fn assert_done(recovered: &Recovered) {
+        let rest = &recovered.rest;
+        assert!(recovered.was_interrupted && rest.pending.is_empty());
+        let Split::Frame(reply) = frame::split(&rest.unsent, frame::LONGEST) else {
+            panic!("no answer: {rest:?}");
+        };
+        assert_eq!((reply.length, reply.header.serial), (rest.unsent.len(), 7));
+        assert_eq!((reply.header.status, reply.payload), (0, &b""[..]));
+    }
+
+    #[track_caller]
+    fn assert_undone(recovered: &Recovered) {
+        let rest = &recovered.rest;
+        assert!(recovered.was_interrupted && !rest.pending.is_empty() && rest.unsent.is_empty());
+        assert_eq!(rest.deaths, 1);
+    }
+
+    #[test]
+    fn a_lock_call_that_was_done_is_answered_and_one_that_was_not_waits_again() {
+        let mut fixture = Fixture::new("lock");
+        let disk = fixture.directory.join("disk");
+        std::fs::write(&disk, "").unwrap();
+        let disk = disk.as_os_str().as_bytes().to_vec();
+        let space = fixture.directory.join("space");
+        let space = space.as_os_str().as_bytes().to_vec();
+        let on_disk = lock::Target {
+            lockspace: b"",
+            name: &disk,
+        };
+        let in_space = lock::Target {
+            lockspace: &space,
+            name: b"file",
+        };
+        let calls = [
+            lock::Call::Register {
+                uuid: &[1; 16],
+                name: b"guest",
+                id: 7,
+                pid: 4_999_999,
+                flags: 0,
+            },
+            lock::Call::New {
+                path: &space,
+                flags: 0,
+            },
+            lock::Call::AcquireResource {
+                target: on_disk,
+                flags: 0,
+            },
+            lock::Call::AcquireResource {
+                target: in_space,
+                flags: AUTOCREATE | lock::SHARED,
+            },
+            lock::Call::AcquireResource {
+                target: in_space,
+                flags: AUTOCREATE | lock::SHARED,
+            },
+            lock::Call::ReleaseResource {
+                target: on_disk,
+                flags: 0,
+            },
+            lock::Call::ReleaseResource {
+                target: in_space,
+                flags: 0,
+            },
+            lock::Call::Restrict { flags: 0 },
+        ];
+        for call in &calls {
+            assert_undone(&fixture.lock_dies(call, false));
+            assert_done(&fixture.lock_dies(call, true));
+        }
+    }
+
+    #[test]
+    fn a_client_that_was_closed_on_demand_is_not_looked_for_again() {
+        let mut fixture = Fixture::new("admin");
+        let mut bytes = Vec::new();
+        // Connections are numbered from 1.
+        let meant = admin::ClientName {
+            server: b"virtlockd",
+            id: 1,
+        };
+        let call = admin::Call::ClientClose {
+            client: meant,
+            flags: 0,
+        };
+        call.encode(&mut bytes, 7);
+        let admin = fixture.admin;
+        assert_undone(&fixture.dies(admin, &bytes, false).0);
+        let memory = fixture.desk.memory();
+        let mark = step::ledger_before(memory);
+        let lock = fixture.lock.0;
+        assert!(fixture.custody.leaves(lock), "the order is carried out");
+        let file = fixture.custody.ledger().unwrap().try_clone().unwrap();
+        let (_, _, mut since) = Ledger::take_over_since(file, mark).unwrap();
+        let mut orders = Vec::new();
+        let custody = &mut fixture.custody;
+        let found = recover(memory, admin.1, admin.0, custody, &mut since, &mut orders);
+        assert_done(&found.unwrap());
+        assert_eq!(orders, []);
+    }
+}
