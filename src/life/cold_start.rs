@@ -13,6 +13,7 @@ use crate::custody::ledger::{self, Orphan};
 use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::host::errno::{self, Errno};
+use crate::host::patience;
 use crate::host::refusal::Refusal;
 use crate::locks::again::NotAgain;
 use crate::locks::holder;
@@ -26,6 +27,8 @@ pub struct Left {
     run_directory: PathBuf,
     /// Its ledger. It says all until there is a new one.
     orphan: Option<Orphan>,
+    /// Why nobody knows whether there is one.
+    unknown: Option<Errno>,
     losses: Vec<Loss>,
     to_fence: Vec<(Pid, OwnedFd)>,
 }
@@ -40,9 +43,14 @@ pub fn take_again(
     run_directory: &Path,
     limits: Limits,
 ) -> Result<Left, Refusal> {
+    let (orphan, unknown) = match find(run_directory) {
+        Ok(orphan) => (orphan, None),
+        Err(reason) => (None, Some(reason)),
+    };
     let mut left = Left {
         run_directory: run_directory.to_owned(),
-        orphan: find(run_directory),
+        orphan,
+        unknown,
         losses: Vec::new(),
         to_fence: Vec::new(),
     };
@@ -61,6 +69,9 @@ impl Left {
     /// Fences who must be, and says what is lost. From then on the ledger is in the run directory, if it can
     /// be: not before, so that who is killed up to there leaves what it found.
     pub fn settle(self, reactor: &mut Reactor) {
+        if let Some(reason) = self.unknown {
+            say_that_nobody_knows(&self.run_directory, reason);
+        }
         for loss in self.losses {
             lose(reactor, loss);
         }
@@ -73,38 +84,38 @@ impl Left {
     }
 }
 
+/// Whether a daemon was killed with locks cannot be found out.
+fn say_that_nobody_knows(run_directory: &Path, reason: Errno) {
+    let path = ledger::file_in(run_directory);
+    let path = path.display();
+    if reason == Errno::EAGAIN {
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "The ledger '{path}' is another process's, which has it locked: this daemon does not know what \
+             that one holds"
+        );
+    } else {
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "Whether an earlier daemon was killed with locks cannot be found out, because '{path}' cannot \
+             be looked at: {}",
+            errno::text(reason)
+        );
+    }
+}
+
 /// The ledger of a daemon that was killed. One that cannot be read is kept for somebody to look at.
-fn find(run_directory: &Path) -> Option<Orphan> {
-    // Its processes may be on their way out still.
-    let found = crate::host::patience::patiently(|| ledger::find_orphan(run_directory));
-    let orphan = match found {
-        Ok(orphan) => orphan?,
-        Err(Errno::EAGAIN) => {
-            tracing::error!(
-                target: "locking.lock_daemon",
-                "The ledger '{}' is another process's, which has it locked: this daemon does not know what \
-                 that one holds",
-                ledger::file_in(run_directory).display()
-            );
-            return None;
-        }
-        Err(reason) => {
-            tracing::error!(
-                target: "locking.lock_daemon",
-                "Whether an earlier daemon was killed with locks cannot be found out, because '{}' cannot \
-                 be looked at: {}",
-                ledger::file_in(run_directory).display(),
-                errno::text(reason)
-            );
-            return None;
-        }
+fn find(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
+    // The kernel may still be closing the files of those that were killed.
+    let Some(orphan) = patience::patiently(|| ledger::find_orphan(run_directory))? else {
+        return Ok(None);
     };
     match &orphan.state {
         Ok(state) if cold::is_of_another_boot(state) => {
             orphan.remove();
-            None
+            Ok(None)
         }
-        Ok(_) => Some(orphan),
+        Ok(_) => Ok(Some(orphan)),
         Err(reason) => {
             let kept = orphan.keep_aside();
             tracing::error!(
@@ -114,7 +125,7 @@ fn find(run_directory: &Path) -> Option<Orphan> {
                  others, so find out which ones run and restart them",
                 kept.display()
             );
-            None
+            Ok(None)
         }
     }
 }

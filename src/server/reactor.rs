@@ -238,7 +238,7 @@ impl Reactor {
 
     /// Where it works.
     pub fn desk(&self) -> &Desk {
-        &self.desk
+        self.desk
     }
 
     /// How the program is replaced.

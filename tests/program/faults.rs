@@ -405,8 +405,8 @@ impl Outcomes {
 // The files of the story, all in the namespace.
 /// Held by the guest alone, until it is dead.
 const WITNESS: &str = "/run/witness";
-/// The ledger, as the kernel names its file.
-const LEDGER_FILE: &str = "/memfd:virtlockd-ledger (deleted)";
+/// The ledger: in the run directory, or in memory without a name.
+const LEDGER_FILE: &str = "virtlockd-ledger";
 /// What the daemon can do without, and how it says that it does.
 const DONE_WITHOUT: [(&str, &str); 3] = [
     (LEDGER_FILE, "without a ledger that could be passed on"),
@@ -888,10 +888,10 @@ impl Play<'_> {
             let stderr = std::fs::read_link(format!("/proc/{}/fd/2", self.daemon.pid()));
             let is_stderr = stderr.is_ok_and(|path| path.as_os_str() == of.as_str());
             if !self.inherited.contains(&number) && !is_stderr && of != "/dev/urandom" {
-                let is_socket = of.starts_with("socket:");
-                *kinds
-                    .entry(if is_socket { "socket".into() } else { of })
-                    .or_default() += 1;
+                let mut kind = ["socket:", LEDGER_FILE].into_iter();
+                let kind = kind.find(|kind| of.contains(kind));
+                let kind = kind.map_or(of.as_str(), |kind| kind.trim_end_matches(':'));
+                *kinds.entry(kind.to_owned()).or_default() += 1;
             }
         }
         let expected = [

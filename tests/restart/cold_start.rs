@@ -39,7 +39,16 @@ impl Scene {
         }
         let host = Host::new();
         let daemon = host.start(&[], &[]);
-        Some(Scene { host, daemon })
+        let scene = Scene { host, daemon };
+        scene.wait_for_ledger();
+        Some(scene)
+    }
+
+    /// It is put in place when the sockets are there.
+    fn wait_for_ledger(&self) {
+        wait_until(DEADLINE, "the ledger to be there", || {
+            self.ledger().exists()
+        });
     }
 
     fn ledger(&self) -> PathBuf {
@@ -56,6 +65,7 @@ impl Scene {
 
     fn start(&mut self) {
         self.daemon = self.host.start(&[], &[]);
+        self.daemon.wait_until_asleep();
     }
 
     /// Killed, and started again.
@@ -230,7 +240,7 @@ fn nobody_gets_a_lock_over_the_daemon_before_those_who_had_it() {
             asked
         }
     });
-    scene.start();
+    scene.daemon = scene.host.start(&[], &[]);
     std::thread::sleep(std::time::Duration::from_millis(100));
     stop.store(true, Ordering::Relaxed);
     assert!(rival.join().expect("the rival gets nothing") > 0);
@@ -492,7 +502,7 @@ fn a_run_directory_that_is_full_keeps_nobody_from_a_lock_and_leaves_no_ledger_th
     assert!(status.expect("run mount").success());
     let mut daemon = host.start(&[], &[]);
     let ledger = host.path(LEDGER);
-    assert!(ledger.exists());
+    wait_until(DEADLINE, "the ledger to be there", || ledger.exists());
     // Whatever is left of it.
     let _ = std::fs::write(host.path("/run/libvirt/filler"), vec![1; 1 << 20]);
     let disk = host.disk("disk");
@@ -576,9 +586,7 @@ fn a_program_that_writes_no_such_ledger_leaves_none_that_is_believed() {
     // And back: its POSIX locks are in a ledger with a name again, and are taken again as locks of our kind.
     scene.host.install(&program());
     upgrade(&scene.daemon);
-    wait_until(DEADLINE, "the ledger to be there", || {
-        scene.ledger().exists()
-    });
+    scene.wait_for_ledger();
     scene.daemon.wait_until_asleep();
     scene.cold_start();
     assert_eq!(scene.lock(&disk), Some(true));
@@ -607,9 +615,7 @@ fn an_exec_that_fails_leaves_a_ledger_that_is_true() {
     .expect("write the script");
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("chmod");
     refused_upgrade(&scene.daemon);
-    wait_until(DEADLINE, "the ledger to be there again", || {
-        scene.ledger().exists()
-    });
+    scene.wait_for_ledger();
     scene.cold_start_with_our_program();
     assert_eq!(scene.lock(&disk), Some(true));
     assert!(owner.is_alive());

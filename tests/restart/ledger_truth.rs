@@ -20,7 +20,7 @@ fn ledger_file(daemon: &Daemon) -> PathBuf {
         .map(|entry| entry.expect("an entry").path())
         .find(|path| {
             std::fs::read_link(path)
-                .is_ok_and(|target| target.to_string_lossy().contains("memfd:virtlockd-ledger"))
+                .is_ok_and(|target| target.to_string_lossy().contains("virtlockd-ledger"))
         })
         .expect("the daemon has a ledger")
 }

@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use virtlockd::custody::clients::{Arrival, Client, ClientId, Standing, Traffic};
 use virtlockd::custody::descriptor::{Descriptor, Number, Saved};
-use virtlockd::custody::event::{Event, KindRecord, OwnerRecord, ResourceName};
+use virtlockd::custody::event::{Event, Here, KindRecord, OwnerRecord, ResourceName};
 use virtlockd::custody::fences::{Fence, Watched};
 use virtlockd::custody::servers::{Listening, Server, Service};
 use virtlockd::custody::settings::Settings;
 use virtlockd::custody::state::State;
 use virtlockd::host::file::FileIdentity;
+use virtlockd::host::process::Life;
 use virtlockd::locks::lease::Lease;
 use virtlockd::locks::table::{Mode, Owner, Pid, Resource};
 
@@ -23,6 +24,7 @@ pub struct PlainClient {
     pub has_called: bool,
     pub restricted: bool,
     pub owner: Option<Owner>,
+    pub life: Option<Life>,
     pub traffic: Traffic,
 }
 
@@ -53,6 +55,8 @@ pub struct Plain {
     pub estates: Vec<(Pid, Vec<PlainResource>)>,
     pub fences: Vec<Fence<Number>>,
     pub watched: Vec<Watched<Number>>,
+    pub lives: Vec<(Pid, Life)>,
+    pub here: Option<Here>,
     pub unreachable: Vec<Pid>,
     pub settings: Settings,
     pub poll: Option<Number>,
@@ -67,6 +71,7 @@ impl PlainClient {
             has_called: client.has_called,
             restricted: client.restricted,
             owner: client.owner.as_deref().cloned(),
+            life: client.life,
             traffic: traffic.cloned().unwrap_or_default(),
         }
     }
@@ -79,6 +84,9 @@ impl PlainClient {
         }
         if let Some(owner) = &self.owner {
             events.push(Event::Registered(number, owner.into()));
+        }
+        if let Some(life) = self.life {
+            events.push(Event::ClientIs(number, life));
         }
         if self.restricted {
             events.push(Event::Restricted(number));
@@ -179,6 +187,12 @@ impl Plain {
             estates: estates.collect(),
             fences: state.fences().values().copied().collect(),
             watched: state.watched().values().copied().collect(),
+            lives: state
+                .lives()
+                .iter()
+                .map(|(pid, life)| (*pid, *life))
+                .collect(),
+            here: state.here(),
             unreachable: unreachable.collect(),
             settings: state.settings().clone(),
             poll: state.poll(),
@@ -233,7 +247,8 @@ impl Plain {
 
     /// Events that say it.
     pub fn events(&self) -> Vec<Event<'_>> {
-        let mut events = vec![Event::Process(Box::new(self.settings.clone()))];
+        let mut events: Vec<Event<'_>> = self.here.map(Event::Here).into_iter().collect();
+        events.push(Event::Process(Box::new(self.settings.clone())));
         events.extend(self.listeners.iter().cloned().map(Event::Listening));
         events.extend(self.clients.iter().flat_map(PlainClient::events));
         let directories = self.lockspaces.iter();
@@ -251,6 +266,8 @@ impl Plain {
         events.extend(self.resources.iter().flat_map(PlainResource::events));
         events.extend(self.fences.iter().copied().map(Event::Fencing));
         events.extend(self.watched.iter().copied().map(Event::Watched));
+        let lives = self.lives.iter();
+        events.extend(lives.map(|(pid, life)| Event::OwnerIs(*pid, *life)));
         events.extend(self.unreachable.iter().copied().map(Event::Unreachable));
         // Behind the clients, whose numbers raise the next one.
         events.push(Event::Server(Service::Lock, self.lock_server));
@@ -280,6 +297,7 @@ impl Plain {
         }
         self.fences.sort_by_key(|fence| fence.pid);
         self.watched.sort_by_key(|watched| watched.pid);
+        self.lives.sort_unstable();
         self.unreachable.sort_unstable();
         self.lockspaces.sort();
         self.lockspaces.dedup();
