@@ -340,7 +340,8 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         let spared: BTreeSet<RawFd> = numbers.into_iter().chain(since.descriptors()).collect();
         let state = state.adopt(&mut inherited).unwrap();
         let reload = Box::new(|| Err("there is no configuration".to_owned()));
-        let mut reactor = Reactor::new(reload, desk).unwrap();
+        let desk: &'static Desk = Box::leak(Box::new(desk));
+        let mut reactor = Reactor::new(reload, Some(desk)).unwrap();
         reactor.go_on(state, ledger, since).unwrap();
         for number in before {
             if !known.contains(&number)
