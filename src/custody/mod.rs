@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod locking;
 pub mod own_connections;
 pub mod roll;
+pub mod served;
 pub mod servers;
 pub mod settings;
 pub mod state;
