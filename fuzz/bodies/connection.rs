@@ -20,6 +20,7 @@ use std::os::unix::net::UnixStream;
 use virtlockd::custody::Custody;
 use virtlockd::custody::clients::{Arrival, ClientId, Standing};
 use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::own_connections::Seen;
 use virtlockd::custody::servers::{Server, Service};
 use virtlockd::host::file::{self, Conflict, LockType, Start};
 use virtlockd::host::names::Names;
@@ -141,6 +142,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut self.orders,
+            own_seen: Seen::default(),
         };
         let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
         self.check_ledger();
@@ -398,7 +400,10 @@ impl Run<'_> {
                     Standing::Over => panic!("{client:?} is left"),
                 }
             }
-            assert_eq!(*state.served(service), served);
+            let now = state
+                .served(service)
+                .map(|client| (client.arrival.id, client.id()));
+            assert!(now.eq(served));
         }
         let connections = self.connections.iter().flatten();
         assert!(

@@ -239,6 +239,7 @@ impl Ledger {
 
     /// Appends an event. If that fails nothing was appended, and what the event says must not
     /// happen.
+    #[inline]
     pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
         if self.is_stale {
             return Err(Errno::ENOMEM);
@@ -251,6 +252,7 @@ impl Ledger {
     }
 
     /// Writes an event at a place behind which nothing counts; how many bytes it took.
+    #[inline]
     fn write(&mut self, at: usize, event: &Event<'_>) -> Result<usize, Errno> {
         loop {
             let rest = self.memory.bytes_mut().get_mut(at..).unwrap_or_default();

@@ -13,7 +13,12 @@ pub struct Served(VecDeque<ClientId>);
 
 impl Served {
     /// One more, with this number. `number_of` knows those of the others.
-    pub fn insert(&mut self, id: ClientId, number: u64, number_of: impl Fn(ClientId) -> Option<u64>) {
+    pub fn insert(
+        &mut self,
+        id: ClientId,
+        number: u64,
+        number_of: impl Fn(ClientId) -> Option<u64>,
+    ) {
         let is_last = |last: &ClientId| number_of(*last) < Some(number);
         if self.0.back().is_none_or(is_last) {
             self.0.push_back(id);
@@ -23,7 +28,12 @@ impl Served {
     }
 
     /// Takes one out, if it is there. Its number is still known.
-    pub fn remove(&mut self, id: ClientId, number: u64, number_of: impl Fn(ClientId) -> Option<u64>) {
+    pub fn remove(
+        &mut self,
+        id: ClientId,
+        number: u64,
+        number_of: impl Fn(ClientId) -> Option<u64>,
+    ) {
         let place = self.place(number, number_of);
         if self.0.get(place) == Some(&id) {
             self.0.remove(place);
@@ -31,7 +41,11 @@ impl Served {
     }
 
     /// The one with this number.
-    pub fn find(&self, number: u64, number_of: impl Fn(ClientId) -> Option<u64>) -> Option<ClientId> {
+    pub fn find(
+        &self,
+        number: u64,
+        number_of: impl Fn(ClientId) -> Option<u64>,
+    ) -> Option<ClientId> {
         let found = *self.0.get(self.place(number, &number_of))?;
         (number_of(found) == Some(number)).then_some(found)
     }

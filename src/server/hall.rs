@@ -6,6 +6,7 @@ use super::reserve::Reserve;
 use super::waiting_room::WaitingRoom;
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
+use crate::custody::own_connections::Seen;
 use crate::custody::servers::Service;
 use crate::host::names::Names;
 use crate::locks::table::Pid;
@@ -26,6 +27,8 @@ pub struct Hall<'a> {
     pub names: &'a mut Names,
     /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
+    /// When this connection's owner was last seen to have a connection of its own.
+    pub own_seen: Seen,
 }
 
 impl Hall<'_> {

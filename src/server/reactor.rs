@@ -34,6 +34,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
 use crate::custody::ledger::Ledger;
+use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
 use crate::custody::state::State;
@@ -534,6 +535,7 @@ impl Reactor {
                 reserve: &self.reserve,
                 names: &mut self.names,
                 orders: &mut self.orders,
+                own_seen: Seen::default(),
             },
             watch: &self.watch,
             buffers: &mut self.buffers,

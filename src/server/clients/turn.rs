@@ -224,6 +224,7 @@ impl Turn<'_> {
         let waited = conversation.waiting();
         let Buffers { input, output } = &mut *self.buffers;
         let hall = &mut self.hall;
+        hall.own_seen = connection.own_seen;
         let mut count = 0usize;
         // Most often there is only one frame, and nothing else to be put off; of many, every second
         // one is worth a look at the clock, or every one.
@@ -247,6 +248,7 @@ impl Turn<'_> {
                 }
             },
         );
+        connection.own_seen = self.hall.own_seen;
         let waits = matches!(taken, Taken::Paused | Taken::Again);
         connection.paused = waits && !conversation.is_empty();
         connection.keep_conversation(conversation);
