@@ -136,9 +136,14 @@ fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
             let owner = (pid, id, name, uuid);
             let ResourceName { lockspace, name } = resource;
             let FileIdentity { device, inode } = identity;
-            let (mode, kind) = (*mode as u8, *kind as u8);
-            let file = (descriptor.0, device, inode, mode, autocreate, created, kind);
-            let fields = (GRANTED, owner, lockspace, name, file);
+            let file = (descriptor.0, device, inode);
+            let flags = [
+                *mode as u8,
+                (*autocreate).into(),
+                (*created).into(),
+                *kind as u8,
+            ];
+            let fields = (GRANTED, owner, lockspace, name, file, flags);
             bincode::encode_into_slice(fields, place, configuration())
         }
         Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {

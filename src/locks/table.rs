@@ -469,7 +469,10 @@ impl<L> Table<L> {
     /// Puts a key together, and makes its hash.
     fn spell(&mut self, lockspace: &[u8], name: &[u8]) -> u64 {
         self.scratch.clear();
-        self.scratch.extend_from_slice(lockspace);
+        // Disks are in the default one, whose directory is empty.
+        if !lockspace.is_empty() {
+            self.scratch.extend_from_slice(lockspace);
+        }
         self.scratch.push(0);
         self.scratch.extend_from_slice(name);
         hash_of(&self.hasher, &self.scratch)
