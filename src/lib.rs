@@ -74,6 +74,7 @@
 //!   adopt.rs              the numbers of a saved state become open descriptors
 //!   descriptor.rs         a descriptor in the state: open, or its number
 //!   roll.rs               things found by the number of a descriptor
+//!   served.rs             the clients that are served, in the order of connecting
 //!   servers.rs            the two servers' numbers and sockets
 //!   clients.rs            a client as far as it lasts
 //!   own_connections.rs    for which domains processes speak over connections of their own

@@ -20,6 +20,7 @@ use std::os::unix::net::UnixStream;
 use virtlockd::custody::Custody;
 use virtlockd::custody::clients::{Arrival, ClientId, Standing};
 use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::own_connections::Seen;
 use virtlockd::custody::servers::{Server, Service};
 use virtlockd::desk::{Desk, turn};
 use virtlockd::host::file::{self, Conflict, LockType, Start};
@@ -145,6 +146,7 @@ impl Daemon {
             names: &mut self.names,
             orders: &mut self.orders,
             making: turn::making(self.desk.memory()),
+            own_seen: Seen::default(),
         };
         let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
         self.check_ledger();
@@ -402,7 +404,10 @@ impl Run<'_> {
                     Standing::Over => panic!("{client:?} is left"),
                 }
             }
-            assert_eq!(*state.served(service), served);
+            let now = state
+                .served(service)
+                .map(|client| (client.arrival.id, client.id()));
+            assert!(now.eq(served));
         }
         let connections = self.connections.iter().flatten();
         assert!(

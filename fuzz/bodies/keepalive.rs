@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use virtlockd::custody::Custody;
 use virtlockd::custody::clients::{Arrival, ClientId};
 use virtlockd::custody::ledger::Ledger;
+use virtlockd::custody::own_connections::Seen;
 use virtlockd::custody::servers::Service;
 use virtlockd::desk::{Desk, turn};
 use virtlockd::host::names::Names;
@@ -128,6 +129,7 @@ impl Daemon {
             names: &mut self.names,
             orders: &mut orders,
             making: turn::making(desk.memory()),
+            own_seen: Seen::default(),
         };
         let flow = dispatch::dispatch(&mut hall, client, header, payload, out);
         assert_eq!(orders, []);

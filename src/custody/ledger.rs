@@ -37,9 +37,10 @@ use crate::host::errno::{self, Errno};
 use bincode::error::EncodeError;
 
 use super::descriptor::Saved;
-use super::event::Event;
+use super::event::{Event, OwnerRecord, ResourceName};
 use super::since::Since;
 use super::state::{Numbers, State};
+use crate::host::file::FileIdentity;
 use crate::host::memory::{self, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
@@ -116,9 +117,55 @@ fn configuration() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<LONGEST_EVENT>()
 }
 
-/// Writes an event to the front of `place`, and says how many bytes that took. In one piece: every
-/// granted lock pays for it.
+/// Writes an event to the front of `place`, and says how many bytes that took.
+///
+/// A lock that is granted and one that is given back are written field by field, as serde would have them
+/// written (a test compares the two): it writes each byte of a uuid for itself, and takes twice as long.
+/// Every lock pays for it.
+#[inline]
 fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
+    /// The variants' places in [`Event`].
+    const GRANTED: u8 = 6;
+    const RELEASED_BY: u8 = 20;
+    match event {
+        Event::Granted {
+            owner,
+            resource,
+            descriptor,
+            identity,
+            mode,
+            autocreate,
+            created,
+            kind,
+        } => {
+            let OwnerRecord {
+                pid,
+                id,
+                name,
+                uuid,
+            } = owner;
+            let owner = (pid, id, name, uuid);
+            let ResourceName { lockspace, name } = resource;
+            let FileIdentity { device, inode } = identity;
+            let file = (descriptor.0, device, inode);
+            let flags = [
+                *mode as u8,
+                (*autocreate).into(),
+                (*created).into(),
+                *kind as u8,
+            ];
+            let fields = (GRANTED, owner, lockspace, name, file, flags);
+            bincode::encode_into_slice(fields, place, configuration())
+        }
+        Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {
+            let fields = (RELEASED_BY, pid, uuid, lockspace, name);
+            bincode::encode_into_slice(fields, place, configuration())
+        }
+        _ => encode_by_serde(event, place),
+    }
+}
+
+fn encode_by_serde(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
     bincode::serde::encode_into_slice(event, place, configuration())
 }
 
@@ -417,6 +464,7 @@ impl Ledger {
 
     /// Appends an event. If that fails nothing was appended, and what the event says must not
     /// happen.
+    #[inline]
     pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
         if self.is_stale {
             return Err(Errno::ENOMEM);
@@ -429,6 +477,7 @@ impl Ledger {
     }
 
     /// Writes an event at a place behind which nothing counts; how many bytes it took.
+    #[inline]
     fn write(&mut self, at: usize, event: &Event<'_>) -> Result<usize, Errno> {
         loop {
             let rest = self.memory.bytes_mut().get_mut(at..).unwrap_or_default();
@@ -764,4 +813,62 @@ fn read_since(
         state.old_poll = None;
     }
     Ok((state, since))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::descriptor::Number;
+    use super::super::event::KindRecord;
+    use super::*;
+    use crate::locks::table::Mode;
+
+    #[test]
+    fn what_is_written_field_by_field_is_what_serde_writes() {
+        let resource = ResourceName {
+            lockspace: b"/var/lib/libvirt/lockd/files",
+            name: &[b'n'; 300],
+        };
+        let numbers = [0, 1, -1, 250, 251, 65_535, 65_536, i32::MAX, i32::MIN];
+        let modes = [Mode::Exclusive, Mode::Shared];
+        let kinds = [
+            KindRecord::OpenFile,
+            KindRecord::Process,
+            KindRecord::Unknown,
+        ];
+        let mut events = Vec::new();
+        for (pid, mode, kind) in numbers
+            .into_iter()
+            .flat_map(|pid| modes.map(|mode| (pid, mode)))
+            .flat_map(|(pid, mode)| kinds.map(|kind| (pid, mode, kind)))
+        {
+            let uuid = [0xfe; 16];
+            events.push(Event::ReleasedBy(pid, uuid, resource));
+            events.push(Event::Granted {
+                owner: OwnerRecord {
+                    pid,
+                    id: pid.cast_unsigned(),
+                    name: b"guest",
+                    uuid,
+                },
+                resource,
+                descriptor: Number(pid),
+                identity: FileIdentity {
+                    device: u64::MAX,
+                    inode: u64::from(pid.cast_unsigned()),
+                },
+                mode,
+                autocreate: pid > 0,
+                created: pid < 0,
+                kind,
+            });
+        }
+        for event in events {
+            let [mut one, mut other] = [[0; 1024]; 2];
+            let length = encode(&event, &mut one).unwrap();
+            assert_eq!(encode_by_serde(&event, &mut other).unwrap(), length);
+            assert_eq!(one, other, "{event:?}");
+            let cut = encode(&event, &mut one[..length - 1]);
+            assert!(matches!(cut, Err(EncodeError::UnexpectedEnd)), "{cut:?}");
+        }
+    }
 }

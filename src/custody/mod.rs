@@ -18,6 +18,7 @@ pub mod ledger;
 pub mod locking;
 pub mod own_connections;
 pub mod roll;
+pub mod served;
 pub mod servers;
 pub mod settings;
 pub mod since;
@@ -147,14 +148,14 @@ impl Custody {
     }
 
     /// Writes an event down and makes its change. If it cannot be written nothing changes.
-    #[inline]
+    #[inline(always)]
     fn commit(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Result<Left<Open>, Errno> {
         self.ledger.append(&event)?;
         Ok(self.apply(event, given))
     }
 
     /// Writes down what has happened, or must, and makes its change.
-    #[inline]
+    #[inline(always)]
     fn record(&mut self, event: Event<'_>, mut given: Given<'_>) -> Left<Open> {
         if self.ledger.append(&event).is_err() {
             self.ledger.lose();
@@ -162,21 +163,26 @@ impl Custody {
         self.apply(event, &mut given)
     }
 
-    #[inline]
+    #[inline(always)]
     fn apply(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Left<Open> {
         match self.state.apply(event, given) {
             Ok(left) => left,
             Err(reason) => {
-                debug_assert!(false, "a change that cannot be: {reason}");
-                tracing::error!(
-                    target: "locking.lock_daemon",
-                    "A change of the daemon's state does not fit ({reason}): this is a fault of the \
-                     program; please report it"
-                );
-                self.ledger.lose();
+                self.does_not_fit(&reason);
                 Left::Nothing
             }
         }
+    }
+
+    #[cold]
+    fn does_not_fit(&mut self, reason: &str) {
+        debug_assert!(false, "a change that cannot be: {reason}");
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "A change of the daemon's state does not fit ({reason}): this is a fault of the program; \
+             please report it"
+        );
+        self.ledger.lose();
     }
 
     // The process and its servers.

@@ -20,7 +20,13 @@ pub struct OwnConnections {
     one: HashMap<Pid, ClientId>,
     /// How many a process has for each domain, of those that have had several at a time.
     many: BTreeMap<Pid, BTreeMap<Domain, u32>>,
+    /// How many are over.
+    over: u32,
 }
+
+/// When somebody looked. What was there then is there as long as none is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen(u32);
 
 /// What a process has.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +46,17 @@ impl OwnConnections {
             return Own::One(*id);
         }
         self.many.get(&pid).map_or(Own::Nothing, Own::Many)
+    }
+
+    /// Whoever looks now saw this.
+    pub fn now(&self) -> Seen {
+        Seen(self.over.saturating_add(1))
+    }
+
+    /// Whether what was there then is there still. Of [`Seen::default`], and after more ends than can be
+    /// counted, nobody knows.
+    pub fn are_all_there_since(&self, seen: Seen) -> bool {
+        seen == self.now() && seen.0 != u32::MAX
     }
 
     /// A process has one more, for this domain. `domain_of` knows that of the one that it has.
@@ -64,6 +81,7 @@ impl OwnConnections {
 
     /// A process has one less for this domain.
     pub fn remove(&mut self, pid: Pid, domain: Domain) {
+        self.over = self.over.saturating_add(1);
         if self.one.remove(&pid).is_some() {
             return;
         }
@@ -95,6 +113,21 @@ fn count(counts: &mut BTreeMap<Domain, u32>, domain: Domain) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_seen_counts_until_a_connection_is_over() {
+        let mut own = OwnConnections::default();
+        assert!(!own.are_all_there_since(Seen::default()));
+        own.add((7, ClientId(10), [1; 16]), |_| None);
+        let seen = own.now();
+        own.add((8, ClientId(11), [1; 16]), |_| None);
+        assert!(own.are_all_there_since(seen));
+        own.remove(8, [1; 16]);
+        assert!(!own.are_all_there_since(seen) && own.are_all_there_since(own.now()));
+        own.over = u32::MAX - 1;
+        own.remove(7, [1; 16]);
+        assert!(!own.are_all_there_since(own.now()));
+    }
 
     #[test]
     fn the_domains_of_a_process_are_known_until_the_last_connection_of_each_is_over() {

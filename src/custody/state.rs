@@ -11,6 +11,7 @@ use super::event::{Event, Here, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
 use super::own_connections::{Own, OwnConnections};
 use super::roll::Roll;
+use super::served::Served;
 use super::servers::{Both, Listening, Server, Service};
 use super::settings::Settings;
 use crate::host::file::FileIdentity;
@@ -25,8 +26,8 @@ pub struct State<F: Form> {
     pub(in crate::custody) servers: Both<Server>,
     pub(in crate::custody) listeners: Vec<Listening<F::Other>>,
     pub(in crate::custody) clients: Roll<Client<F::Other>>,
-    /// The clients that are served, by their numbers: in the order of connecting.
-    pub(in crate::custody) served: Both<BTreeMap<u64, ClientId>>,
+    /// The clients that are served, in the order of connecting.
+    pub(in crate::custody) served: Both<Served>,
     /// Which domains processes stand for over connections of their own.
     pub(in crate::custody) own_connections: OwnConnections,
     /// Bytes on their way, of the clients that have any. Written down when a state is passed on, and
@@ -149,7 +150,60 @@ pub enum Left<F: Form> {
 impl<F: Form> State<F> {
     /// Makes the change that an event says. A sentence about the damage if it does not fit what came
     /// before; then the state is not to be used.
+    ///
+    /// Whoever makes one of the two changes that every lock takes says which, so that this comes down to the
+    /// one arm where it is inlined.
+    #[inline(always)]
     pub(in crate::custody) fn apply(
+        &mut self,
+        event: Event<'_>,
+        source: &mut impl Source<F>,
+    ) -> Result<Left<F>, String> {
+        match event {
+            Event::Granted {
+                owner,
+                resource,
+                descriptor,
+                identity,
+                mode,
+                autocreate,
+                created,
+                kind,
+            } => {
+                let ResourceName { lockspace, name } = resource;
+                let vacant = self.table.vacant(lockspace, name);
+                let vacant = vacant.ok_or("a resource is granted twice")?;
+                let kind = kind.into();
+                if matches!(kind, LockKind::Process { .. }) {
+                    self.avoid.push(identity);
+                }
+                let granted = Granted {
+                    lockspace,
+                    name,
+                    identity,
+                    mode,
+                    autocreate,
+                    lease: Lease {
+                        descriptor: source.file(descriptor)?,
+                        kind,
+                        created,
+                    },
+                };
+                self.table.enter(vacant, &source.owner(owner), granted);
+                Ok(Left::Nothing)
+            }
+            Event::ReleasedBy(pid, uuid, resource) => {
+                let uuid = Some(uuid);
+                let id = source.held().map_or_else(|| self.held(resource), Ok)?;
+                self.release(OwnerKey { pid, uuid }, id)
+            }
+            event => self.apply_rare(event, source),
+        }
+    }
+
+    /// The same for what is not done with every lock.
+    #[inline(never)]
+    fn apply_rare(
         &mut self,
         event: Event<'_>,
         source: &mut impl Source<F>,
@@ -166,13 +220,12 @@ impl<F: Form> State<F> {
                 let server = self.servers.of_mut(arrival.server);
                 server.next_id = server.next_id.max(next);
                 let client = Client::new(source.other(descriptor)?, arrival);
-                if !arrival.refused {
-                    let served = self.served.of_mut(arrival.server);
-                    served.insert(arrival.id, ClientId(descriptor.0));
-                }
                 self.clients
                     .insert(descriptor.0, client)
                     .map_err(|_| format!("two clients have the descriptor {}", descriptor.0))?;
+                if !arrival.refused {
+                    self.serves(descriptor);
+                }
             }
             Event::Called(number) => {
                 let client = self.client_mut(number)?;
@@ -180,9 +233,7 @@ impl<F: Form> State<F> {
                 client.arrival.refused = false;
                 if client.is_refused() {
                     client.standing = Standing::Served;
-                    let Arrival { server, id, .. } = client.arrival;
-                    let served = self.served.of_mut(server);
-                    served.insert(id, ClientId(number.0));
+                    self.serves(number);
                 }
             }
             Event::Registered(number, record) => {
@@ -201,13 +252,9 @@ impl<F: Form> State<F> {
             Event::Gone(number) => {
                 self.traffic.remove(&ClientId(number.0));
                 self.stands_no_more(number);
-                let client = self
-                    .clients
-                    .remove(number.0)
-                    .ok_or_else(|| no_client(number))?;
-                let Arrival { server, id, .. } = client.arrival;
-                self.served.of_mut(server).remove(&id);
-                return Ok(Left::Client(client));
+                self.serves_no_more(number);
+                let client = self.clients.remove(number.0);
+                return client.map(Left::Client).ok_or_else(|| no_client(number));
             }
             Event::Traffic(number, traffic) => {
                 self.client_mut(number)?;
@@ -219,38 +266,6 @@ impl<F: Form> State<F> {
                 }
             }
             Event::Lockspace(directory) => _ = self.lockspaces.insert(directory.into()),
-            Event::Granted {
-                owner,
-                resource,
-                descriptor,
-                identity,
-                mode,
-                autocreate,
-                created,
-                kind,
-            } => {
-                let ResourceName { lockspace, name } = resource;
-                if self.table.find(lockspace, name).is_some() {
-                    return Err("a resource is granted twice".into());
-                }
-                let kind = kind.into();
-                if matches!(kind, LockKind::Process { .. }) {
-                    self.avoid.push(identity);
-                }
-                let granted = Granted {
-                    lockspace,
-                    name,
-                    identity,
-                    mode,
-                    autocreate,
-                    lease: Lease {
-                        descriptor: source.file(descriptor)?,
-                        kind,
-                        created,
-                    },
-                };
-                self.table.grant(&source.owner(owner), granted);
-            }
             Event::Joined(owner, resource) => {
                 let id = self.held(resource)?;
                 self.table.join(id, &source.owner(owner));
@@ -269,11 +284,6 @@ impl<F: Form> State<F> {
                         self.release(OwnerKey::of_process(pid), id)
                     }
                 };
-            }
-            Event::ReleasedBy(pid, uuid, resource) => {
-                let uuid = Some(uuid);
-                let id = source.held().map_or_else(|| self.held(resource), Ok)?;
-                return self.release(OwnerKey { pid, uuid }, id);
             }
             Event::Parked(resource, number) => {
                 let id = self.held(resource)?;
@@ -340,6 +350,7 @@ impl<F: Form> State<F> {
             Event::Poll(poll) => self.poll = Some(poll),
             Event::OldPoll(poll, _) => self.old_poll = Some(poll),
             Event::Deaf => return Ok(Left::Listeners(std::mem::take(&mut self.listeners))),
+            Event::Granted { .. } | Event::ReleasedBy(..) => return self.apply(event, source),
         }
         Ok(Left::Nothing)
     }
@@ -404,6 +415,26 @@ impl<F: Form> State<F> {
             self.table.same_file(identity).find(is_process)
         } else {
             self.table.iter().map(|(id, _)| id).find(is_process)
+        }
+    }
+
+    /// A client is one of those that are served.
+    fn serves(&mut self, number: Number) {
+        if let Some(client) = self.clients.get(number.0) {
+            let Arrival { server, id, .. } = client.arrival;
+            let number_of = |other: ClientId| Some(self.clients.get(other.0)?.arrival.id);
+            let served = self.served.of_mut(server);
+            served.insert(ClientId(number.0), id, number_of);
+        }
+    }
+
+    /// A client is none of them any more, if it was.
+    fn serves_no_more(&mut self, number: Number) {
+        if let Some(client) = self.clients.get(number.0) {
+            let Arrival { server, id, .. } = client.arrival;
+            let number_of = |other: ClientId| Some(self.clients.get(other.0)?.arrival.id);
+            let served = self.served.of_mut(server);
+            served.remove(ClientId(number.0), id, number_of);
         }
     }
 
@@ -566,20 +597,32 @@ impl<F: Form> State<F> {
         self.servers.of(service)
     }
 
-    /// The clients of a server that are served, by their numbers: in the order of connecting.
-    pub fn served(&self, service: Service) -> &BTreeMap<u64, ClientId> {
-        self.served.of(service)
+    /// The clients of a server that are served, in the order of connecting.
+    pub fn served(&self, service: Service) -> impl Iterator<Item = &Client<F::Other>> {
+        let served = self.served.of(service).iter();
+        served.filter_map(|id| self.client(id))
+    }
+
+    /// How many they are.
+    pub fn served_count(&self, service: Service) -> usize {
+        self.served.of(service).len()
+    }
+
+    /// The one of them with this number.
+    pub fn served_with(&self, service: Service, number: u64) -> Option<&Client<F::Other>> {
+        let number_of = |id| Some(self.client(id)?.arrival.id);
+        self.client(self.served.of(service).find(number, number_of)?)
     }
 
     /// Whether one more client may be served.
     pub fn has_room(&self, service: Service) -> bool {
-        let count = self.served(service).len();
+        let count = self.served_count(service);
         self.server(service).has_room_beside(count)
     }
 
     /// Whether one more may be served that speaks for an owner that is known.
     pub fn has_room_for_known(&self, service: Service) -> bool {
-        let count = self.served(service).len();
+        let count = self.served_count(service);
         self.server(service).has_room_for_known_beside(count)
     }
 
@@ -919,19 +962,15 @@ impl State<Saved> {
                 listening.socket = now;
             }
         }
+        self.serves_no_more(before);
         if let Some(mut client) = self.clients.remove(before.0) {
             client.socket = now;
-            let Arrival {
-                server,
-                id,
-                refused,
-                ..
-            } = client.arrival;
-            if !refused {
-                self.served.of_mut(server).insert(id, ClientId(now.0));
-            }
+            let is_served = !client.arrival.refused;
             // The kernel has just given this number: it is nobody else's.
             let _ = self.clients.insert(now.0, client);
+            if is_served {
+                self.serves(now);
+            }
         }
     }
 

@@ -7,9 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
+use std::hash::{BuildHasher, Hasher};
 use std::rc::Rc;
 
+use foldhash::fast::RandomState;
 use foldhash::{HashMap, HashMapExt};
+use hashbrown::HashTable;
 use slab::Slab;
 
 use crate::host::file::FileIdentity;
@@ -82,8 +85,8 @@ impl Owner {
 }
 
 /// A lockspace and a name in it, as one string of bytes: neither can hold a NUL.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Key(Rc<[u8]>);
+#[derive(Debug)]
+struct Key(Box<[u8]>);
 
 impl Key {
     fn lockspace(&self, length: u32) -> &[u8] {
@@ -93,12 +96,6 @@ impl Key {
     fn name(&self, lockspace_length: u32) -> &[u8] {
         let start = (lockspace_length as usize).saturating_add(1);
         self.0.get(start..).unwrap_or_default()
-    }
-}
-
-impl std::borrow::Borrow<[u8]> for Key {
-    fn borrow(&self) -> &[u8] {
-        &self.0
     }
 }
 
@@ -369,6 +366,13 @@ impl Holdings {
     }
 }
 
+/// A place in the table for a resource that nobody holds.
+#[derive(Debug)]
+pub struct Vacant {
+    hash: u64,
+    key: Key,
+}
+
 /// May an owner have a resource?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -393,7 +397,9 @@ pub enum NotReleased {
 #[derive(Debug)]
 pub struct Table<L> {
     resources: Slab<Resource<L>>,
-    by_name: HashMap<Key, ResourceId>,
+    /// The names are in the resources.
+    by_name: HashTable<ResourceId>,
+    hasher: RandomState,
     by_identity: HashMap<FileIdentity, ResourceId>,
     /// By process: all that one holds ends with it.
     by_owner: HashMap<Pid, Holdings>,
@@ -405,7 +411,8 @@ impl<L> Default for Table<L> {
     fn default() -> Self {
         Table {
             resources: Slab::new(),
-            by_name: HashMap::new(),
+            by_name: HashTable::new(),
+            hasher: RandomState::default(),
             by_identity: HashMap::new(),
             by_owner: HashMap::new(),
             scratch: Vec::new(),
@@ -422,7 +429,9 @@ impl<L> Table<L> {
     /// Makes room for so many resources, to enter them quickly.
     pub fn reserve(&mut self, count: usize) {
         self.resources.reserve(count);
-        self.by_name.reserve(count);
+        let (resources, hasher) = (&self.resources, &self.hasher);
+        let hash = |id: &ResourceId| hash_at(hasher, resources, *id);
+        self.by_name.reserve(count, hash);
         self.by_identity.reserve(count);
     }
 
@@ -438,8 +447,8 @@ impl<L> Table<L> {
 
     /// The resource `name` of `lockspace`, if somebody holds it.
     pub fn find(&mut self, lockspace: &[u8], name: &[u8]) -> Option<ResourceId> {
-        self.spell(lockspace, name);
-        let found = self.by_name.get(self.scratch.as_slice()).copied();
+        let hash = self.spell(lockspace, name);
+        let found = self.find_spelled(hash);
         // One huge name must not keep its memory for ever.
         if self.scratch.capacity() > 64 * 1024 {
             self.scratch = Vec::new();
@@ -447,12 +456,26 @@ impl<L> Table<L> {
         found
     }
 
-    /// Puts a key together.
-    fn spell(&mut self, lockspace: &[u8], name: &[u8]) {
+    /// The resource whose key was put together and has this hash.
+    #[inline]
+    fn find_spelled(&self, hash: u64) -> Option<ResourceId> {
+        let is_it = |id: &ResourceId| {
+            let held = self.resources.get(id.0);
+            held.is_some_and(|held| *held.key.0 == *self.scratch)
+        };
+        self.by_name.find(hash, is_it).copied()
+    }
+
+    /// Puts a key together, and makes its hash.
+    fn spell(&mut self, lockspace: &[u8], name: &[u8]) -> u64 {
         self.scratch.clear();
-        self.scratch.extend_from_slice(lockspace);
+        // Disks are in the default one, whose directory is empty.
+        if !lockspace.is_empty() {
+            self.scratch.extend_from_slice(lockspace);
+        }
         self.scratch.push(0);
         self.scratch.extend_from_slice(name);
+        hash_of(&self.hasher, &self.scratch)
     }
 
     /// The first resource that is this file, if somebody holds one.
@@ -551,13 +574,29 @@ impl<L> Table<L> {
 
     /// Enters a resource that was locked, after [`Decision::Open`].
     pub fn grant(&mut self, owner: &Owner, granted: Granted<'_, L>) -> ResourceId {
-        self.spell(granted.lockspace, granted.name);
+        let hash = self.spell(granted.lockspace, granted.name);
         let key = Key(self.scratch.as_slice().into());
+        self.enter(Vacant { hash, key }, owner, granted)
+    }
+
+    /// Whether nobody holds a resource: its place then, for [`Table::enter`].
+    pub fn vacant(&mut self, lockspace: &[u8], name: &[u8]) -> Option<Vacant> {
+        let hash = self.spell(lockspace, name);
+        if self.find_spelled(hash).is_some() {
+            return None;
+        }
+        let key = Key(self.scratch.as_slice().into());
+        Some(Vacant { hash, key })
+    }
+
+    /// The same as [`Table::grant`] at a place that was found vacant just now.
+    pub fn enter(&mut self, vacant: Vacant, owner: &Owner, granted: Granted<'_, L>) -> ResourceId {
+        let Vacant { hash, key } = vacant;
         let entry = self.resources.vacant_entry();
         let id = ResourceId(entry.key());
         let next_of_identity = self.by_identity.insert(granted.identity, id);
         entry.insert(Resource {
-            key: key.clone(),
+            key,
             // No event and no call has one of 4 GiB.
             lockspace_length: u32::try_from(granted.lockspace.len()).unwrap_or(u32::MAX),
             identity: granted.identity,
@@ -570,7 +609,9 @@ impl<L> Table<L> {
             },
             next_of_identity,
         });
-        self.by_name.insert(key, id);
+        let (resources, hasher) = (&self.resources, &self.hasher);
+        self.by_name
+            .insert_unique(hash, id, |id| hash_at(hasher, resources, *id));
         note_holding(&mut self.by_owner, owner, id);
         id
     }
@@ -632,6 +673,7 @@ impl<L> Table<L> {
         Ok(Table {
             resources: resources.into_iter().collect(),
             by_name: self.by_name,
+            hasher: self.hasher,
             by_identity,
             by_owner: self.by_owner,
             scratch: Vec::new(),
@@ -712,7 +754,10 @@ impl<L> Table<L> {
 
     fn take_out(&mut self, id: ResourceId) -> Option<Resource<L>> {
         let resource = self.resources.try_remove(id.0)?;
-        self.by_name.remove(&resource.key);
+        let hash = hash_of(&self.hasher, &resource.key.0);
+        if let Ok(entry) = self.by_name.find_entry(hash, |it| *it == id) {
+            entry.remove();
+        }
         let Entry::Occupied(mut first) = self.by_identity.entry(resource.identity) else {
             return Some(resource);
         };
@@ -734,6 +779,20 @@ impl<L> Table<L> {
         }
         Some(resource)
     }
+}
+
+/// The hash of a key.
+#[inline]
+fn hash_of(hasher: &RandomState, key: &[u8]) -> u64 {
+    let mut hasher = hasher.build_hasher();
+    hasher.write(key);
+    hasher.finish()
+}
+
+/// The hash of the key of a resource.
+fn hash_at<L>(hasher: &RandomState, resources: &Slab<Resource<L>>, id: ResourceId) -> u64 {
+    let held = resources.get(id.0);
+    held.map_or(0, |held| hash_of(hasher, &held.key.0))
 }
 
 fn note_holding(by_owner: &mut HashMap<Pid, Holdings>, owner: &Owner, id: ResourceId) {

@@ -648,8 +648,6 @@ fn server_out<F: Form>(state: &State<F>, service: Service) -> Result<ServerOut<'
         // In the order of connecting. A client that there is no room for has not been let in yet: it is
         // left out.
         .served(service)
-        .values()
-        .filter_map(|id| state.client(*id))
         .map(client_out)
         .collect();
     let [min_workers, max_workers, priority_workers] = numbers.workers;

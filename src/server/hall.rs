@@ -6,6 +6,7 @@ use super::reserve::Reserve;
 use super::waiting_room::WaitingRoom;
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
+use crate::custody::own_connections::Seen;
 use crate::custody::servers::Service;
 use crate::host::names::Names;
 use crate::host::shared::Word;
@@ -29,6 +30,8 @@ pub struct Hall<'a> {
     pub orders: &'a mut Vec<Order>,
     /// Where it is noted that a file is being made.
     pub making: Word<'a>,
+    /// When this connection's owner was last seen to have a connection of its own.
+    pub own_seen: Seen,
 }
 
 impl Hall<'_> {

@@ -35,6 +35,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
 use crate::custody::ledger::Ledger;
+use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
 use crate::custody::since::Since;
@@ -691,6 +692,7 @@ impl Reactor {
                 names: &mut self.names,
                 orders: &mut self.orders,
                 making: step::making(self.desk.memory()),
+                own_seen: Seen::default(),
             },
             watch: &self.watch,
             desk: self.desk,

@@ -8,6 +8,7 @@ use crate::host::errno::Errno;
 
 use super::conversation::{Conversation, Pending};
 use crate::custody::clients::Traffic;
+use crate::custody::own_connections::Seen;
 use crate::desk::turn;
 use crate::host::shared::Shared;
 use crate::server::flow::ENOUGH_OUTPUT;
@@ -73,6 +74,9 @@ pub struct Connection {
     pub shares_numbers: bool,
     /// What it was last seen to take of the memory for all admin clients, bytes.
     pub counted: u32,
+    /// When its owner was last seen to have a connection of its own: a lock taken over another's need not
+    /// ask again until one of those is over.
+    pub own_seen: Seen,
     on_the_way: Option<Box<OnTheWay>>,
 }
 

@@ -382,6 +382,7 @@ mod tests {
                     reserve: &Reserve::default(),
                     names: &mut Names::default(),
                     orders: &mut Vec::new(),
+                    own_seen: crate::custody::own_connections::Seen::default(),
                     making: step::making(memory),
                 };
                 let flow = dispatch::dispatch(&mut hall, id, found.header, found.payload, &mut out);

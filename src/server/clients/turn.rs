@@ -383,6 +383,7 @@ impl Turn<'_> {
             0
         };
         let hall = &mut self.hall;
+        hall.own_seen = connection.own_seen;
         let mut count = 0usize;
         // Most often there is only one frame, and nothing else to be put off; of many, every second
         // one is worth a look at the clock, or every one.
@@ -429,6 +430,7 @@ impl Turn<'_> {
                 }
             },
         );
+        connection.own_seen = self.hall.own_seen;
         let waits = matches!(taken, Taken::Paused | Taken::Again);
         connection.paused = waits && !conversation.is_empty();
         connection.keep_conversation(conversation);

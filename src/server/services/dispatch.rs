@@ -37,6 +37,7 @@ pub fn dispatch(
         return Flow::Close;
     };
     let service = client.arrival.server;
+    let is_first = !client.has_called;
     if client.is_refused() {
         let known = known_owner(hall, service, header, payload);
         if let Err(error) = hall.admit(id, known) {
@@ -51,7 +52,9 @@ pub fn dispatch(
     }
     match service {
         Service::Lock => {
-            hall.custody.called(id);
+            if is_first {
+                hall.custody.called(id);
+            }
             match lock_call(hall, id, header, payload) {
                 Ok(Called::Done) => lock::encode_success(out, header),
                 Ok(Called::Again) => return Flow::Again,

@@ -5,6 +5,7 @@
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::locking::{Decided, Refusal};
+use crate::custody::own_connections::Seen;
 use crate::host::process;
 use crate::host::shared::Word;
 use crate::locks::holder;
@@ -61,6 +62,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 uuid: *uuid,
             };
             custody.registers(id, &now);
+            hall.own_seen = Seen::default();
             if let Some(before) = owner.filter(|before| *before != now) {
                 hall.orders
                     .push(Order::Spoke(id, (before.pid, before.uuid)));
@@ -106,7 +108,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 return Ok(Called::Again);
             }
             acquire(owner, custody, place(target), flags, hall.making)?;
-            if is_lent && is_to_be_watched(custody, owner) {
+            if is_lent && is_to_be_watched(custody, owner, &mut hall.own_seen) {
                 hall.orders.push(Order::Watch(id));
             }
         }
@@ -119,13 +121,20 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
 
 /// Whether an owner that was granted a lock over another's connection may have to be watched. One with a
 /// connection of its own need not be, and of one that cannot be seen nothing more is to be found out.
-fn is_to_be_watched(custody: &Custody, owner: &Owner) -> bool {
+fn is_to_be_watched(custody: &Custody, owner: &Owner, own_seen: &mut Seen) -> bool {
     let state = custody.state();
+    if state.own_connections().are_all_there_since(*own_seen) {
+        return false;
+    }
+    if state.has_own_connection(owner.pid, &owner.uuid) {
+        *own_seen = state.own_connections().now();
+        return false;
+    }
     let is_unseen = state
         .watched()
         .get(&owner.pid)
         .is_some_and(|watched| watched.process.is_none());
-    !is_unseen && !state.has_own_connection(owner.pid, &owner.uuid)
+    !is_unseen
 }
 
 /// A lock is about to be asked for on behalf of an owner. Should its number have belonged to another one
@@ -387,6 +396,7 @@ mod tests {
                 names: &mut Names::default(),
                 orders: &mut Vec::new(),
                 making: turn::making(desk.memory()),
+                own_seen: Seen::default(),
             };
             let called = call(&mut hall, self.id, asked)?;
             assert_eq!(called, Called::Done);

@@ -213,7 +213,11 @@ impl Plain {
             served.collect::<BTreeMap<_, _>>()
         };
         for service in Service::ALL {
-            assert_eq!(*state.served(service), served(service), "{service:?}");
+            let now = state.served(service);
+            let now: Vec<(u64, ClientId)> = now.map(|it| (it.arrival.id, it.id())).collect();
+            let served: Vec<(u64, ClientId)> = served(service).into_iter().collect();
+            assert_eq!(now, served, "{service:?}");
+            assert_eq!(state.served_count(service), now.len(), "{service:?}");
         }
         let mut own: Vec<(Pid, [u8; 16])> = Vec::new();
         for client in self

@@ -16,8 +16,6 @@ pub fn list(hall: &Hall<'_>, service: Service, wants_list: bool) -> Result<Answe
     let state = hall.custody.state();
     let clients: Vec<Client> = state
         .served(service)
-        .values()
-        .filter_map(|id| state.client(*id))
         .filter(|client| !client.is_over())
         .map(description)
         .collect();
@@ -71,8 +69,8 @@ fn unknown(number: u64) -> Error {
 
 fn find<'a>(hall: &'a Hall<'_>, service: Service, number: u64) -> Option<&'a Connected<OwnedFd>> {
     let state = hall.custody.state();
-    let id = *state.served(service).get(&number)?;
-    state.client(id).filter(|client| !client.is_over())
+    let found = state.served_with(service, number);
+    found.filter(|client| !client.is_over())
 }
 
 /// Who a client is: known since it connected, so also before its first call. (The C daemon knows it

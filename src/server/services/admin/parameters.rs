@@ -69,7 +69,7 @@ pub fn set_workers(
 pub fn client_limits(custody: &Custody, service: Service) -> Answer<'static> {
     let state = custody.state();
     let server = state.server(service);
-    let count = u32::try_from(state.served(service).len()).unwrap_or(u32::MAX);
+    let count = u32::try_from(state.served_count(service)).unwrap_or(u32::MAX);
     Answer::Parameters(vec![
         Parameter::uint("nclients_max", server.limit),
         Parameter::uint("nclients", count),
