@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod crash;
 mod handover_signals;
 mod ledger_truth;
 mod ledgers;
