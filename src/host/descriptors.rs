@@ -147,10 +147,8 @@ pub fn open_numbers() -> Vec<RawFd> {
         let has_answer = result >= 0;
         open.extend(looked_at.iter().map(|it| (it.fd, it.revents)).filter_map(
             |(number, found)| {
-                let is_open = match has_answer {
-                    true => found & libc::POLLNVAL == 0,
-                    false => is_open(number),
-                };
+                // One that only stands for a path (O_PATH) cannot be polled.
+                let is_open = has_answer && found & libc::POLLNVAL == 0 || is_open(number);
                 is_open.then_some(number)
             },
         ));
@@ -246,8 +244,10 @@ mod tests {
         // SAFETY: a number that nobody uses gets the meaning of one that is ours.
         let far = unsafe { libc::fcntl(number, libc::F_DUPFD, 3000) };
         adopt(another).unwrap();
+        let path = super::super::file::open_directory(b"/").unwrap();
         let found = open_numbers();
-        assert!(found.contains(&number) && found.contains(&far));
+        let all = [number, far, path.as_raw_fd()];
+        assert!(all.iter().all(|number| found.contains(number)));
         assert!(found.is_sorted());
     }
 

@@ -160,7 +160,7 @@ fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd, since: &Since) ->
     let known: Vec<RawFd> = since.descriptors().collect();
     if failed.is_some() {
         // They were to stay open over the exec.
-        for Number(number) in state.descriptors() {
+        for Number(number) in state.descriptors().chain([Number(ledger)]) {
             let _ = descriptors::keep_on_exec(number, false);
         }
     }

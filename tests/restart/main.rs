@@ -5,6 +5,7 @@
 mod support;
 
 mod cold_start;
+mod crash;
 mod handover_signals;
 mod killed_anywhere;
 mod ledger_truth;

@@ -1,0 +1,366 @@
+//! The daemon's two processes, the one that was started and the one that serves, are killed: nobody notices
+//! more than a pause. See [`super::support::daemon::Daemon::reactor`] for which is which.
+
+use crate::support::client::{Client, acquire, register_as, release};
+use crate::support::daemon::{Daemon, kill_all, reactor_of};
+use crate::support::owner::{OnTerm, Owner, process_state};
+use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
+use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::process::{Child, Command, Stdio};
+
+fn send(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("signal a process of the daemon");
+}
+
+/// A daemon whose guest has a disk.
+struct Scene {
+    host: Host,
+    daemon: Daemon,
+    guest: Owner,
+    disk: String,
+}
+
+impl Scene {
+    fn new() -> Option<Scene> {
+        if !require_root() {
+            return None;
+        }
+        let host = Host::new();
+        let daemon = host.start(&[], &[]);
+        let disk = host.disk("disk");
+        let guest = host.guest(&daemon, "guest", &disk);
+        Some(Scene {
+            host,
+            daemon,
+            guest,
+            disk,
+        })
+    }
+
+    fn rival(&self) -> Rival {
+        Rival::of(vec![self.host.path(&self.disk)])
+    }
+
+    /// Kills the process that serves and waits until there is another one; its number.
+    #[track_caller]
+    fn kill_reactor(&self) -> i32 {
+        let before = wait_for(DEADLINE, "a process that serves", || {
+            let now = self.daemon.reactor();
+            (now != self.daemon.pid()).then_some(now)
+        });
+        send(before, Signal::SIGKILL);
+        wait_for(DEADLINE, "another process that serves", || {
+            let now = self.daemon.reactor();
+            (now != before && now != self.daemon.pid()).then_some(now)
+        })
+    }
+
+    /// The guest's connection is answered, and its disk can be given up and had again.
+    #[track_caller]
+    fn serves(&mut self) {
+        self.guest.call(&release("", &self.disk)).expect_ok();
+        self.host.assert_free(&self.disk);
+        self.guest.call(&acquire("", &self.disk, 0)).expect_ok();
+        self.host.assert_held(&self.disk);
+        let mut new = self.daemon.client();
+        new.call(&register_as("new", 4242)).expect_ok();
+        new.call(&acquire("", &self.disk, 0)).expect_error(87, 51);
+    }
+
+    fn logged(&self, text: &str) -> usize {
+        self.daemon.stderr().matches(text).count()
+    }
+}
+
+#[test]
+fn a_process_that_serves_and_is_killed_takes_no_lock_and_no_connection_along() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let descriptors = scene.daemon.descriptors();
+    let rival = scene.rival();
+    for _ in 0..5 {
+        scene.kill_reactor();
+        scene
+            .guest
+            .call(&acquire("", &scene.disk, 0))
+            .expect_error(87, 51);
+    }
+    rival.never_succeeded();
+    scene.serves();
+    assert_eq!(scene.daemon.ended(), None);
+    assert_eq!(scene.logged("was killed by SIGKILL"), 5);
+    scene.daemon.wait_until_asleep();
+    wait_until(DEADLINE, "what the dead had open to be closed", || {
+        scene.daemon.descriptors() == descriptors
+    });
+    assert_eq!(scene.daemon.stop().code(), Some(0));
+}
+
+#[test]
+fn a_fence_goes_on_when_the_process_that_began_it_is_killed() {
+    let Some(scene) = Scene::new() else { return };
+    let disk = scene.host.disk("stubborn");
+    let mut owner = Owner::register(scene.daemon.lock_socket(), "stubborn", OnTerm::Ignore);
+    owner.call(&acquire("", &disk, 0)).expect_ok();
+    owner.close_connection();
+    wait_until(DEADLINE, "the owner to be fenced", || {
+        scene.logged("SIGTERM") > 0
+    });
+    scene.kill_reactor();
+    scene.host.assert_held(&disk);
+    assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+    scene.host.wait_free(&disk);
+}
+
+#[test]
+fn a_guest_that_dies_while_nobody_serves_is_noticed_by_the_next_one() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    send(scene.daemon.pid(), Signal::SIGSTOP);
+    send(scene.daemon.reactor(), Signal::SIGKILL);
+    scene.guest.kill();
+    scene.guest.wait_end();
+    scene.host.assert_held(&scene.disk);
+    send(scene.daemon.pid(), Signal::SIGCONT);
+    scene.host.wait_free(&scene.disk);
+}
+
+/// The process that is the daemon now, read in its pid file, once that is another than before.
+#[track_caller]
+fn new_guardian(scene: &Scene, before: i32) -> i32 {
+    wait_for(DEADLINE, "another main process", || {
+        let text = std::fs::read_to_string(scene.host.path("/run/virtlockd.pid")).ok()?;
+        let pid: i32 = text.trim().parse().ok()?;
+        (pid != before && reactor_of(pid) != pid).then_some(pid)
+    })
+}
+
+#[test]
+fn the_process_that_serves_takes_the_place_of_the_main_process_when_that_is_killed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    let (first, reactor) = (scene.daemon.pid(), scene.daemon.reactor());
+    send(first, Signal::SIGKILL);
+    let second = new_guardian(&scene, first);
+    assert_eq!(second, reactor);
+    scene.serves_but_for_rivals();
+    // One after the other, in either order.
+    let before = reactor_of(second);
+    send(before, Signal::SIGKILL);
+    wait_until(DEADLINE, "another process that serves", || {
+        ![before, second].contains(&reactor_of(second))
+    });
+    scene.serves_but_for_rivals();
+    send(second, Signal::SIGKILL);
+    let third = new_guardian(&scene, second);
+    scene.serves_but_for_rivals();
+    // It does all that the first one did.
+    let old = image(third);
+    send(third, Signal::SIGUSR1);
+    wait_for_successor(third, &old);
+    scene.serves_but_for_rivals();
+    rival.never_succeeded();
+    send(third, Signal::SIGTERM);
+    wait_until(DEADLINE, "the end of the daemon", || {
+        process_state(third).is_none_or(|state| state == 'Z')
+    });
+    assert!(!scene.host.path("/run/virtlockd.pid").exists());
+    assert!(lock_probe(&scene.host.path(&scene.disk)).is_none());
+    kill_all(third);
+}
+
+impl Scene {
+    /// As [`Scene::serves`], without a moment in which somebody else may have the disk.
+    #[track_caller]
+    fn serves_but_for_rivals(&mut self) {
+        self.guest
+            .call(&acquire("", &self.disk, 0))
+            .expect_error(87, 51);
+        let spare = self.host.disk("spare");
+        self.guest.call(&acquire("", &spare, 0)).expect_ok();
+        self.host.assert_held(&spare);
+        self.guest.call(&release("", &spare)).expect_ok();
+        self.host.assert_free(&spare);
+    }
+}
+
+#[test]
+fn a_signal_to_both_processes_is_one_and_one_to_the_process_that_serves_is_none() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let reactor = scene.daemon.reactor();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGUSR1,
+        Signal::SIGHUP,
+    ] {
+        send(reactor, signal);
+    }
+    let before = image(scene.daemon.pid());
+    scene.serves();
+    send(reactor, Signal::SIGUSR1);
+    send(scene.daemon.pid(), Signal::SIGUSR1);
+    wait_for_successor(scene.daemon.pid(), &before);
+    scene.serves();
+    scene.daemon.wait_until_asleep();
+    assert_eq!(scene.logged("hands over to its successor"), 1);
+    assert_eq!(scene.logged("the configuration was read again"), 0);
+    // After the second upgrade everything is as after the first.
+    upgrade(&scene.daemon);
+    scene.kill_reactor();
+    scene.serves();
+    scene.daemon.signal(Signal::SIGHUP);
+    wait_until(DEADLINE, "the configuration to be read again", || {
+        scene.logged("the configuration was read again") == 1
+    });
+}
+
+#[test]
+fn processes_that_die_in_a_row_are_followed_ever_more_slowly_and_the_next_one_serves() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    for _ in 0..6 {
+        scene.kill_reactor();
+    }
+    rival.never_succeeded();
+    scene.serves();
+    // Who is killed at once does not get to say it.
+    let log = scene.daemon.stderr();
+    let counts = log.split(" in a row)").filter_map(|it| it.rsplit_once('('));
+    let last: Option<u32> = counts.filter_map(|(_, count)| count.parse().ok()).last();
+    assert!(last.is_some_and(|count| (2..=6).contains(&count)), "{log}");
+}
+
+#[test]
+fn an_end_that_was_asked_for_is_gone_on_with_when_the_process_that_serves_is_killed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let disk = scene.host.disk("stubborn");
+    let mut owner = Owner::register(scene.daemon.lock_socket(), "stubborn", OnTerm::Ignore);
+    owner.call(&acquire("", &disk, 0)).expect_ok();
+    scene.daemon.signal(Signal::SIGTERM);
+    wait_until(DEADLINE, "the end to begin", || {
+        scene.logged("the daemon ends") > 0
+    });
+    let reactor = scene.daemon.reactor();
+    send(reactor, Signal::SIGKILL);
+    assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+    assert_eq!(scene.daemon.wait_end().code(), Some(0));
+    assert!(!scene.host.path("/run/virtlockd.pid").exists());
+}
+
+/// strace, attached to the process that serves alone.
+struct Slowed(Child);
+
+impl Slowed {
+    fn of(process: i32, call: &str, delay: &str) -> Slowed {
+        let strace = Command::new("strace")
+            .args(["-o", "/dev/null", "-e", &format!("trace={call}")])
+            .args(["-e", &format!("inject={call}:{delay}")])
+            .args(["-p", &process.to_string()])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start strace");
+        let status = format!("/proc/{process}/status");
+        wait_until(DEADLINE, "strace to be attached", || {
+            let status = std::fs::read_to_string(&status).expect("the process's status");
+            !status.contains("TracerPid:\t0\n")
+        });
+        Slowed(strace)
+    }
+}
+
+impl Drop for Slowed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_process_that_does_not_come_back_from_a_call_is_killed_and_followed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let reactor = scene.daemon.reactor();
+    let slowed = Slowed::of(reactor, "openat,openat2", "delay_enter=300000000");
+    let spare = scene.host.disk("spare");
+    let mut other = scene.daemon.client();
+    other.call(&register_as("other", 4243)).expect_ok();
+    other.post(&acquire("", &spare, 0));
+    let rival = scene.rival();
+    // As long as strace has it, nobody else hears of its end.
+    wait_until(DEADLINE, "the process to be killed", || {
+        process_state(reactor).is_none_or(|state| state == 'Z')
+    });
+    drop(slowed);
+    rival.never_succeeded();
+    scene.serves();
+    assert_eq!(scene.logged("did not come back from what it was doing"), 1);
+}
+
+#[test]
+fn a_connection_that_was_accepted_and_not_written_down_is_served() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    scene.daemon.wait_until_asleep();
+    let descriptors = scene.daemon.descriptors();
+    let reactor = scene.daemon.reactor();
+    let slowed = Slowed::of(reactor, "accept4", "delay_exit=300000000");
+    let mut client = Client::connect(scene.daemon.lock_socket());
+    wait_until(DEADLINE, "the connection to be accepted", || {
+        scene.daemon.descriptors() > descriptors
+    });
+    send(reactor, Signal::SIGKILL);
+    drop(slowed);
+    client.call(&register_as("late", 4244)).expect_ok();
+    let spare = scene.host.disk("spare");
+    client.call(&acquire("", &spare, 0)).expect_ok();
+    scene.host.assert_held(&spare);
+    scene.serves();
+}
+
+#[test]
+fn a_main_process_takes_little_memory_and_sleeps_when_nothing_happens() {
+    let Some(scene) = Scene::new() else { return };
+    let mut clients: Vec<Client> = (0..200).map(|_| scene.daemon.client()).collect();
+    clients.iter_mut().for_each(Client::ping);
+    let read = |name: &str| {
+        let path = format!("/proc/{}/{name}", scene.daemon.pid());
+        std::fs::read_to_string(path).expect("what the main process takes")
+    };
+    let smaps = read("smaps_rollup");
+    let line = smaps
+        .lines()
+        .find_map(|line| line.strip_prefix("Private_Dirty:"));
+    let kib: u64 = line
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .expect("its private memory");
+    crate::support::assert_memory(kib < 1024, || format!("{kib} KiB"));
+    scene.daemon.wait_until_asleep();
+    // It looks once more, five seconds after the last thing that happened, and then never.
+    let state = || read("stat").split_whitespace().nth(2).map(str::to_owned);
+    wait_until(DEADLINE, "the main process to wait for ever", || {
+        let before = read("schedstat");
+        std::thread::sleep(std::time::Duration::from_secs(6));
+        before == read("schedstat") && state().as_deref() == Some("S")
+    });
+}
