@@ -331,9 +331,11 @@ impl Reactor {
         self.owners().fence_the_robbed(pid, process, what);
     }
 
-    /// Fences an owner that left while it held locks.
+    /// Fences an owner that left while it held locks, unless it is being fenced.
     pub fn fence_who_left(&mut self, pid: Pid, process: OwnedFd) {
-        self.owners().fence(pid, process);
+        if !self.custody.state().fences().contains_key(&pid) {
+            self.owners().fence(pid, process);
+        }
     }
 
     /// Goes on with the poll of an earlier image of this process, which watches the connections
