@@ -18,7 +18,6 @@ use super::state::State;
 use super::{Given, settings::Settings};
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
-use crate::host::patience;
 use crate::host::process::{self, Life, Process};
 use crate::locks::again::{Again, NotAgain};
 use crate::locks::holder;
@@ -37,8 +36,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// What became of the process of an owner.
 enum Fate {
-    /// It lives, and is the same.
-    Alive(OwnedFd),
+    /// It lives, and is the same. The pidfd is given away once.
+    Alive(Option<OwnedFd>),
     /// Nobody can tell.
     Unseen,
     /// It is dead, whoever has its number now.
@@ -61,8 +60,10 @@ pub struct Loss {
     pub owner: String,
     /// Its process.
     pub pid: Pid,
-    /// The process itself, if it is known to be that and nobody depends on it but the owner.
+    /// The process itself, if it is to be fenced for that.
     pub process: Option<OwnedFd>,
+    /// Whether it is fenced, for this or something else.
+    pub is_fenced: bool,
     /// The path of the file.
     pub path: Vec<u8>,
     /// Why.
@@ -97,7 +98,7 @@ pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
         boot: process::boot(),
         namespace: process::namespace(),
     };
-    let work = Work {
+    let mut work = Work {
         saved,
         fates: fates(saved, then, now),
         may_kill: then.boot.is_some() && then == now,
@@ -118,6 +119,7 @@ pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
     work.end_what_the_dead_left(&mut taken);
     work.go_on_fencing(&mut taken);
     work.watch_all(&mut taken);
+    work.find_who_is_robbed(&mut taken);
     work.begin_to_fence(&mut taken);
     taken
 }
@@ -164,7 +166,7 @@ fn fates(saved: &State<Saved>, then: Here, now: Here) -> HashMap<Pid, Fate> {
 
 /// What became of the process that had this number and one of these lives.
 fn fate(pid: Pid, lives: &[Life], is_seen: bool) -> Fate {
-    let opened = patience::until_settled(|| Process::open_any(pid));
+    let opened = Process::open_any(pid);
     if lives.is_empty() {
         return match opened {
             Err(Errno::ESRCH) if is_seen => Fate::Dead,
@@ -178,7 +180,7 @@ fn fate(pid: Pid, lives: &[Life], is_seen: bool) -> Fate {
         Err(_) => process::start_time(pid).map(Life::Start),
     };
     match (found, opened) {
-        (Ok(life), Ok(process)) if lives.contains(&life) => Fate::Alive(process.into_pidfd()),
+        (Ok(life), Ok(process)) if lives.contains(&life) => Fate::Alive(Some(process.into_pidfd())),
         (Ok(life), _) if lives.contains(&life) => Fate::Unseen,
         // What is told in another way cannot be compared.
         (Ok(life), _) if lives.iter().any(|known| is_comparable(*known, life)) => Fate::Dead,
@@ -208,15 +210,24 @@ impl Work<'_> {
         matches!(self.fates.get(&pid), Some(Fate::Dead) | None)
     }
 
-    /// The process of an owner that lives.
-    fn alive(&self, pid: Pid) -> Option<OwnedFd> {
-        match self.fates.get(&pid) {
-            Some(Fate::Alive(process)) => patience::until_settled(|| {
-                let copy = process.try_clone();
-                copy.map_err(|error| errno::of(&error))
-            })
-            .ok(),
+    /// The process of an owner that lives: once.
+    fn process(&mut self, pid: Pid) -> Option<OwnedFd> {
+        match self.fates.get_mut(&pid) {
+            Some(Fate::Alive(process)) => process.take(),
             _ => None,
+        }
+    }
+
+    /// The process of an owner that is to be fenced, if it is known to be the one that was meant. What is
+    /// watched is watched besides. Process 1 goes with everything else.
+    fn process_to_fence(&mut self, pid: Pid, state: &State<Open>) -> Option<OwnedFd> {
+        if !self.may_kill || pid <= 1 {
+            return None;
+        }
+        let watched = state.watched().get(&pid);
+        match watched.and_then(|watched| watched.process.as_ref()) {
+            Some(process) => process.try_clone().ok(),
+            None => self.process(pid),
         }
     }
 
@@ -240,14 +251,10 @@ impl Work<'_> {
             }
         }
         let give_up = Moment::now().plus_ms(PATIENCE_MS);
-        while left
-            .iter()
-            .any(|(_, reason)| matches!(reason, NotAgain::Taken(_)))
-            && Moment::now() < give_up
-        {
+        while left.iter().any(|(_, reason)| may_pass(*reason)) && Moment::now() < give_up {
             std::thread::sleep(PAUSE);
             left.retain_mut(|(resource, reason)| {
-                if !matches!(reason, NotAgain::Taken(_)) {
+                if !may_pass(*reason) {
                     return true;
                 }
                 match self.lock(resource, taken) {
@@ -318,21 +325,32 @@ impl Work<'_> {
 
     /// A lock is lost: by all who held it.
     fn lose(&self, resource: &Held, why: Why, taken: &mut TakenAgain) {
-        let table = self.saved.table();
         for (owner, _) in self.holders(resource) {
-            let pid = owner.pid;
-            // Process 1 goes with everything else, and one that stands for other domains must not die
-            // with one of them.
-            let is_alone = table.owners_of(pid).count() == 1 && pid > 1;
             taken.losses.push(Loss {
-                owner: holder::domain_text(table, owner.key()),
-                pid,
-                process: (self.may_kill && is_alone)
-                    .then(|| self.alive(pid))
-                    .flatten(),
+                owner: holder::domain_text(self.saved.table(), owner.key()),
+                pid: owner.pid,
+                process: None,
+                is_fenced: false,
                 path: place_of(resource).path(),
                 why,
             });
+        }
+    }
+
+    /// Who writes what somebody else has by now is to be fenced; one that stands for other domains must not
+    /// die with one of them.
+    fn find_who_is_robbed(&mut self, taken: &mut TakenAgain) {
+        let mut found: BTreeSet<Pid> = taken.state.fences().keys().copied().collect();
+        for loss in &mut taken.losses {
+            let is_robbed = matches!(loss.why, Why::NotLocked(NotAgain::Taken(_)));
+            let is_alone = self.saved.table().owners_of(loss.pid).count() == 1;
+            if is_robbed && is_alone && !found.contains(&loss.pid) {
+                loss.process = self.process_to_fence(loss.pid, &taken.state);
+                if loss.process.is_some() {
+                    found.insert(loss.pid);
+                }
+            }
+            loss.is_fenced = is_robbed && found.contains(&loss.pid);
         }
     }
 
@@ -358,9 +376,9 @@ impl Work<'_> {
         }
     }
 
-    fn go_on_fencing(&self, taken: &mut TakenAgain) {
+    fn go_on_fencing(&mut self, taken: &mut TakenAgain) {
         for (pid, fence) in self.saved.fences() {
-            if let Some(process) = self.alive(*pid) {
+            if let Some(process) = self.process(*pid) {
                 self.note_life(*pid, &process, taken);
                 let fence = Fence {
                     pid: *pid,
@@ -375,13 +393,13 @@ impl Work<'_> {
         }
     }
 
-    fn watch_all(&self, taken: &mut TakenAgain) {
+    fn watch_all(&mut self, taken: &mut TakenAgain) {
         let pids: Vec<Pid> = taken.state.table().processes().collect();
         for pid in pids {
             if taken.state.fences().contains_key(&pid) {
                 continue;
             }
-            let process = self.alive(pid);
+            let process = self.process(pid);
             match &process {
                 Some(process) => self.note_life(pid, process, taken),
                 None => {
@@ -400,7 +418,7 @@ impl Work<'_> {
     }
 
     /// Owners whose connections had ended while they held locks, and those that could not be reached.
-    fn begin_to_fence(&self, taken: &mut TakenAgain) {
+    fn begin_to_fence(&mut self, taken: &mut TakenAgain) {
         let saved = self.saved;
         let over = saved.clients().filter(|(_, client)| client.is_over());
         let over = over.filter_map(|(_, client)| {
@@ -415,11 +433,20 @@ impl Work<'_> {
             if !state.table().holds(pid) || state.fences().contains_key(&pid) {
                 continue;
             }
-            match self.alive(pid) {
-                Some(process) if self.may_kill && pid > 1 => taken.to_fence.push((pid, process)),
-                _ => _ = state.unreachable.insert(pid),
+            match self.process_to_fence(pid, state) {
+                Some(process) => taken.to_fence.push((pid, process)),
+                None => _ = state.unreachable.insert(pid),
             }
         }
+    }
+}
+
+/// Whether a lock may be had a moment later.
+fn may_pass(reason: NotAgain) -> bool {
+    match reason {
+        NotAgain::Taken(_) => true,
+        NotAgain::Open(reason) | NotAgain::Lock(reason) => errno::may_pass(reason),
+        NotAgain::Gone | NotAgain::Replaced => false,
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::errno::{self, Errno};
+use super::errno;
 use super::refusal::Refusal;
 
 const TRIES: u32 = 20;
@@ -26,15 +26,6 @@ pub fn patiently<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E
 pub fn while_it_may_pass<T>(mut attempt: impl FnMut() -> Result<T, Refusal>) -> Result<T, Refusal> {
     patiently(|| match attempt() {
         Err(refusal) if errno::may_pass(refusal.reason) => Err(refusal),
-        settled => Ok(settled),
-    })
-    .unwrap_or_else(Err)
-}
-
-/// As [`while_it_may_pass`], with an error that is no refusal.
-pub fn until_settled<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-    patiently(|| match attempt() {
-        Err(reason) if errno::may_pass(reason) => Err(reason),
         settled => Ok(settled),
     })
     .unwrap_or_else(Err)

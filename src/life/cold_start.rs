@@ -176,6 +176,7 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
         owner,
         pid,
         process,
+        is_fenced,
         path,
         why,
     } = loss;
@@ -190,6 +191,10 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
             );
             match process {
                 Some(process) => reactor.fence_the_robbed(pid, process, &text),
+                None if is_fenced => tracing::error!(
+                    target: "locking.lock_daemon",
+                    "{text}. The owner is being fenced already"
+                ),
                 None => tracing::error!(
                     target: "locking.lock_daemon",
                     "{text}. Both may write it, and it cannot be fenced, because its process cannot be \

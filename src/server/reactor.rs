@@ -391,9 +391,11 @@ impl Reactor {
         self.owners().fence_the_robbed(pid, process, what);
     }
 
-    /// Fences an owner that left while it held locks.
+    /// Fences an owner that left while it held locks, unless it is being fenced.
     pub fn fence_who_left(&mut self, pid: Pid, process: OwnedFd) {
-        self.owners().fence(pid, process);
+        if !self.custody.state().fences().contains_key(&pid) {
+            self.owners().fence(pid, process);
+        }
     }
 
     /// The passing half of a client as somebody left it who died at the desk, or passed it on. If it was

@@ -402,13 +402,13 @@ fn a_want_of_descriptors_at_the_start_is_no_older_kernel() {
         owner.close_connection();
         assert_eq!(owner.wait_signal(), Some(Signal::SIGTERM as i32));
         wait_until_free(&disk);
-        // The kernel was asked whether it names peers, and then for this one. Not every strace knows
-        // SO_PEERPIDFD by name.
+        // The kernel was asked whether it names peers, and then for this one, to know it again and to
+        // fence it. Not every strace knows SO_PEERPIDFD by name.
         let trace = scene.trace();
         let is_named = |line: &&str| {
             (line.contains("SO_PEERPIDFD") || line.contains("0x4d")) && line.ends_with("= 0")
         };
-        assert_eq!(trace.lines().filter(is_named).count(), 2, "{trace}");
+        assert_eq!(trace.lines().filter(is_named).count(), 3, "{trace}");
     };
     is_named_by_the_kernel(&scene);
     scene.daemon.wait_until_asleep();
