@@ -119,6 +119,7 @@ impl Drop for StopOnDrop<'_> {
 struct Delays {
     strace: Child,
     files: TempDir,
+    daemon: i32,
 }
 
 impl Delays {
@@ -129,30 +130,37 @@ impl Delays {
         let files = TempDir::new();
         let pid = daemon.pid().to_string();
         let strace = Command::new("strace")
-            .args(["-q", "-f", "-p", &pid, "-o"])
+            .args(["-q", "-f", "-p", &pid, "-p", &daemon.reactor().to_string(), "-o"])
             .arg(files.path().join("seen"))
             .args(["-e", "trace=execve,fcntl,close"])
             .args(["-e", "inject=fcntl,close:delay_enter=500"])
             .stdin(Stdio::null())
             .spawn()
             .expect("start strace");
-        let status = format!("/proc/{pid}/status");
-        wait_until(DEADLINE, "strace to watch the daemon", || {
-            let status = std::fs::read_to_string(&status).expect("read the daemon's status");
-            !status.contains("TracerPid:\t0")
-        });
-        Some(Delays { strace, files })
+        for process in [daemon.pid(), daemon.reactor()] {
+            let status = format!("/proc/{process}/status");
+            wait_until(DEADLINE, "strace to watch the daemon", || {
+                let status = std::fs::read_to_string(&status).expect("read the daemon's status");
+                !status.contains("TracerPid:\t0")
+            });
+        }
+        Some(Delays {
+            strace,
+            files,
+            daemon: daemon.pid(),
+        })
     }
 
     /// That it has held up calls of every program that ran, and seen this many upgrades.
     fn check(self, upgrades: usize) {
         let seen = std::fs::read_to_string(self.files.path().join("seen"));
         let seen = seen.expect("read what strace saw");
-        // Lines begin with the pid; the check of a successor is an exec of another process.
-        let daemon = seen.split(' ').next().unwrap_or_default();
+        // Lines begin with the pid; the check of a successor is an exec of another process. What works on
+        // files is the daemon's child.
+        let daemon = format!("{} ", self.daemon);
         let mut held_up: Vec<usize> = vec![0];
-        for line in seen.lines().filter(|line| line.starts_with(daemon)) {
-            if line.contains("execve(") {
+        for line in seen.lines() {
+            if line.starts_with(&daemon) && line.contains("execve(") {
                 held_up.push(0);
             } else if line.ends_with("(DELAYED)") {
                 *held_up.last_mut().expect("never empty") += 1;
