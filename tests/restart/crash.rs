@@ -297,17 +297,25 @@ fn a_process_that_does_not_come_back_from_a_call_is_killed_and_followed() {
         return;
     }
     let reactor = scene.daemon.reactor();
-    let slowed = Slowed::of(reactor, "openat,openat2", "delay_enter=300000000");
     let spare = scene.host.disk("spare");
     let mut other = scene.daemon.client();
     other.call(&register_as("other", 4243)).expect_ok();
+    scene.daemon.wait_until_asleep();
+    // It is stopped in the middle of a call, and stays there when strace is gone.
+    let slowed = Slowed::of(reactor, "openat,openat2", "delay_enter=300000000");
     other.post(&acquire("", &spare, 0));
-    let rival = scene.rival();
-    // As long as strace has it, nobody else hears of its end.
-    wait_until(DEADLINE, "the process to be killed", || {
-        process_state(reactor).is_none_or(|state| state == 'Z')
+    let opens = format!("/proc/{reactor}/syscall");
+    let numbers = [libc::SYS_openat, libc::SYS_openat2].map(|number| format!("{number} "));
+    wait_until(DEADLINE, "the process to open the disk", || {
+        let call = std::fs::read_to_string(&opens).expect("the call that it makes");
+        numbers.iter().any(|number| call.starts_with(number))
     });
+    send(reactor, Signal::SIGSTOP);
     drop(slowed);
+    let rival = scene.rival();
+    wait_until(DEADLINE, "the process to be killed", || {
+        ![reactor, scene.daemon.pid()].contains(&scene.daemon.reactor())
+    });
     rival.never_succeeded();
     scene.serves();
     assert_eq!(scene.logged("did not come back from what it was doing"), 1);
