@@ -11,4 +11,5 @@ mod ledgers;
 mod libvirt_upgrade;
 mod successors;
 mod takeover_obstacles;
+mod understudy;
 mod upgrade;
