@@ -28,6 +28,7 @@
 //!   takeover.rs           the state that an earlier image left: a ledger, or libvirt's document
 //!   go_on.rs              from that state to a running reactor
 //!   guardian.rs           the process that was started: it keeps pid, signals and exec, and a reactor alive
+//!   understudy.rs         a copy of it that goes on should a successor not serve
 //!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers

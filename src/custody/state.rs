@@ -949,6 +949,11 @@ impl State<Saved> {
         }
     }
 
+    /// The poll is not to be gone on with: another program has.
+    pub fn forget_poll(&mut self) {
+        self.poll = None;
+    }
+
     /// Whether a descriptor is of a socket, listening or a client's.
     pub fn has_socket(&self, number: Number) -> bool {
         let mut listeners = self.listeners.iter().map(|listening| listening.socket);

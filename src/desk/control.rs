@@ -40,6 +40,8 @@ const PATH: usize = 4096;
 /// The longest path of a program that can be ordered, with the zero byte behind it.
 const PATH_SIZE: usize = 8192;
 
+const DOCUMENT: usize = PATH + PATH_SIZE;
+
 /// What the guardian is to tell the service manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -347,6 +349,18 @@ impl Desk {
         self.set_number(ORDER_LEDGER, ledger);
         self.memory.store(ORDER, order.word());
         true
+    }
+
+    /// What libvirt's daemon goes on from, and removes then. False if its path is too long.
+    #[must_use]
+    pub fn set_document(&self, path: &CStr) -> bool {
+        let path = path.to_bytes_with_nul();
+        path.len() <= PATH_SIZE && self.memory.write(DOCUMENT, path)
+    }
+
+    /// Where that is.
+    pub fn document(&self) -> &CStr {
+        self.memory.text(DOCUMENT, PATH_SIZE)
     }
 
     /// Which program is to be executed.

@@ -80,6 +80,13 @@ pub fn next_ended() -> Option<(i32, Ended)> {
     ended(-1, libc::WNOHANG)
 }
 
+/// Whether this is a child that has not ended.
+pub fn is_child(pid: i32) -> bool {
+    let mut status = 0;
+    // SAFETY: the pointer is to a number of ours, which the call fills in.
+    unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) == 0 }
+}
+
 /// Waits for the end of a child that has been killed.
 pub fn wait_for_end(pid: i32) {
     ended(pid, 0);

@@ -186,6 +186,14 @@ pub fn put_in_place(descriptor: &OwnedFd, number: RawFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Another descriptor of what this number means.
+pub fn copy(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_DUPFD_CLOEXEC takes two integers and touches no memory of ours.
+    let copy = Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
 /// Gives an open descriptor below 3 another number, close-on-exec, and leaves one of nothing in its place.
 pub fn move_away(number: RawFd) -> Result<RawFd, Errno> {
     use std::os::fd::AsRawFd;

@@ -447,6 +447,18 @@ pub fn is_at(path: &Path, file: impl AsFd) -> bool {
     }
 }
 
+/// A memory file with the content of another one.
+pub fn copy(descriptor: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let content = read(descriptor)?;
+    let size = NonZeroUsize::new(content.len()).ok_or(Errno::EINVAL)?;
+    let mut memory = Memory::new(size)?;
+    memory.bytes_mut().copy_from_slice(&content);
+    match memory.0 {
+        Place::File(file) => Ok(file.descriptor.try_clone().map_err(|it| errno::of(&it))?),
+        Place::Private(_, refusal) => Err(refusal.reason),
+    }
+}
+
 /// The content of a memory file that was passed on, whatever its file offset.
 pub fn read(descriptor: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let length = usize::try_from(fstat(descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;

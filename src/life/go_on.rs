@@ -27,8 +27,10 @@ use crate::desk::{Desk, turn};
 use crate::exit::{Failed, StartError, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
+use crate::host::patience::patiently;
 use crate::host::pid_file::PidFile;
-use crate::host::{listen, process};
+use crate::host::{errno, listen, process};
+use crate::locks::lease::{self, LockKind};
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
 use crate::server::reactor::{Limits, Reactor};
@@ -60,7 +62,7 @@ pub fn resume(
     if let Ok((state, _, _)) = &taken_over {
         standard::keep_clear_of(state);
     }
-    let (state, ledger, since) = match taken_over {
+    let (mut state, ledger, since) = match taken_over {
         Ok(theirs) => theirs,
         Err(error) => {
             log::install(Settings::initial())?;
@@ -69,7 +71,7 @@ pub fn resume(
     };
     let before = desk
         .ok()
-        .and_then(|desk| look_back(desk, &state, number, &since));
+        .and_then(|desk| look_back(desk, &mut state, number, &since));
     log::install(Settings::initial())?;
     let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
@@ -78,6 +80,13 @@ pub fn resume(
     }
     if !state.settings().program.is_empty() {
         command_line.program = OsString::from_vec(state.settings().program.clone());
+    }
+    if let Some(Before {
+        failed: Some((_, Failure::Ended | Failure::Late)),
+        ..
+    }) = &before
+    {
+        lock_again(&state);
     }
     let mut inherited = inherit(&state).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {
@@ -122,6 +131,26 @@ pub fn resume(
     serve::run(reactor, pid_file, desk)
 }
 
+/// The POSIX locks were the dead successor's: this process has the files, and has to have the locks.
+fn lock_again(state: &State<Saved>) {
+    for (_, resource) in state.table().iter() {
+        if !matches!(resource.lease.kind, LockKind::Process { .. }) {
+            continue;
+        }
+        let number = resource.lease.descriptor.0;
+        // The last of the dead may not be over yet.
+        let again = patiently(|| lease::lock_again(number, resource.mode));
+        if let Err(reason) = again {
+            tracing::error!(
+                "The lock on '{}' was lost with the successor: {}. Its owner and another process may both \
+                 write the file: stop one of them",
+                Printable(resource.name()),
+                errno::text(reason)
+            );
+        }
+    }
+}
+
 /// Ends this process, if there is a guardian: whoever comes next finds everything open.
 fn end_without_loss(error: StartError, desk: Guarded) -> StartError {
     if desk.is_ok() {
@@ -151,13 +180,22 @@ struct Before {
 }
 
 /// If there was another reactor before, what became of it, and of what it left open.
-fn look_back(desk: &Desk, state: &State<Saved>, ledger: RawFd, since: &Since) -> Option<Before> {
+fn look_back(
+    desk: &Desk,
+    state: &mut State<Saved>,
+    ledger: RawFd,
+    since: &Since,
+) -> Option<Before> {
     let (death, failed) = (desk.take_death(), desk.take_failed_order());
     if death.is_none() && failed.is_none() {
         sweep::respect_strangers(state, ledger, desk);
         return None;
     }
     let known: Vec<RawFd> = since.descriptors().collect();
+    if let Some((_, Failure::Ended | Failure::Late)) = failed {
+        // The successor has taken out of it what it closed.
+        state.forget_poll();
+    }
     if failed.is_some() {
         // They were to stay open over the exec.
         for Number(number) in state.descriptors().chain([Number(ledger)]) {

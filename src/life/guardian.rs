@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::understudy::{self, Stands};
 use crate::desk::Desk;
 use crate::desk::control::{Death, Failure, Message, Order, Phase};
 use crate::exit::ExitCode;
@@ -87,11 +88,20 @@ pub struct Guardian {
 
 impl Guardian {
     /// With all that it will need.
-    pub fn new(desk: &'static Desk, program: Program, is_fresh: bool, again: Again) -> Guardian {
+    ///
+    /// If this process was executed, there may be an understudy, which it ends.
+    pub fn new(
+        desk: &'static Desk,
+        program: Program,
+        is_fresh: bool,
+        again: Again,
+        understudy: Option<i32>,
+    ) -> Guardian {
         signals::hear_of_children();
         let herald = Herald::open();
         desk.set_herald(herald.as_ref().map(Herald::number));
         desk.set_guardian(process::started());
+        desk.set_understudy(understudy.filter(|pid| clone::is_child(*pid)));
         Guardian {
             desk,
             program,
@@ -123,6 +133,7 @@ impl Guardian {
             match copy {
                 Err(reason) if is_first => {
                     let what = "the process cannot be copied (clone)";
+                    self.dismiss_understudy();
                     return alone(Refusal { what, reason }, first, &self.again);
                 }
                 Err(_) => self.pause(LONGEST_PAUSE_MS, None),
@@ -145,9 +156,19 @@ impl Guardian {
     /// The life of a reactor.
     fn be_reactor(&self, first: &mut Option<First>) -> End {
         clone::end_at_once_on_panic();
-        // Refused, the guardian's death goes unnoticed until the next time that somebody asks.
-        let _ = clone::follow_parent(Some(POKE));
+        // As long as there is an understudy it has all, and this process ends with the guardian. Refused,
+        // the guardian's death goes unnoticed until the next time that somebody asks.
+        let has_understudy = self.desk.understudy().is_some();
+        let follows = if has_understudy {
+            Signal::SIGKILL
+        } else {
+            POKE
+        };
+        let _ = clone::follow_parent(Some(follows));
         if !self.desk.has_guardian() {
+            if has_understudy {
+                End::Unreadable.leave();
+            }
             return End::Orphaned;
         }
         match (first.take(), self.desk.phase()) {
@@ -163,8 +184,14 @@ impl Guardian {
 
     /// The guardian is dead, and this was its reactor: from here on it is the guardian.
     fn succeed(&mut self) {
-        process::set_started();
         let _ = clone::follow_parent(None);
+        self.be_guardian();
+        self.desk.died(Death::Guardian, 1);
+    }
+
+    /// This process is the guardian from here on.
+    fn be_guardian(&mut self) {
+        process::set_started();
         let own = process::started();
         self.desk.set_guardian(own);
         if let Some(number) = self.desk.pid_file() {
@@ -172,8 +199,14 @@ impl Guardian {
             let _ = pid_file::write_number(number, own);
         }
         self.say(format_args!("MAINPID={own}"));
-        self.desk.died(Death::Guardian, 1);
         self.in_a_row = 0;
+    }
+
+    fn dismiss_understudy(&self) {
+        if let Some(pid) = self.desk.understudy() {
+            understudy::dismiss(pid);
+            self.desk.set_understudy(None);
+        }
     }
 
     fn say(&self, message: std::fmt::Arguments<'_>) {
@@ -203,6 +236,10 @@ impl Guardian {
             Ended::Status(status) => Death::Status(status),
             Ended::Signal(signal) => Death::Signal(signal),
         };
+        if self.desk.understudy().is_some() {
+            // It has everything as it was, and tries nothing that has just failed.
+            clone::leave(ExitCode::ReExecution.number());
+        }
         let is_soon = Moment::now().ms_since(start) < SOON_MS;
         self.in_a_row = if is_soon {
             self.in_a_row.saturating_add(1)
@@ -284,6 +321,7 @@ impl Guardian {
 
     fn pass_on_messages(&mut self) {
         if self.desk.take_told(Message::Ready) {
+            self.dismiss_understudy();
             match self.in_a_row {
                 0 => self.say(format_args!("READY=1")),
                 _ => self.say(format_args!("READY=1\nSTATUS=It serves")),
@@ -321,8 +359,27 @@ impl Guardian {
         let Some(order) = self.desk.ordered() else {
             return;
         };
-        let reason = self.execute(order);
-        self.desk.order_failed(Failure::Exec(reason));
+        if order == Order::WayBack {
+            let reason = self.execute(order);
+            return self.desk.order_failed(Failure::Exec(reason));
+        }
+        let failure = match understudy::stand_by(self.desk, order) {
+            Ok(Stands::There) => {
+                let reason = self.execute(order);
+                self.dismiss_understudy();
+                Failure::Exec(reason)
+            }
+            Ok(Stands::Here(failure)) => {
+                if let Some(number) = self.desk.pid_file() {
+                    // The successor had it, and is over.
+                    let _ = patiently(|| pid_file::lock_again(number));
+                }
+                self.be_guardian();
+                failure
+            }
+            Err(reason) => Failure::NoUnderstudy(reason),
+        };
+        self.desk.order_failed(failure);
     }
 
     fn execute(&mut self, order: Order) -> Errno {
@@ -354,20 +411,25 @@ impl Guardian {
             Order::Ours | Order::Earlier => {
                 let ledger = self.desk.ordered_ledger().unwrap_or(-1);
                 let own = process::started();
-                let understudy = self.desk.understudy();
-                let mut variables = [
-                    Some(format_args!("{HANDOVER_VARIABLE}={ledger}:{own}")),
-                    None,
-                ];
-                let number = understudy.unwrap_or(0);
-                let text = format_args!("{UNDERSTUDY_VARIABLE}={number}");
-                if understudy.is_some() {
-                    variables[1] = Some(text);
-                }
+                let understudy = self.desk.understudy().unwrap_or(0);
+                let handover = format_args!("{HANDOVER_VARIABLE}={ledger}:{own}");
+                let understudy = format_args!("{UNDERSTUDY_VARIABLE}={understudy}");
+                let variables = [Some(handover), Some(understudy)];
                 self.program.execute(path, Environment::Ours(variables))
             }
         }
     }
+}
+
+/// Waits until a successor's understudy is over: what is done from here on it does not have.
+pub fn outlive_understudy(desk: &Desk) {
+    if desk.understudy().is_none() {
+        return;
+    }
+    while desk.understudy().is_some() && desk.has_guardian() {
+        clone::pause(Duration::from_millis(1));
+    }
+    let _ = clone::follow_parent(Some(POKE));
 }
 
 /// The daemon without a guardian, because of this.

@@ -12,4 +12,5 @@ pub mod standard;
 pub mod start;
 pub mod sweep;
 pub mod takeover;
+pub mod understudy;
 pub mod way_back;

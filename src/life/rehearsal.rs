@@ -16,7 +16,7 @@ use crate::custody::ledger::{self, Ledger};
 use crate::exit::ExitCode;
 use crate::host::paths::Paths;
 use crate::host::refusal::Refusal;
-use crate::restart::handover::READABLE;
+use crate::restart::handover::{DISMISSES, READABLE};
 use crate::server::reactor::Reactor;
 
 /// Asked by the running daemon, with its ledger as standard input: could this program go on with
@@ -63,7 +63,7 @@ fn rehearsed(words: &[OsString]) -> Result<String, String> {
         .map_err(|error| error.to_string())?;
     try_out().map_err(|refusal| refusal.to_string())?;
     Ok(format!(
-        "{READABLE}: {} connections, {} locks",
+        "{READABLE}: {} connections, {} locks{DISMISSES}",
         state.client_count(),
         state.table().len()
     ))

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::cold_start;
-use super::guardian::{End, Guarded};
+use super::guardian::{self, End, Guarded};
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
@@ -139,6 +139,7 @@ pub fn run(
             desk.serves();
             desk.tell(Message::Ready);
             desk.wake_guardian();
+            guardian::outlive_understudy(desk);
         }
         Err(_) => notify::ready(),
     }

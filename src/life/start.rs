@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
 use super::way_back::WayBack;
-use super::{go_on, serve, standard, takeover};
+use super::{go_on, serve, standard, takeover, understudy};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
@@ -23,7 +23,7 @@ use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
-use crate::host::{descriptors, limits};
+use crate::host::{clone, descriptors, limits};
 use crate::log;
 use crate::restart::handover::CommandLine;
 
@@ -81,6 +81,7 @@ fn guarded(
     before: Before,
     first: Option<First>,
 ) -> ExitCode {
+    let understudy = takeover::understudy();
     let prepared = prepare(&command_line);
     let ledger = match before {
         Before::Ours(number) => Some(number),
@@ -96,7 +97,12 @@ fn guarded(
         ))
     });
     let end = match prepared {
-        Err(refusal) => guardian::alone(refusal, first, &again),
+        Err(refusal) => {
+            if let Some(pid) = understudy.filter(|pid| clone::is_child(*pid)) {
+                understudy::dismiss(pid);
+            }
+            guardian::alone(refusal, first, &again)
+        }
         Ok((desk, program)) => {
             let is_fresh = matches!(before, Before::Nobody);
             if is_fresh {
@@ -106,7 +112,7 @@ fn guarded(
                     .for_each(|number| desk.set_stranger(number));
             }
             desk.set_ledger(ledger);
-            Guardian::new(desk, program, is_fresh, again).guard(first)
+            Guardian::new(desk, program, is_fresh, again, understudy).guard(first)
         }
     };
     match end {

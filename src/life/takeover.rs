@@ -17,7 +17,7 @@ use crate::host::errno::{self, Errno};
 use crate::host::paths::Paths;
 use crate::host::process::{self, Process};
 use crate::host::whole_file::{self, Unread};
-use crate::restart::handover::HANDOVER_VARIABLE;
+use crate::restart::handover::{HANDOVER_VARIABLE, UNDERSTUDY_VARIABLE};
 use crate::restart::libvirt_json::{self, Unusable};
 
 /// A state document larger than this is not read, bytes. libvirt's daemon writes it whole even if
@@ -35,6 +35,13 @@ pub fn handed_over() -> Option<Result<RawFd, StartError>> {
     }
     let number = descriptor.parse();
     Some(number.map_err(|_| unusable("its descriptor is not open")))
+}
+
+/// The process that goes on should this one not serve, if the predecessor made one.
+pub fn understudy() -> Option<i32> {
+    let value = environment::take(UNDERSTUDY_VARIABLE)?;
+    let pid = value.to_str()?.parse().ok()?;
+    (pid > 0).then_some(pid)
 }
 
 /// Whether the C daemon left a document for this process. It is read by whoever goes on from it.

@@ -13,10 +13,12 @@
 //! which only closes, does not release what it was handed: an exclusive lock can be made one of its own kind
 //! only over a moment in which it is none or shared, and then another host may have the file.
 
-use std::os::fd::OwnedFd;
+use std::mem::ManuallyDrop;
+use std::os::fd::{OwnedFd, RawFd};
 
 use super::place::{Place, Unreachable};
 use super::table::Mode;
+use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
 use crate::host::process;
@@ -446,6 +448,20 @@ pub fn adopt(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, E
         file.leave_process_lock();
     }
     Ok(found)
+}
+
+/// Takes a POSIX lock again that an earlier image of this process had, and with it lost, on the file that is
+/// open under this number.
+///
+/// # Errors
+/// Why it is not had.
+pub fn lock_again(number: RawFd, mode: Mode) -> Result<(), Errno> {
+    // It stays open, and belongs to whoever adopts it for good.
+    let mut file = ManuallyDrop::new(Lockable::inherited(descriptors::adopt(number)?));
+    file.lock_process(match mode {
+        Mode::Exclusive => LockType::Write,
+        Mode::Shared => LockType::Read,
+    })
 }
 
 fn look_at_lock(file: &mut Lockable, mode: Mode, is_alone: bool) -> Result<Found, Errno> {

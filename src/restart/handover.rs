@@ -29,6 +29,9 @@ const DIRECTORY_VARIABLE: &str = "VIRTLOCKD_DIRECTORY";
 /// What a successor's second line of output begins with when it can read the ledger.
 pub const READABLE: &str = "ledger readable";
 
+/// What the end of that line is where the successor ends its understudy.
+pub const DISMISSES: &str = "; its understudy is dismissed";
+
 /// What stands in the complaint of a program whose ledgers are of an earlier format, in front of the
 /// last one that it reads. It is part of what those programs say, and may not change.
 pub const NEWER_THAN: &str = "newer than ";
@@ -47,6 +50,8 @@ pub enum Unfit {
 pub enum Successor {
     /// This one, perhaps another version.
     Ours,
+    /// A version of this one that does not know of understudies.
+    OursBefore,
     /// libvirt's.
     Libvirt,
 }
@@ -293,7 +298,11 @@ impl Check {
             return Err(Unfit::Ever(nothing_to_pass_on(refusal)));
         }
         match lines.next() {
-            Some(line) if line.starts_with(READABLE) => Ok(Successor::Ours),
+            Some(line) if line.starts_with(READABLE) => Ok(if line.ends_with(DISMISSES) {
+                Successor::Ours
+            } else {
+                Successor::OursBefore
+            }),
             _ => Err(Unfit::Ever(format!(
                 "'{version}' does not read the ledger of this daemon: {complaint}"
             ))),
@@ -372,7 +381,7 @@ pub fn replace(
         .iter()
         .map(|word| text(word.as_bytes()))
         .collect();
-    let directory = (successor == Successor::Ours).then(|| {
+    let directory = (successor != Successor::Libvirt).then(|| {
         let directory = command_line.directory.as_os_str();
         (DIRECTORY_VARIABLE.into(), directory.as_bytes().to_vec())
     });

@@ -5,8 +5,9 @@
 //! libvirt's daemon, in its document), and all descriptors. Whatever goes wrong on the way, the
 //! daemon says so and goes on as if nothing had been asked.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::clients::connection::Connection;
@@ -287,10 +288,8 @@ impl Upgrade {
         };
         let is_the_moment = match (successor, self.earlier) {
             (Successor::Libvirt, _) => going.is_quiet(),
-            (Successor::Ours, Some(version)) => {
-                earlier::knows_the_watched(version) || going.is_settled()
-            }
-            (Successor::Ours, None) => true,
+            (_, Some(version)) => earlier::knows_the_watched(version) || going.is_settled(),
+            (_, None) => true,
         };
         if !is_the_moment {
             // Tried again after the next turn, until the time for it is over.
@@ -312,8 +311,8 @@ impl Upgrade {
         }
         match (successor, self.earlier) {
             (Successor::Libvirt, _) => self.hand_over_to_libvirt(going),
-            (Successor::Ours, Some(version)) => self.hand_over_to_earlier(going, version),
-            (Successor::Ours, None) => self.hand_over(going),
+            (_, Some(version)) => self.hand_over_to_earlier(going, successor, version),
+            (_, None) => self.hand_over(going, successor),
         }
     }
 
@@ -321,7 +320,7 @@ impl Upgrade {
         self.command_line.as_ref()?.file()
     }
 
-    fn hand_over(&mut self, going: &mut Going<'_>) {
+    fn hand_over(&mut self, going: &mut Going<'_>, successor: Successor) {
         let number = match going.custody.ledger() {
             Ok(descriptor) => descriptor.as_raw_fd(),
             Err(refusal) => {
@@ -333,14 +332,14 @@ impl Upgrade {
             return self.failed(going, &cannot_write(reason));
         }
         let kept = going.kept();
-        self.replace(going, Successor::Ours, &kept, Some(number));
+        self.replace(going, successor, &kept, Some(number));
         if !self.is_ordered {
             // Still here: the ledger goes on from what is now.
             going.custody.reopen();
         }
     }
 
-    fn hand_over_to_earlier(&mut self, going: &mut Going<'_>, version: u32) {
+    fn hand_over_to_earlier(&mut self, going: &mut Going<'_>, successor: Successor, version: u32) {
         let ledger = match going.for_earlier(version) {
             Ok(ledger) => ledger,
             Err(reason) => return self.failed(going, &cannot_write(reason)),
@@ -359,7 +358,7 @@ impl Upgrade {
         }
         let kept = going.kept_for_earlier(version, number);
         going.custody.leaves_file();
-        self.replace(going, Successor::Ours, &kept, Some(number));
+        self.replace(going, successor, &kept, Some(number));
         if self.is_ordered {
             // The guardian passes it on.
             std::mem::forget(ledger);
@@ -419,7 +418,7 @@ impl Upgrade {
             Stage::Ready(Successor::Libvirt) => {
                 "always an owner being fenced or a message on its way, which libvirt's daemon cannot"
             }
-            Stage::Ready(Successor::Ours) if self.earlier.is_some() => {
+            Stage::Ready(_) if self.earlier.is_some() => {
                 "always a dead owner whose locks are being freed, or an owner that cannot be reached, \
                  which this earlier version cannot"
             }
@@ -444,7 +443,7 @@ impl Upgrade {
         };
         tracing::info!(target: "rpc.netdaemon", "SIGUSR1: the daemon hands over to its successor");
         let reason = match self.desk {
-            Some(desk) => match order(desk, successor, command_line, kept, ledger) {
+            Some(desk) => match self.order(desk, successor, kept, ledger) {
                 Ok(()) => {
                     self.is_ordered = true;
                     return;
@@ -463,26 +462,28 @@ impl Upgrade {
         };
         self.failed(going, &reason);
     }
-}
 
-/// Leaves the guardian the order to execute a successor with these descriptors.
-fn order(
-    desk: &Desk,
-    successor: Successor,
-    command_line: &CommandLine,
-    kept: &[i32],
-    ledger: Option<i32>,
-) -> Result<(), String> {
-    let path = command_line.text_of_path()?;
-    handover::prepare(kept)?;
-    let order = match successor {
-        Successor::Ours => Order::Ours,
-        Successor::Libvirt => Order::Libvirt,
-    };
-    if desk.order(order, &path, ledger) {
-        Ok(())
-    } else {
-        Err("the path of its program is too long".into())
+    /// Leaves the guardian the order to execute a successor with these descriptors.
+    fn order(
+        &self,
+        desk: &Desk,
+        successor: Successor,
+        kept: &[i32],
+        ledger: Option<i32>,
+    ) -> Result<(), String> {
+        let command_line = self.command_line.as_ref().ok_or("there is no program")?;
+        let path = command_line.text_of_path()?;
+        let too_long = || "the path of a file is too long".to_owned();
+        let document = self.document.as_os_str().as_bytes();
+        let document = CString::new(document).map_err(|_| too_long())?;
+        handover::prepare(kept)?;
+        let order = match successor {
+            Successor::Ours => Order::Ours,
+            Successor::OursBefore => Order::Earlier,
+            Successor::Libvirt => Order::Libvirt,
+        };
+        let is_given = desk.set_document(&document) && desk.order(order, &path, ledger);
+        is_given.then_some(()).ok_or_else(too_long)
     }
 }
 

@@ -130,7 +130,15 @@ impl Delays {
         let files = TempDir::new();
         let pid = daemon.pid().to_string();
         let strace = Command::new("strace")
-            .args(["-q", "-f", "-p", &pid, "-p", &daemon.reactor().to_string(), "-o"])
+            .args([
+                "-q",
+                "-f",
+                "-p",
+                &pid,
+                "-p",
+                &daemon.reactor().to_string(),
+                "-o",
+            ])
             .arg(files.path().join("seen"))
             .args(["-e", "trace=execve,fcntl,close"])
             .args(["-e", "inject=fcntl,close:delay_enter=500"])

@@ -13,4 +13,5 @@ mod ledgers;
 mod libvirt_upgrade;
 mod successors;
 mod takeover_obstacles;
+mod understudy;
 mod upgrade;

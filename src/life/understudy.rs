@@ -1,0 +1,132 @@
+//! The copy of the guardian that goes on should a successor not serve. It is made just before the exec, holds
+//! everything that is open, and waits. A successor of ours ends it when it serves; of any other it sees for
+//! itself whether it does. One that dies, or does not serve in time, is over when the understudy takes its
+//! place.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::desk::Desk;
+use crate::desk::control::{Failure, Order};
+use crate::host::clock::Moment;
+use crate::host::clone::{self, Which};
+use crate::host::errno::Errno;
+use crate::host::process::{self, Process};
+use crate::host::{descriptors, memory};
+
+/// How long a successor may take until it serves, milliseconds.
+const SERVES_MS: u64 = 30_000;
+/// How long the understudy may take until it is there, milliseconds.
+const STANDS_MS: u64 = 5_000;
+/// How often it is looked.
+const LOOK: Duration = Duration::from_millis(5);
+/// How often the guardian looks whether it stands by: all clients wait.
+const BRIEFLY: Duration = Duration::from_micros(100);
+/// Where in a ledger it says whether it is closed for a handover: whoever goes on from it opens it again.
+const IS_CLOSED_AT: i64 = 12;
+
+/// Which of the two processes this is.
+pub enum Stands {
+    /// The guardian: there is an understudy.
+    There,
+    /// The understudy, whose time has come.
+    Here(Failure),
+}
+
+/// Makes the understudy for the exec of what was ordered. No other process may share descriptors with this
+/// one.
+///
+/// # Errors
+/// Why there is none.
+pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
+    let successor = Process::open_any(process::own_number())?;
+    desk.set_understudy(None);
+    match clone::with_own_descriptors()? {
+        Which::Original(child) => {
+            let until = Moment::now().plus_ms(STANDS_MS);
+            if order == Order::Libvirt {
+                // libvirt's daemon waits for no child: this one has made the understudy, and ends.
+                clone::wait_for_end(child);
+            }
+            while desk.understudy().is_none() {
+                let is_over = order != Order::Libvirt && !clone::is_child(child);
+                if is_over || Moment::now() >= until {
+                    return Err(Errno::ETIMEDOUT);
+                }
+                clone::pause(BRIEFLY);
+            }
+            Ok(Stands::There)
+        }
+        Which::Copy => {
+            if order == Order::Libvirt && clone::with_own_descriptors() != Ok(Which::Copy) {
+                clone::leave(0);
+            }
+            let Ok(theirs) = keep_ledger(desk) else {
+                clone::leave(0);
+            };
+            desk.set_understudy(Some(process::own_number()));
+            let failure = wait(desk, order, &successor, theirs.as_ref());
+            desk.set_understudy(None);
+            Ok(Stands::Here(failure))
+        }
+    }
+}
+
+/// Ends an understudy that is not needed.
+pub fn dismiss(pid: i32) {
+    clone::signal(pid, Signal::SIGKILL);
+    clone::wait_for_end(pid);
+}
+
+/// The successor writes into the ledger that it is given: what is gone on from is a copy. The one that is
+/// given, if one is.
+fn keep_ledger(desk: &Desk) -> Result<Option<OwnedFd>, Errno> {
+    let Some(given) = desk.ordered_ledger() else {
+        return Ok(None);
+    };
+    let theirs = descriptors::copy(given)?;
+    if let Some(own) = desk.ledger()
+        && own == given
+    {
+        let copy = memory::copy(&theirs)?;
+        descriptors::put_in_place(&copy, own)?;
+    }
+    Ok(Some(theirs))
+}
+
+/// Waits until the successor serves, and ends with that; or until it is over.
+fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>) -> Failure {
+    let until = Moment::now().plus_ms(SERVES_MS);
+    loop {
+        if successor.is_dead() {
+            return Failure::Ended;
+        }
+        let serves = match order {
+            // It says so itself, by ending this process.
+            Order::Ours | Order::WayBack => false,
+            Order::Earlier => ledger.is_some_and(is_open_again),
+            Order::Libvirt => {
+                nix::unistd::access(desk.document(), nix::unistd::AccessFlags::F_OK).is_err()
+            }
+        };
+        if serves && !successor.is_dead() {
+            clone::leave(0);
+        }
+        if Moment::now() >= until {
+            let _ = successor.signal(Signal::SIGKILL);
+            while !successor.is_dead() {
+                clone::pause(LOOK);
+            }
+            return Failure::Late;
+        }
+        clone::pause(LOOK);
+    }
+}
+
+fn is_open_again(ledger: &OwnedFd) -> bool {
+    let mut is_closed = [0; 4];
+    let read = nix::sys::uio::pread(ledger, &mut is_closed, IS_CLOSED_AT);
+    read == Ok(is_closed.len()) && u32::from_le_bytes(is_closed) == 0
+}

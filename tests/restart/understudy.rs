@@ -1,0 +1,206 @@
+//! A successor that was executed and does not serve: a copy of the daemon that was made before the exec goes
+//! on, with everything, in a process of another number.
+
+use crate::support::client::{acquire, register_as, release};
+use crate::support::daemon::{self, Daemon, c_daemon, kill_all, reactor_of};
+use crate::support::owner::Owner;
+use crate::support::upgrade::{Host, REFUSAL, Rival, image, upgrade, wait_for_successor};
+use crate::support::{DEADLINE, require_root, skip, wait_for, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::path::Path;
+use std::time::Duration;
+
+const SAYS_OURS: &str = "echo 'x (virtlockd-rs) 0.0.1'; \
+                         echo 'ledger readable: 1 connections, 1 locks; its understudy is dismissed'";
+const SAYS_EARLIER: &str = "echo 'x (virtlockd-rs) 0.0.1'; echo 'ledger readable'";
+const SAYS_THEIRS: &str = "echo 'x (libvirt) 11.3.0'";
+
+/// Longer than a successor may take to serve.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A daemon whose guest has a disk. Its number changes.
+struct Scene {
+    host: Host,
+    daemon: Daemon,
+    pid: i32,
+    guest: Owner,
+    disk: String,
+}
+
+impl Scene {
+    fn new() -> Option<Scene> {
+        require_root().then(|| Scene::of(&daemon::program()))
+    }
+
+    fn of(program: &Path) -> Scene {
+        let host = Host::with(program);
+        let daemon = host.start(&[], &[]);
+        let disk = host.disk("disk");
+        let guest = host.guest(&daemon, "guest", &disk);
+        let pid = daemon.pid();
+        Scene {
+            host,
+            daemon,
+            pid,
+            guest,
+            disk,
+        }
+    }
+
+    /// Puts a script in the daemon's place that answers for the trial run with `says` and else does `does`.
+    fn installs(&self, says: &str, does: &str) {
+        let text = format!("if [ \"$1\" = --version ]; then {says}; exit 0; fi; {does}");
+        self.host.install_script(&text);
+    }
+
+    fn send(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid), signal).expect("signal the daemon");
+    }
+
+    /// Asks for the upgrade and waits until the daemon has another number and said why.
+    #[track_caller]
+    fn falls_back(&mut self, limit: Duration, why: &str) {
+        let (before, refusals) = (self.pid, self.refusals().len());
+        self.send(Signal::SIGUSR1);
+        self.pid = wait_for(limit, "another process to be the daemon", || {
+            let text = std::fs::read_to_string(self.host.path("/run/virtlockd.pid")).ok()?;
+            let pid: i32 = text.trim().parse().ok()?;
+            (pid != before && reactor_of(pid) != pid).then_some(pid)
+        });
+        wait_until(DEADLINE, "the failure to be told", || {
+            self.refusals().len() > refusals
+        });
+        let last = self.refusals().pop().unwrap_or_default();
+        assert!(last.contains(why), "{last}");
+        assert!(!self.host.path("/run/virtlockd-restart-exec.json").exists());
+    }
+
+    fn refusals(&self) -> Vec<String> {
+        let log = self.daemon.stderr();
+        let lines = log.lines().filter(|line| line.contains(REFUSAL));
+        lines.map(str::to_owned).collect()
+    }
+
+    /// The guest's connection is answered, and another client's, too.
+    #[track_caller]
+    fn serves(&mut self) {
+        self.host.assert_held(&self.disk);
+        let spare = self.host.disk("spare");
+        self.guest.call(&acquire("", &spare, 0)).expect_ok();
+        self.host.assert_held(&spare);
+        self.guest.call(&release("", &spare)).expect_ok();
+        let mut new = self.daemon.client();
+        new.call(&register_as("new", 4242)).expect_ok();
+        assert!(!new.call(&acquire("", &self.disk, 0)).is_ok());
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        kill_all(self.pid);
+    }
+}
+
+#[test]
+fn a_successor_that_dies_in_its_first_line_costs_nothing() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    for says in [SAYS_OURS, SAYS_EARLIER, SAYS_THEIRS] {
+        for does in [
+            "exit 3",
+            "kill -9 $$",
+            "exec /lib64/ld-linux-x86-64.so.2 /dev/null",
+        ] {
+            scene.installs(says, does);
+            scene.falls_back(DEADLINE, "ended before it served");
+            scene.serves();
+        }
+    }
+    rival.never_succeeded();
+    // What is the daemon now does all that the first one did.
+    scene.host.install(&daemon::program());
+    let before = image(scene.pid);
+    scene.send(Signal::SIGUSR1);
+    wait_for_successor(scene.pid, &before);
+    scene.serves();
+    let reactor = reactor_of(scene.pid);
+    kill(Pid::from_raw(reactor), Signal::SIGKILL).expect("kill the process that serves");
+    scene.serves();
+}
+
+#[test]
+fn a_successor_that_hangs_is_killed_and_costs_nothing() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    scene.installs(SAYS_OURS, "exec sleep 1000");
+    let first = scene.pid;
+    scene.falls_back(LONG, "did not serve in time");
+    scene.serves();
+    rival.never_succeeded();
+    assert_ne!(scene.pid, first);
+}
+
+#[test]
+fn a_successor_that_cannot_use_the_ledger_after_all_costs_nothing() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    let program = daemon::program();
+    // It gets a number that is no ledger's, and is the daemon's own program.
+    let does = format!("export VIRTLOCKD_HANDOVER=1:$$; exec {}", program.display());
+    scene.installs(SAYS_OURS, &does);
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    rival.never_succeeded();
+}
+
+#[test]
+fn an_understudy_is_gone_when_its_successor_serves() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    for _ in 0..3 {
+        upgrade(&scene.daemon);
+        scene.serves();
+        let children = format!("/proc/{0}/task/{0}/children", scene.pid);
+        wait_until(DEADLINE, "one child, the process that serves", || {
+            let children = std::fs::read_to_string(&children).expect("the daemon's children");
+            children.split_whitespace().count() == 1
+        });
+    }
+}
+
+#[test]
+fn locks_that_libvirts_daemon_took_outlive_a_successor_that_dies() {
+    if !require_root() {
+        return;
+    }
+    let Some(c_daemon) = c_daemon() else {
+        return skip("needs libvirt's virtlockd");
+    };
+    let mut scene = Scene::of(&c_daemon);
+    scene.host.install(&daemon::program());
+    upgrade(&scene.daemon);
+    scene.serves();
+    for says in [SAYS_THEIRS, SAYS_OURS] {
+        scene.installs(says, "exit 1");
+        scene.falls_back(DEADLINE, "ended before it served");
+        scene.serves();
+    }
+    // And back to libvirt's daemon, which serves: the understudy sees it and is gone.
+    scene.daemon.wait_until_asleep();
+    let before = image(scene.pid);
+    scene.host.install(&c_daemon);
+    scene.send(Signal::SIGUSR1);
+    wait_for_successor(scene.pid, &before);
+    scene.host.assert_held(&scene.disk);
+    assert!(!scene.guest.call(&acquire("", &scene.disk, 0)).is_ok());
+    std::thread::sleep(Duration::from_millis(100));
+    scene.host.assert_held(&scene.disk);
+}
