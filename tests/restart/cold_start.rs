@@ -591,6 +591,10 @@ fn a_program_that_writes_no_such_ledger_leaves_none_that_is_believed() {
     scene.cold_start();
     assert_eq!(scene.lock(&disk), Some(true));
     assert!(owner.is_alive());
+    // Also of what libvirt's daemon had is known which process it is: its death is noticed.
+    owner.kill();
+    owner.wait_end();
+    scene.host.wait_free(&disk);
 }
 
 #[test]
