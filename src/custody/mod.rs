@@ -299,6 +299,29 @@ impl Custody {
         }
     }
 
+    /// The program before may have found out less.
+    fn note_missing_lives(&mut self) {
+        let clients = self.state.clients();
+        let unknown = clients.filter(|(_, client)| client.life.is_none());
+        let unknown: Vec<ClientId> = unknown.map(|(id, _)| id).collect();
+        for id in unknown {
+            self.note_life_of_client(id);
+        }
+        let fenced = self.state.fences().values();
+        let fenced = fenced.map(|fence| (fence.pid, &fence.process));
+        let watched = self.state.watched().values();
+        let watched = watched.filter_map(|it| Some((it.pid, it.process.as_ref()?)));
+        let is_unknown = |pid: &Pid| !self.state.lives().contains_key(pid);
+        let unknown: Vec<(Pid, Option<Life>)> = fenced
+            .chain(watched)
+            .filter(|(pid, _)| is_unknown(pid))
+            .map(|(pid, process)| (pid, process::life(process, pid).ok()))
+            .collect();
+        for (pid, life) in unknown {
+            self.note_life_of_owner(pid, life);
+        }
+    }
+
     /// The same of an owner whose process is watched or being fenced.
     fn note_life_of_owner(&mut self, pid: Pid, life: Option<Life>) {
         if let Some(life) = life
@@ -471,6 +494,7 @@ impl Custody {
         if self.state.here() != Some(here) {
             self.record(Event::Here(here), Given::default());
         }
+        self.note_missing_lives();
         if self.ledger.call(ledger::file_in(run_directory)) {
             return;
         }
