@@ -138,7 +138,7 @@ impl Scene {
 
     /// From now on `VmHWM` is the peak since now (proc_pid_clear_refs(5)).
     fn forget_peak(&self) {
-        std::fs::write(format!("/proc/{}/clear_refs", self.daemon.pid()), "5")
+        std::fs::write(format!("/proc/{}/clear_refs", self.daemon.reactor()), "5")
             .expect("reset the daemon's peak of memory");
     }
 }
