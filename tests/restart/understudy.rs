@@ -142,7 +142,7 @@ fn a_successor_that_hangs_is_killed_and_costs_nothing() {
     scene.falls_back(LONG, "did not serve in time");
     scene.serves();
     rival.never_succeeded();
-    assert_eq!(scene.pid == first, false);
+    assert_ne!(scene.pid, first);
 }
 
 #[test]
