@@ -20,10 +20,12 @@ use crate::host::{descriptors, memory};
 const SERVES_MS: u64 = 30_000;
 /// How long the understudy may take until it is there, milliseconds.
 const STANDS_MS: u64 = 5_000;
-/// How often it is looked.
-const LOOK: Duration = Duration::from_millis(5);
-/// How often the guardian looks whether it stands by: all clients wait.
+/// How often it is looked whether somebody is there. All clients wait for the understudy; and libvirt's daemon
+/// only closes what it lets go of, which stays locked as long as a copy of it is open.
 const BRIEFLY: Duration = Duration::from_micros(100);
+/// For how long it is looked so often, and how often then, milliseconds.
+const BRIEFLY_MS: u64 = 2_000;
+const LOOK: Duration = Duration::from_millis(5);
 /// Where in a ledger it says whether it is closed for a handover: whoever goes on from it opens it again.
 const IS_CLOSED_AT: i64 = 12;
 
@@ -101,7 +103,7 @@ fn keep_ledger(desk: &Desk) -> Result<Ledgers, Errno> {
 
 /// Waits until the successor serves, and ends with that; or until it is over.
 fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>) -> Failure {
-    let until = Moment::now().plus_ms(SERVES_MS);
+    let start = Moment::now();
     loop {
         if successor.is_dead() {
             return Failure::Ended;
@@ -117,14 +119,15 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>
         if serves && !successor.is_dead() {
             clone::leave(0);
         }
-        if Moment::now() >= until {
+        let waited = Moment::now().ms_since(start);
+        if waited >= SERVES_MS {
             let _ = successor.signal(Signal::SIGKILL);
             while !successor.is_dead() {
                 clone::pause(LOOK);
             }
             return Failure::Late;
         }
-        clone::pause(LOOK);
+        clone::pause(if waited < BRIEFLY_MS { BRIEFLY } else { LOOK });
     }
 }
 
