@@ -3,7 +3,7 @@
 //! itself whether it does. One that dies, or does not serve in time, is over when the understudy takes its
 //! place.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -20,10 +20,12 @@ use crate::host::{descriptors, memory};
 const SERVES_MS: u64 = 30_000;
 /// How long the understudy may take until it is there, milliseconds.
 const STANDS_MS: u64 = 5_000;
-/// How often it is looked.
-const LOOK: Duration = Duration::from_millis(5);
-/// How often the guardian looks whether it stands by: all clients wait.
+/// How often it is looked whether somebody is there. All clients wait for the understudy; and libvirt's daemon
+/// only closes what it lets go of, which stays locked as long as a copy of it is open.
 const BRIEFLY: Duration = Duration::from_micros(100);
+/// For how long it is looked so often, and how often then, milliseconds.
+const BRIEFLY_MS: u64 = 2_000;
+const LOOK: Duration = Duration::from_millis(5);
 /// Where in a ledger it says whether it is closed for a handover: whoever goes on from it opens it again.
 const IS_CLOSED_AT: i64 = 12;
 
@@ -63,12 +65,16 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
             if order == Order::Libvirt && clone::with_own_descriptors() != Ok(Which::Copy) {
                 clone::leave(0);
             }
-            let Ok(theirs) = keep_ledger(desk) else {
+            let Ok(ledgers) = keep_ledger(desk) else {
                 clone::leave(0);
             };
             desk.set_understudy(Some(process::own_number()));
-            let failure = wait(desk, order, &successor, theirs.as_ref());
+            let failure = wait(desk, order, &successor, ledgers.given.as_ref());
             desk.set_understudy(None);
+            if let Some(copy) = ledgers.copy {
+                // What has the other number is closed with all that nobody knows.
+                desk.set_ledger(Some(copy.into_raw_fd()));
+            }
             Ok(Stands::Here(failure))
         }
     }
@@ -80,25 +86,24 @@ pub fn dismiss(pid: i32) {
     clone::wait_for_end(pid);
 }
 
-/// The successor writes into the ledger that it is given: what is gone on from is a copy. The one that is
-/// given, if one is.
-fn keep_ledger(desk: &Desk) -> Result<Option<OwnedFd>, Errno> {
-    let Some(given) = desk.ordered_ledger() else {
-        return Ok(None);
-    };
-    let theirs = descriptors::copy(given)?;
-    if let Some(own) = desk.ledger()
-        && own == given
-    {
-        let copy = memory::copy(&theirs)?;
-        descriptors::put_in_place(&copy, own)?;
-    }
-    Ok(Some(theirs))
+/// The ledger that the successor is given, if one is, and what this process goes on from, if that is another
+/// one: the successor writes into what it is given.
+struct Ledgers {
+    given: Option<OwnedFd>,
+    copy: Option<OwnedFd>,
+}
+
+fn keep_ledger(desk: &Desk) -> Result<Ledgers, Errno> {
+    let given = desk.ordered_ledger().map(descriptors::copy).transpose()?;
+    let is_own = given.is_some() && desk.ordered_ledger() == desk.ledger();
+    let own = given.as_ref().filter(|_| is_own);
+    let copy = own.map(memory::copy).transpose()?;
+    Ok(Ledgers { given, copy })
 }
 
 /// Waits until the successor serves, and ends with that; or until it is over.
 fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>) -> Failure {
-    let until = Moment::now().plus_ms(SERVES_MS);
+    let start = Moment::now();
     loop {
         if successor.is_dead() {
             return Failure::Ended;
@@ -114,14 +119,15 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>
         if serves && !successor.is_dead() {
             clone::leave(0);
         }
-        if Moment::now() >= until {
+        let waited = Moment::now().ms_since(start);
+        if waited >= SERVES_MS {
             let _ = successor.signal(Signal::SIGKILL);
             while !successor.is_dead() {
                 clone::pause(LOOK);
             }
             return Failure::Late;
         }
-        clone::pause(LOOK);
+        clone::pause(if waited < BRIEFLY_MS { BRIEFLY } else { LOOK });
     }
 }
 
