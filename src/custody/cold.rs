@@ -14,6 +14,7 @@ use foldhash::HashMap;
 use super::descriptor::{Descriptor, Number, Open, Saved};
 use super::event::{Event, Here, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
+use super::servers::{Both, Server, Service};
 use super::state::State;
 use super::{Given, settings::Settings};
 use crate::host::clock::Moment;
@@ -105,8 +106,7 @@ pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
     };
     let mut taken = TakenAgain {
         state: State {
-            servers: saved.servers,
-            lockspaces: saved.lockspaces.clone(),
+            servers: without_connections(saved.servers),
             settings,
             ..State::default()
         },
@@ -122,6 +122,14 @@ pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
     work.find_who_is_robbed(&mut taken);
     work.begin_to_fence(&mut taken);
     taken
+}
+
+/// The numbers of the servers, of which nobody is a client.
+fn without_connections(mut servers: Both<Server>) -> Both<Server> {
+    for service in Service::ALL {
+        servers.of_mut(service).next_id = Server::default().next_id;
+    }
+    servers
 }
 
 /// What became of the processes of all owners.
@@ -311,6 +319,11 @@ impl Work<'_> {
         };
         let mut given = Given::of_owner(first);
         given.file = Some(lease.descriptor);
+        // One that nobody has anything in is opened when it is used, as after any start.
+        if !place.is_default() && !taken.state.has_lockspace(place.lockspace) {
+            let lockspace = Event::Lockspace(place.lockspace);
+            let _ = taken.state.apply(lockspace, &mut Given::default());
+        }
         // A ledger that was read has each name once.
         let _ = taken.state.apply(granted, &mut given);
         for (position, (owner, times)) in holders.iter().enumerate() {

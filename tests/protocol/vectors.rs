@@ -458,6 +458,8 @@ fn replay(namespace: &Namespace, vector: &Vector) -> Answer {
     if base.exists() {
         std::fs::remove_dir_all(&base).expect("remove the files of the vector before");
     }
+    // The daemon before was killed: the next one would go on for it.
+    let _ = std::fs::remove_file(namespace.path("/run/libvirt/virtlockd-ledger"));
     let sockets: HashMap<&str, PathBuf> = [
         ("lock", namespace.path(LOCK_SOCKET)),
         ("admin", namespace.path(ADMIN_SOCKET)),

@@ -163,7 +163,7 @@ impl Footprint {
 }
 
 /// Every lock that the kernel knows of the daemon's open files. (`/proc/locks` has those of the whole
-/// host, and skips some while others come and go.)
+/// host, and skips some while others come and go.) That of the ledger, which is on all of it, is not one.
 pub fn locks_of(daemon: &Daemon) -> Vec<String> {
     let directory = format!("/proc/{}/fdinfo", daemon.pid());
     let entries = std::fs::read_dir(&directory).expect("list the daemon's descriptors");
@@ -173,6 +173,7 @@ pub fn locks_of(daemon: &Daemon) -> Vec<String> {
         // A descriptor that is closed by now has no lock.
         let text = std::fs::read_to_string(path).unwrap_or_default();
         let lines = text.lines().filter_map(|line| line.strip_prefix("lock:"));
+        let lines = lines.filter(|line| !line.trim_end().ends_with("EOF"));
         locks.extend(lines.map(|line| line.trim().to_owned()));
     }
     locks.sort();
