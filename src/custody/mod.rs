@@ -11,6 +11,7 @@ pub mod adopt;
 pub mod clients;
 pub mod descriptor;
 pub mod earlier;
+mod entries;
 pub mod event;
 pub mod fences;
 pub mod ledger;
