@@ -64,11 +64,14 @@
 //!     estates.rs          what the dead held is freed, a few locks at a time
 //! restart/                ways from one image of the process to the next
 //!   handover.rs           is there a program that can take over; the exec
-//!   libvirt_json.rs       libvirt's state document, read and written
+//!   libvirt_json/         libvirt's state document
+//!     read.rs             what libvirt's daemon left, as a state
+//!     write.rs            a state, as libvirt's daemon reads it
 //! custody/                what lasts: the door, which writes each change down and makes it
 //!   locking.rs            the door's part for locks: table, file and event put together
 //!   state.rs              all that lasts, as one value that events change
 //!   event.rs              every change, as data
+//!   entries.rs            a state as the fewest events that say it
 //!   ledger.rs             the events in a memory file
 //!   earlier.rs            the same for a program of before today's format
 //!   cold.rs               the state of a daemon that was killed whole, taken again by name

@@ -162,7 +162,8 @@ mod tests {
             autocreate: false,
             lease: (),
         };
-        let id = table.grant(&owners[0], granted);
+        let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
+        let id = table.enter(vacant, &owners[0], granted);
         owners[1..].iter().for_each(|owner| table.join(id, owner));
         String::from_utf8_lossy(&of_resource(&table, id)).into_owned()
     }

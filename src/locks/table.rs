@@ -572,13 +572,6 @@ impl<L> Table<L> {
         }
     }
 
-    /// Enters a resource that was locked, after [`Decision::Open`].
-    pub fn grant(&mut self, owner: &Owner, granted: Granted<'_, L>) -> ResourceId {
-        let hash = self.spell(granted.lockspace, granted.name);
-        let key = Key(self.scratch.as_slice().into());
-        self.enter(Vacant { hash, key }, owner, granted)
-    }
-
     /// Whether nobody holds a resource: its place then, for [`Table::enter`].
     pub fn vacant(&mut self, lockspace: &[u8], name: &[u8]) -> Option<Vacant> {
         let hash = self.spell(lockspace, name);
@@ -589,7 +582,8 @@ impl<L> Table<L> {
         Some(Vacant { hash, key })
     }
 
-    /// The same as [`Table::grant`] at a place that was found vacant just now.
+    /// Enters a resource that was locked, after [`Decision::Open`], at its place that was found vacant just
+    /// now.
     pub fn enter(&mut self, vacant: Vacant, owner: &Owner, granted: Granted<'_, L>) -> ResourceId {
         let Vacant { hash, key } = vacant;
         let entry = self.resources.vacant_entry();
@@ -862,7 +856,8 @@ mod tests {
             autocreate: false,
             lease: 0,
         };
-        table.grant(&owner(pid), granted)
+        let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
+        table.enter(vacant, &owner(pid), granted)
     }
 
     #[test]
@@ -941,7 +936,8 @@ mod tests {
             autocreate: false,
             lease: 0,
         };
-        table.grant(owner, granted)
+        let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
+        table.enter(vacant, owner, granted)
     }
 
     #[test]

@@ -199,7 +199,8 @@ impl Both {
                     autocreate: false,
                     lease: ticket,
                 };
-                let id = self.table.grant(&owner, granted);
+                let vacant = self.table.vacant(key.0, key.1).expect("it is not held");
+                let id = self.table.enter(vacant, &owner, granted);
                 assert_eq!(self.ticket(id), ticket);
                 self.reference.rows.push(Row {
                     key,

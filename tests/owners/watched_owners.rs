@@ -189,6 +189,24 @@ fn an_owner_is_watched_only_while_it_holds_something_and_has_no_connection_of_it
 }
 
 #[test]
+fn an_owner_that_had_a_connection_of_its_own_with_the_lock_before_is_watched_when_it_is_over() {
+    let Some(scene) = Scene::new() else { return };
+    let disk = scene.host.disk("disk");
+    let mut owner = Owner::register(scene.daemon.lock_socket(), "owner", OnTerm::Die);
+    let mut client = helper_client(&scene.daemon, "owner", owner.pid());
+    client.call(&acquire("", &disk, 0)).expect_ok();
+    client.call(&release("", &disk)).expect_ok();
+    assert_eq!(scene.pidfds(), 0, "it has a connection of its own");
+    // It holds nothing, so that it is not fenced for that.
+    owner.close_connection();
+    scene.daemon.wait_until_asleep();
+    client.call(&acquire("", &disk, 0)).expect_ok();
+    assert_eq!(scene.pidfds(), 1, "it has none any more");
+    owner.kill();
+    scene.host.wait_free(&disk);
+}
+
+#[test]
 fn an_owner_that_is_watched_is_watched_on_by_the_next_programs() {
     let Some(scene) = Scene::new() else { return };
     let disk = scene.host.disk("disk");
