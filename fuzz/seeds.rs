@@ -307,6 +307,7 @@ fn granted(
         autocreate: !lockspace.is_empty(),
         created: false,
         kind: KindRecord::OpenFile,
+        since: 1_795_325_634_000,
     }
 }
 

@@ -71,6 +71,8 @@
 //!   locking.rs            the door's part for locks: table, file and event put together
 //!   state.rs              all that lasts, as one value that events change
 //!   event.rs              every change, as data
+//!   counters.rs           how often what happened
+//!   news.rs               what happened just now, for those who listen
 //!   entries.rs            a state as the fewest events that say it
 //!   ledger.rs             the events in a memory file
 //!   earlier.rs            the same for a program of before today's format

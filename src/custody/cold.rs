@@ -316,6 +316,7 @@ impl Work<'_> {
             autocreate: resource.autocreate,
             created: lease.created,
             kind: (&lease.kind).into(),
+            since: resource.since,
         };
         let mut given = Given::of_owner(first);
         given.file = Some(lease.descriptor);

@@ -21,10 +21,11 @@
 //! 24  u64      checksum of the events, when closed
 //! 32  u64 u64  extent 0: where its events begin, and how many bytes they are
 //! 48  u64 u64  extent 1
-//! 64  ..       events
+//! 64  32 u64   counts, see [`Counter`]
+//! 320 ..       events
 //! ```
 //!
-//! Format 4 has more events than format 3. Before that there was one extent: the bytes of events stood at 16, and they began at 32.
+//! Format 3 has fewer events, and no counts: its events begin at 64. Before that there was one extent: the bytes of events stood at 16, and they began at 32.
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
@@ -34,10 +35,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
-use bincode::error::EncodeError;
+use bincode::error::{DecodeError, EncodeError};
 
+use super::counters::Counter;
 use super::descriptor::Saved;
-use super::event::{Event, OwnerRecord, ResourceName};
+use super::event::{Event, OwnerRecord, ResourceName, Untimed};
 use super::since::Since;
 use super::state::{Numbers, State};
 use crate::host::file::FileIdentity;
@@ -52,13 +54,18 @@ pub const VERSION: u32 = 4;
 const FIRST_WITH_EXTENTS: u32 = 3;
 
 pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
-pub(super) const HEADER: usize = 64;
+pub(super) const HEADER: usize = COUNTS_AT + COUNTS * WORD;
+/// The header of format 3.
+const HEADER_OF_3: usize = 64;
 /// The header before format 3.
-pub(super) const OLD_HEADER: usize = 32;
+const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
 pub(super) const CHECKSUM_AT: usize = 24;
 pub(super) const EXTENTS_AT: usize = 32;
+const COUNTS_AT: usize = 64;
+/// Room for so many counts.
+const COUNTS: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
 /// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
@@ -73,7 +80,22 @@ const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
 };
 /// The first format that tells the domains of a process apart.
 const FIRST_WITH_DOMAINS: u32 = 3;
+/// The first format that says when a lock was granted, and that has counts.
+const FIRST_WITH_TIMES: u32 = 4;
 const WORD: usize = size_of::<u64>();
+
+/// How long the header of a format is, bytes.
+pub(super) fn header_of(version: u32) -> usize {
+    match version {
+        1 | 2 => OLD_HEADER,
+        3 => HEADER_OF_3,
+        _ => HEADER,
+    }
+}
+
+/// The variants' places in [`Event`].
+const GRANTED: u8 = 6;
+const RELEASED_BY: u8 = 20;
 
 /// Why a ledger cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,9 +146,6 @@ fn configuration() -> impl bincode::config::Config {
 /// Every lock pays for it.
 #[inline]
 fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
-    /// The variants' places in [`Event`].
-    const GRANTED: u8 = 6;
-    const RELEASED_BY: u8 = 20;
     match event {
         Event::Granted {
             owner,
@@ -137,6 +156,7 @@ fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
             autocreate,
             created,
             kind,
+            since,
         } => {
             let OwnerRecord {
                 pid,
@@ -154,7 +174,7 @@ fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
                 (*created).into(),
                 *kind as u8,
             ];
-            let fields = (GRANTED, owner, lockspace, name, file, flags);
+            let fields = (GRANTED, owner, lockspace, name, file, flags, since);
             bincode::encode_into_slice(fields, place, configuration())
         }
         Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {
@@ -169,9 +189,12 @@ fn encode_by_serde(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeE
     bincode::serde::encode_into_slice(event, place, configuration())
 }
 
-/// Writes an event behind what is there.
-pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
-    let bytes = bincode::serde::encode_to_vec(event, configuration());
+/// Writes an event behind what is there, as a format before times had it.
+pub(super) fn encode_untimed_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
+    let bytes = match Untimed::of(event) {
+        Some(untimed) => bincode::serde::encode_to_vec((GRANTED, untimed), configuration()),
+        None => bincode::serde::encode_to_vec(event, configuration()),
+    };
     content.extend(bytes.map_err(|_| Errno::EINVAL)?);
     Ok(())
 }
@@ -237,6 +260,8 @@ pub struct Orphan {
     pub path: PathBuf,
     /// What it says.
     pub state: Result<State<Saved>, Unreadable>,
+    /// What it has counted.
+    pub counts: [(Counter, u64); Counter::ALL.len()],
     /// As long as this is open nobody else takes it for an orphan.
     _held: OwnedFd,
 }
@@ -269,11 +294,16 @@ pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
     match memory::left_behind(&path)? {
         LeftBehind::Nothing => Ok(None),
         LeftBehind::InUse => Err(Errno::EAGAIN),
-        LeftBehind::Free(held) => Ok(Some(Orphan {
-            state: load(&held),
-            path,
-            _held: held,
-        })),
+        LeftBehind::Free(held) => {
+            let content = memory::read(&held).map_err(Unreadable::System);
+            let counts = content.as_deref().unwrap_or_default();
+            Ok(Some(Orphan {
+                counts: Counter::ALL.map(|counter| (counter, counted(counts, counter))),
+                state: content.and_then(|content| replay(&content)),
+                path,
+                _held: held,
+            }))
+        }
     }
 }
 
@@ -396,6 +426,7 @@ impl Ledger {
         }
         let new = beside(&name, NEW);
         let mut another = Memory::named(&new, FIRST_SIZE).map(Ledger::in_memory)?;
+        another.go_on_counting(self.memory.bytes());
         let written = another
             .rewrite(events)
             .map_err(Refusal::of("the ledger cannot be written (fallocate)"))
@@ -439,6 +470,7 @@ impl Ledger {
         {
             return false;
         }
+        another.go_on_counting(self.memory.bytes());
         another.name = self.name.take();
         *self = another;
         true
@@ -648,6 +680,31 @@ impl Ledger {
             .store(extent_at(which).saturating_add(WORD), length as u64);
     }
 
+    /// One more of what is counted.
+    #[inline]
+    pub fn count(&mut self, counter: Counter) {
+        self.count_many(counter, 1);
+    }
+
+    /// So many more of what is counted.
+    pub fn count_many(&mut self, counter: Counter, more: u64) {
+        let so_far = self.counted(counter);
+        self.memory
+            .store(count_at(counter), so_far.saturating_add(more));
+    }
+
+    /// How much was counted.
+    pub fn counted(&self, counter: Counter) -> u64 {
+        counted(self.memory.bytes(), counter)
+    }
+
+    /// What another ledger has counted goes on here.
+    fn go_on_counting(&mut self, from: &[u8]) {
+        for counter in Counter::ALL {
+            self.memory.store(count_at(counter), counted(from, counter));
+        }
+    }
+
     /// Closes it for a handover: from now on a change of any byte is noticed.
     pub fn close(&mut self) {
         let sum = checksum(self.events());
@@ -701,6 +758,16 @@ fn extent_at(which: usize) -> usize {
     EXTENTS_AT.saturating_add(which.saturating_mul(2 * WORD))
 }
 
+fn count_at(counter: Counter) -> usize {
+    COUNTS_AT.saturating_add((counter as usize).saturating_mul(WORD))
+}
+
+fn counted(content: &[u8], counter: Counter) -> u64 {
+    let bytes = content.get(count_at(counter)..);
+    let bytes = bytes.and_then(|rest| rest.first_chunk::<8>());
+    bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
 /// FNV-1a over words of eight bytes: notices what is cut off or mixed up, and is quick.
 pub(super) fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = 0xcbf2_9ce4_8422_2325u64;
@@ -747,7 +814,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     let Some(bytes) = content.get(events.clone()) else {
         return Err(Unreadable::Damaged("it is cut short".into()));
     };
-    if version >= FIRST_WITH_EXTENTS && events.start < HEADER {
+    if version >= FIRST_WITH_EXTENTS && events.start < header_of(version) {
         return Err(Unreadable::Damaged("its events are in its header".into()));
     }
     if is_closed && checksum(bytes) != word(CHECKSUM_AT) {
@@ -759,6 +826,19 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
         which,
         events,
     })
+}
+
+/// Reads the event at the front, and says how many bytes it took.
+fn decode(version: u32, events: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
+    match events.split_first() {
+        Some((&GRANTED, rest)) if version < FIRST_WITH_TIMES => {
+            let decoded = bincode::serde::borrow_decode_from_slice(rest, configuration());
+            decoded.map(|(untimed, used): (Untimed<'_>, usize)| {
+                (Event::from(untimed), used.saturating_add(1))
+            })
+        }
+        _ => bincode::serde::borrow_decode_from_slice(events, configuration()),
+    }
 }
 
 /// Reads the ledger in a memory file.
@@ -789,7 +869,7 @@ fn read_since(
     let mut numbers = Numbers::default();
     state.reserve(events.len());
     while !events.is_empty() {
-        let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
+        let (event, used) = decode(found.version, events)
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
         let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
         let is_release = matches!(event, Event::ReleasedBy(..));
@@ -860,6 +940,7 @@ mod tests {
                 autocreate: pid > 0,
                 created: pid < 0,
                 kind,
+                since: u64::from(pid.cast_unsigned()) << 20,
             });
         }
         for event in events {

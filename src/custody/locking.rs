@@ -5,6 +5,7 @@ use super::descriptor::{Descriptor, Number};
 use super::event::{Event, ResourceName};
 use super::state::Left;
 use super::{Custody, Given, OwnFile};
+use crate::host::clock;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{FileIdentity, Lockable};
@@ -163,6 +164,7 @@ impl Custody {
             autocreate,
             created: lease.created,
             kind: (&lease.kind).into(),
+            since: clock::wall_ms(),
         };
         let mut given = Given::of_owner(owner);
         let created = lease.created;
@@ -418,7 +420,7 @@ impl Custody {
     }
 }
 
-fn name_of(place: Place<'_>) -> ResourceName<'_> {
+pub(super) fn name_of(place: Place<'_>) -> ResourceName<'_> {
     ResourceName {
         lockspace: place.lockspace,
         name: place.name,
@@ -486,6 +488,7 @@ mod tests {
                     autocreate: false,
                     created: false,
                     kind: (&kind).into(),
+                    since: 0,
                 };
                 let mut given = Given::of_owner(&owner);
                 given.file = Some(descriptor);
@@ -580,6 +583,7 @@ mod tests {
             autocreate: false,
             created: false,
             kind: KindRecord::Process,
+            since: 0,
         };
         let mut given = Given::of_owner(&dead);
         given.file = Some(held);

@@ -10,6 +10,7 @@
 pub mod adopt;
 pub mod clients;
 pub mod cold;
+pub mod counters;
 pub mod descriptor;
 pub mod earlier;
 mod entries;
@@ -17,6 +18,7 @@ pub mod event;
 pub mod fences;
 pub mod ledger;
 pub mod locking;
+pub mod news;
 pub mod own_connections;
 pub mod roll;
 pub mod served;
@@ -31,20 +33,23 @@ use std::path::Path;
 use crate::host::errno::Errno;
 
 use self::clients::{Arrival, Client, ClientId, Traffic};
+use self::counters::Counter;
 use self::descriptor::{Descriptor, Number, Open};
 use self::event::{Event, Here, OwnerRecord};
 use self::fences::{Fence, Stage, Watched};
 use self::ledger::Ledger;
+use self::news::{News, What};
 use self::servers::{Listening, Server, Service};
 use self::settings::{LogSettings, Settings};
 use self::state::{Left, Source, State};
-use crate::host::clock::Moment;
+use crate::host::clock::{self, Moment};
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
 use crate::host::process::{self, Life};
 use crate::host::refusal::Refusal;
 use crate::host::stream;
-use crate::locks::table::{Owner, Pid, ResourceId};
+use crate::locks::place::Place;
+use crate::locks::table::{Mode, Owner, Pid, ResourceId};
 
 /// What a connection or a lock usually takes of the ledger at most, bytes.
 const LEDGER_ENTRY: usize = 512;
@@ -56,6 +61,7 @@ const SMALL_LEDGER: usize = 256 * 1024;
 pub struct Custody {
     state: State<Open>,
     ledger: Ledger,
+    news: News,
     own_file: Option<OwnFile>,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
@@ -112,6 +118,7 @@ impl Custody {
         Custody {
             state: State::default(),
             ledger,
+            news: News::default(),
             own_file: None,
             ledger_entry: 0,
         }
@@ -152,6 +159,7 @@ impl Custody {
     #[inline(always)]
     fn commit(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Result<Left<Open>, Errno> {
         self.ledger.append(&event)?;
+        self.note(&event);
         Ok(self.apply(event, given))
     }
 
@@ -161,7 +169,28 @@ impl Custody {
         if self.ledger.append(&event).is_err() {
             self.ledger.lose();
         }
+        self.note(&event);
         self.apply(event, &mut given)
+    }
+
+    /// Counts an event that is about to be applied, and tells those who listen.
+    #[inline(always)]
+    fn note(&mut self, event: &Event<'_>) {
+        let stage = || match event {
+            Event::Fencing(fence) => self.state.fences().get(&fence.pid).map(|it| it.stage),
+            _ => None,
+        };
+        if let Some(counter) = Counter::of(event, stage) {
+            self.ledger.count(counter);
+            if self.is_listened_to() {
+                self.news.tell(event, &self.state);
+            }
+        }
+    }
+
+    /// Whether anybody is to be told of what happens.
+    fn is_listened_to(&self) -> bool {
+        !self.state.subscribers().is_empty()
     }
 
     #[inline(always)]
@@ -184,6 +213,76 @@ impl Custody {
              please report it"
         );
         self.ledger.lose();
+    }
+
+    // What happens.
+
+    /// How much was counted of something.
+    pub fn counted(&self, counter: Counter) -> u64 {
+        self.ledger.counted(counter)
+    }
+
+    /// So much was counted by a daemon that this one goes on for.
+    pub fn count_more(&mut self, counts: &[(Counter, u64)]) {
+        for (counter, more) in counts {
+            self.ledger.count_many(*counter, *more);
+        }
+    }
+
+    /// What has happened, as far as anybody listens.
+    pub fn news(&self) -> &News {
+        &self.news
+    }
+
+    /// So many things happened of which a subscriber was not told.
+    pub fn missed(&mut self, count: u64) {
+        self.ledger.count_many(Counter::Missed, count);
+    }
+
+    /// A client is to be told of what happens, of kinds that these bits mean to it; 0 for nothing.
+    pub fn subscribes(&mut self, id: ClientId, wanted: u32) {
+        if self.state.client(id).is_some_and(|it| it.wanted != wanted) {
+            self.record(Event::Subscribed(Number(id.0), wanted), Given::default());
+        }
+        self.forget_news();
+    }
+
+    fn forget_news(&mut self) {
+        if !self.is_listened_to() {
+            self.news.forget();
+        }
+    }
+
+    /// A new program took over.
+    pub fn was_upgraded(&mut self) {
+        self.happened(Counter::Upgraded, What::Upgraded, "");
+    }
+
+    /// This process went on for one that died, as these words say.
+    pub fn was_recovered(&mut self, how: &str) {
+        self.happened(Counter::Recovered, What::Recovered, how);
+    }
+
+    fn happened(&mut self, counter: Counter, what: What, text: &str) {
+        self.ledger.count(counter);
+        if self.is_listened_to() {
+            self.news.tell_of_daemon(what, text);
+        }
+    }
+
+    /// An owner was refused a resource; `by` says by whom it is held, or what else is the matter.
+    pub fn was_refused(&mut self, owner: &Owner, place: Place<'_>, mode: Mode, by: &[u8]) {
+        self.ledger.count(Counter::Refused);
+        if self.is_listened_to() {
+            let about = (locking::name_of(place), Some(mode));
+            let owner = Some(owner.clone());
+            self.news.tell_of_trouble(What::Refused, owner, about, by);
+        }
+    }
+
+    /// Somebody else has a lock that an owner had.
+    pub fn lost_a_lock(&mut self) {
+        self.ledger.count(Counter::Lost);
     }
 
     // The process and its servers.
@@ -277,6 +376,11 @@ impl Custody {
         }
         let event = Event::Registered(Number(id.0), owner.into());
         self.record(event, Given::of_owner(owner));
+        let client = self.state.client(id);
+        if client.is_some_and(|client| client.own_owner().is_some()) {
+            let event = Event::RegisteredAt(Number(id.0), clock::wall_ms());
+            self.record(event, Given::default());
+        }
         self.note_life_of_client(id);
     }
 
@@ -353,7 +457,9 @@ impl Custody {
     /// have its number.
     pub fn gone(&mut self, id: ClientId) -> Option<Client<OwnedFd>> {
         self.state.client(id)?;
-        match self.record(Event::Gone(Number(id.0)), Given::default()) {
+        let left = self.record(Event::Gone(Number(id.0)), Given::default());
+        self.forget_news();
+        match left {
             Left::Client(client) => Some(client),
             _ => None,
         }

@@ -33,6 +33,8 @@ pub struct State<F: Form> {
     /// Bytes on their way, of the clients that have any. Written down when a state is passed on, and
     /// taken out when somebody goes on with it.
     pub(in crate::custody) traffic: BTreeMap<ClientId, Traffic>,
+    /// The clients that are told of what happens.
+    pub(in crate::custody) subscribers: BTreeSet<ClientId>,
     pub(in crate::custody) lockspaces: BTreeSet<Box<[u8]>>,
     pub(in crate::custody) table: Table<Lease<F::File>>,
     /// The files that must not be opened and closed: those with POSIX locks, each as often as it is
@@ -71,6 +73,7 @@ impl<F: Form> Default for State<F> {
             served: Both::default(),
             own_connections: OwnConnections::default(),
             traffic: BTreeMap::new(),
+            subscribers: BTreeSet::new(),
             lockspaces: BTreeSet::new(),
             table: Table::new(),
             avoid: Vec::new(),
@@ -169,6 +172,7 @@ impl<F: Form> State<F> {
                 autocreate,
                 created,
                 kind,
+                since,
             } => {
                 let ResourceName { lockspace, name } = resource;
                 let vacant = self.table.vacant(lockspace, name);
@@ -183,6 +187,7 @@ impl<F: Form> State<F> {
                     identity,
                     mode,
                     autocreate,
+                    since,
                     lease: Lease {
                         descriptor: source.file(descriptor)?,
                         kind,
@@ -240,7 +245,8 @@ impl<F: Form> State<F> {
                 let owner = Box::new(source.owner(record));
                 self.client_mut(number)?;
                 self.stands_no_more(number);
-                self.client_mut(number)?.owner = Some(owner);
+                let client = self.client_mut(number)?;
+                (client.owner, client.registered_at) = (Some(owner), 0);
                 self.stands_from_now(number);
             }
             Event::Restricted(number) => self.client_mut(number)?.restricted = true,
@@ -250,6 +256,7 @@ impl<F: Form> State<F> {
                 self.client_mut(number)?.standing = Standing::Over;
             }
             Event::Gone(number) => {
+                self.subscribers.remove(&ClientId(number.0));
                 self.traffic.remove(&ClientId(number.0));
                 self.stands_no_more(number);
                 self.set_served(number, false);
@@ -330,6 +337,16 @@ impl<F: Form> State<F> {
             Event::Here(here) => self.here = Some(here),
             Event::ClientIs(number, life) => self.client_mut(number)?.life = Some(life),
             Event::OwnerIs(pid, life) => _ = self.lives.insert(pid, life),
+            Event::RegisteredAt(number, at) => self.client_mut(number)?.registered_at = at,
+            Event::Subscribed(number, wanted) => {
+                self.client_mut(number)?.wanted = wanted;
+                let id = ClientId(number.0);
+                if wanted == 0 {
+                    self.subscribers.remove(&id);
+                } else {
+                    self.subscribers.insert(id);
+                }
+            }
             Event::Server(service, server) => *self.servers.of_mut(service) = server,
             Event::Listening(listening) => {
                 let Listening {
@@ -645,6 +662,11 @@ impl<F: Form> State<F> {
     /// Bytes of clients that were on their way when the state was passed on.
     pub fn traffic(&self) -> &BTreeMap<ClientId, Traffic> {
         &self.traffic
+    }
+
+    /// The clients that are told of what happens.
+    pub fn subscribers(&self) -> &BTreeSet<ClientId> {
+        &self.subscribers
     }
 
     /// The directories of the lockspaces, the default one not among them.

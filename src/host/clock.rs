@@ -45,6 +45,16 @@ impl Moment {
     }
 }
 
+/// The time of day, milliseconds since the epoch: for people, not for deadlines. No system call.
+#[inline]
+pub fn wall_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| {
+        let whole = since.as_secs().saturating_mul(1000);
+        whole.saturating_add(u64::from(since.subsec_millis()))
+    })
+}
+
 /// The calendar date of a second since 1970, at Greenwich; the epoch's if the C library cannot tell.
 pub fn utc(seconds: i64) -> libc::tm {
     broken_down(seconds, libc::gmtime_r)

@@ -57,10 +57,15 @@ pub fn take_again(
     if let Some(Orphan {
         path,
         state: Ok(state),
+        counts,
         ..
     }) = &left.orphan
     {
         (left.losses, left.to_fence) = go_on(reactor, path, state, limits)?;
+        reactor.custody_mut().count_more(counts);
+        reactor
+            .custody_mut()
+            .was_recovered("after the death of all its processes");
     }
     Ok(left)
 }
@@ -73,6 +78,7 @@ impl Left {
             say_that_nobody_knows(&self.run_directory, reason);
         }
         for loss in self.losses {
+            reactor.custody_mut().lost_a_lock();
             lose(reactor, loss);
         }
         for (pid, process) in self.to_fence {

@@ -119,6 +119,14 @@ pub fn resume(
     let idle_timeout_s = state.settings().idle_timeout_s;
     let theirs = (ledger, Some(idle_timeout_s));
     set_up(&mut reactor, (state, since), &mut inherited, theirs, limits).map_err(give_up)?;
+    match &before {
+        None => reactor.custody_mut().was_upgraded(),
+        Some(Before {
+            death: Some((death, _)),
+            ..
+        }) => reactor.custody_mut().was_recovered(&death_text(*death)),
+        Some(_) => (),
+    }
     if let (Some(before), Ok(desk)) = (before, desk) {
         before.say(desk, &document);
         for descriptor in before.swept.left {
@@ -230,8 +238,8 @@ impl Before {
     }
 }
 
-fn say_death(death: Death, in_a_row: u64) {
-    let how = match death {
+fn death_text(death: Death) -> String {
+    match death {
         Death::Signal(signal) => match Signal::try_from(signal) {
             Ok(signal) => format!("was killed by {signal}"),
             Err(_) => format!("was killed by signal {signal}"),
@@ -239,14 +247,19 @@ fn say_death(death: Death, in_a_row: u64) {
         Death::Status(status) => format!("ended with status {status}"),
         Death::Away => "did not come back from what it was doing and was killed".into(),
         Death::Unreadable => "could not read the ledger".into(),
-        Death::Guardian => {
-            tracing::error!(
-                "The daemon's main process died. Process {} is in its place; all locks and connections stay",
-                process::started()
-            );
-            return;
-        }
-    };
+        Death::Guardian => "lost its main process".into(),
+    }
+}
+
+fn say_death(death: Death, in_a_row: u64) {
+    if matches!(death, Death::Guardian) {
+        tracing::error!(
+            "The daemon's main process died. Process {} is in its place; all locks and connections stay",
+            process::started()
+        );
+        return;
+    }
+    let how = death_text(death);
     tracing::error!(
         "The process that serves the clients {how} ({in_a_row} in a row). Another one goes on; all locks and \
          connections stay"
@@ -297,6 +310,7 @@ pub fn resume_started(
         desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
         desk.serves();
     }
+    reactor.custody_mut().was_upgraded();
     if let Err(error) = std::fs::remove_file(&document) {
         tracing::error!(
             "The state document '{}' was taken over and cannot be removed: {error}. Remove it before \

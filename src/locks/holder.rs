@@ -160,6 +160,7 @@ mod tests {
             },
             mode: Mode::Shared,
             autocreate: false,
+            since: 0,
             lease: (),
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();

@@ -111,6 +111,8 @@ pub struct Resource<L> {
     pub mode: Mode,
     /// Whether the first owner wanted the file made, and so removed at the end.
     pub autocreate: bool,
+    /// When it was granted first, milliseconds since the epoch; 0 if nobody knows.
+    pub since: u64,
     /// The kernel's lock.
     pub lease: L,
     holders: Holders,
@@ -151,6 +153,7 @@ impl<L> Resource<L> {
             identity,
             mode: self.mode,
             autocreate: self.autocreate,
+            since: self.since,
             lease,
             holders: self.holders,
             next_of_identity: None,
@@ -596,6 +599,7 @@ impl<L> Table<L> {
             identity: granted.identity,
             mode: granted.mode,
             autocreate: granted.autocreate,
+            since: granted.since,
             lease: granted.lease,
             holders: Holders::One {
                 owner: owner.key(),
@@ -826,6 +830,8 @@ pub struct Granted<'a, L> {
     pub mode: Mode,
     /// Whether the file is to be removed at the end.
     pub autocreate: bool,
+    /// When, milliseconds since the epoch; 0 if nobody knows.
+    pub since: u64,
     /// The kernel's lock.
     pub lease: L,
 }
@@ -854,6 +860,7 @@ mod tests {
             identity: file(inode),
             mode,
             autocreate: false,
+            since: 0,
             lease: 0,
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
@@ -934,6 +941,7 @@ mod tests {
             identity: file(1),
             mode,
             autocreate: false,
+            since: 0,
             lease: 0,
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();

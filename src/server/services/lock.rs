@@ -107,7 +107,10 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 hall.orders.push(Order::Settle(owner.pid));
                 return Ok(Called::Again);
             }
-            acquire(owner, custody, place(target), flags, hall.making)?;
+            if let Err(error) = acquire(owner, custody, place(target), flags, hall.making) {
+                custody.was_refused(owner, place(target), mode(flags), &error.message());
+                return Err(error);
+            }
             if is_lent && is_to_be_watched(custody, owner, &mut hall.own_seen) {
                 hall.orders.push(Order::Watch(id));
             }
@@ -214,6 +217,14 @@ fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
     })
 }
 
+fn mode(flags: u32) -> Mode {
+    if flags & SHARED == 0 {
+        Mode::Exclusive
+    } else {
+        Mode::Shared
+    }
+}
+
 fn acquire(
     owner: &Owner,
     custody: &mut Custody,
@@ -221,11 +232,7 @@ fn acquire(
     flags: u32,
     making: Word<'_>,
 ) -> Result<(), Error> {
-    let mode = if flags & SHARED == 0 {
-        Mode::Exclusive
-    } else {
-        Mode::Shared
-    };
+    let mode = mode(flags);
     let autocreate = flags & AUTOCREATE != 0;
     if custody.open_lockspace(place.lockspace) {
         tracing::info!(
