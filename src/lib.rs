@@ -51,13 +51,16 @@
 //!     turn.rs             what one connection sent is read, worked on and answered
 //!     poison.rs           a frame of which the daemon died again and again
 //!     recovery.rs         what a reactor that died left of a client, and of its call
-//!   services/             the two programs that clients call
+//!   services/             the three programs that clients call
 //!     dispatch.rs         from a frame to its procedure, in libvirt's order of checks
 //!     lock.rs             the lock program
 //!     admin/              the admin program
 //!       clients.rs        a server's clients: who they are, and their end on demand
 //!       parameters.rs     a server's numbers: workers and client limits
 //!       logging.rs        log outputs and filters
+//!     status/             the status program, which is our own
+//!       lists.rs          what is held and by whom, in pages
+//!       news.rs           what happened, as messages
 //!   owners/               owners and their processes
 //!     fence.rs            who must die: SIGTERM, SIGKILL, and what follows
 //!     watched.rs          owners without a connection of their own
@@ -111,6 +114,11 @@
 //!     call.rs             calls
 //!     answer.rs           what they return
 //!     parameter.rs        named values
+//!   status/               the status program
+//!     program.rs          its numbers and procedures
+//!     call.rs             calls
+//!     answer.rs           what they return
+//!     happened.rs         messages about what happened
 //! log/                    libvirt's log settings and lines, on top of tracing
 //!   level.rs              the four levels
 //!   settings.rs           outputs and filters, as people write them

@@ -420,7 +420,7 @@ impl Custody {
     }
 }
 
-pub(super) fn name_of(place: Place<'_>) -> ResourceName<'_> {
+fn name_of(place: Place<'_>) -> ResourceName<'_> {
     ResourceName {
         lockspace: place.lockspace,
         name: place.name,

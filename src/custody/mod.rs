@@ -35,7 +35,7 @@ use crate::host::errno::Errno;
 use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::counters::Counter;
 use self::descriptor::{Descriptor, Number, Open};
-use self::event::{Event, Here, OwnerRecord};
+use self::event::{Event, Here, OwnerRecord, ResourceName};
 use self::fences::{Fence, Stage, Watched};
 use self::ledger::Ledger;
 use self::news::{News, What};
@@ -62,6 +62,8 @@ pub struct Custody {
     state: State<Open>,
     ledger: Ledger,
     news: News,
+    /// When this reactor began, milliseconds since the epoch.
+    begun_at: u64,
     own_file: Option<OwnFile>,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
@@ -119,6 +121,7 @@ impl Custody {
             state: State::default(),
             ledger,
             news: News::default(),
+            begun_at: clock::wall_ms(),
             own_file: None,
             ledger_entry: 0,
         }
@@ -215,6 +218,11 @@ impl Custody {
         self.ledger.lose();
     }
 
+    /// The resource `name` of `lockspace`, if somebody holds it.
+    pub fn find(&mut self, lockspace: &[u8], name: &[u8]) -> Option<ResourceId> {
+        self.state.table.find(lockspace, name)
+    }
+
     // What happens.
 
     /// How much was counted of something.
@@ -227,6 +235,11 @@ impl Custody {
         for (counter, more) in counts {
             self.ledger.count_many(*counter, *more);
         }
+    }
+
+    /// When this reactor began, milliseconds since the epoch. No other one of the service began then.
+    pub fn begun_at(&self) -> u64 {
+        self.begun_at
     }
 
     /// What has happened, as far as anybody listens.
@@ -274,9 +287,11 @@ impl Custody {
     pub fn was_refused(&mut self, owner: &Owner, place: Place<'_>, mode: Mode, by: &[u8]) {
         self.ledger.count(Counter::Refused);
         if self.is_listened_to() {
-            let about = (locking::name_of(place), Some(mode));
-            let owner = Some(owner.clone());
-            self.news.tell_of_trouble(What::Refused, owner, about, by);
+            let resource = ResourceName {
+                lockspace: place.lockspace,
+                name: place.name,
+            };
+            self.news.tell_of_refusal(owner, resource, mode, by);
         }
     }
 

@@ -40,8 +40,6 @@ pub enum What {
     Upgraded,
     /// Another process went on for one that died.
     Recovered,
-    /// Somebody else has a lock that this owner had.
-    Lost,
 }
 
 /// Something that happened.
@@ -142,17 +140,19 @@ impl News {
         self.push(notice);
     }
 
-    /// An owner did not get a resource, or has lost it.
-    pub(super) fn tell_of_trouble(
+    /// An owner did not get a resource, for this reason.
+    pub(super) fn tell_of_refusal(
         &mut self,
-        what: What,
-        owner: Option<Owner>,
-        (resource, mode): (ResourceName<'_>, Option<Mode>),
+        owner: &Owner,
+        resource: ResourceName<'_>,
+        mode: Mode,
         text: &[u8],
     ) {
-        let mut notice = Notice::of(what, owner).about(resource);
-        (notice.mode, notice.text) = (mode, cut(text));
-        self.push(notice);
+        self.push(Notice {
+            mode: Some(mode),
+            text: cut(text),
+            ..Notice::of(What::Refused, Some(owner.clone())).about(resource)
+        });
     }
 
     /// An event is about to be applied to this state.

@@ -2,6 +2,7 @@
 //! ledger, with their numbers. Both are changed by the same events.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
 
 use foldhash::HashMap;
 
@@ -654,6 +655,11 @@ impl<F: Form> State<F> {
         clients.map(|(number, client)| (ClientId(number), client))
     }
 
+    /// Up to which number of a descriptor there may be clients.
+    pub fn client_end(&self) -> usize {
+        self.clients.end()
+    }
+
     /// How many clients there are.
     pub fn client_count(&self) -> usize {
         self.clients.len()
@@ -672,6 +678,13 @@ impl<F: Form> State<F> {
     /// The directories of the lockspaces, the default one not among them.
     pub fn lockspaces(&self) -> impl Iterator<Item = &[u8]> + Clone {
         self.lockspaces.iter().map(|directory| &**directory)
+    }
+
+    /// Those of them that come behind this one in their order, or all of them.
+    pub fn lockspaces_behind(&self, after: Option<&[u8]>) -> impl Iterator<Item = &[u8]> {
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let behind = self.lockspaces.range::<[u8], _>((start, Bound::Unbounded));
+        behind.map(|directory| &**directory)
     }
 
     /// Whether there is such a lockspace. The default one, with the empty path, always is.

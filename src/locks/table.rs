@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasher, Hasher};
+use std::ops::Bound;
 use std::rc::Rc;
 
 use foldhash::fast::RandomState;
@@ -190,6 +191,24 @@ impl<L> Resource<L> {
                 None.into_iter().chain(all)
             }
         }
+    }
+
+    /// Those of them that come behind this one in their order, or all of them.
+    pub fn holders_behind(
+        &self,
+        after: Option<OwnerKey>,
+    ) -> impl Iterator<Item = (OwnerKey, u32)> + Clone {
+        let (one, many) = match &self.holders {
+            Holders::One { owner, times } => (Some((*owner, *times)), None),
+            Holders::Many(many) => {
+                let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+                (None, Some(many.range((start, Bound::Unbounded))))
+            }
+        };
+        let one = one.filter(|(owner, _)| after.is_none_or(|after| *owner > after));
+        let many = many.into_iter().flatten();
+        one.into_iter()
+            .chain(many.map(|(owner, times)| (*owner, *times)))
     }
 
     /// One of them, for a message.
@@ -501,6 +520,18 @@ impl<L> Table<L> {
         self.resources
             .iter()
             .map(|(number, resource)| (ResourceId(number), resource))
+    }
+
+    /// How many places there are for resources, those that are empty among them. A resource stays at its
+    /// place as long as anybody holds it: whoever looks at one place after the other, in as many steps as he
+    /// likes, sees each resource once that is held all the time.
+    pub fn places(&self) -> usize {
+        self.resources.capacity()
+    }
+
+    /// The resource at a place.
+    pub fn at(&self, place: usize) -> Option<&Resource<L>> {
+        self.resources.get(place)
     }
 
     /// All held resources that are this file.

@@ -155,6 +155,8 @@ pub struct Reactor {
     is_orphaned: bool,
     /// Where a reactor that died was making a file.
     making: Option<Making>,
+    /// Up to this number subscribers were woken for what happened.
+    told: u64,
 }
 
 impl Reactor {
@@ -224,6 +226,7 @@ impl Reactor {
             guard,
             is_orphaned: false,
             making: None,
+            told: 0,
         })
     }
 
@@ -345,8 +348,12 @@ impl Reactor {
                 patiently(watched)
                     .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             }
-            let (connection, of_turn) = self.find_traffic(id, &mut since);
+            let (mut connection, of_turn) = self.find_traffic(id, &mut since);
             let has_traffic = !connection.is_quiet();
+            if self.custody.state().subscribers().contains(&id) {
+                // From the first thing that this process has to tell.
+                connection.told = Some(0);
+            }
             // Its number is its socket's, of which there is one.
             let _ = self.connections.insert(id.0, connection);
             if is_over {
@@ -514,6 +521,7 @@ impl Reactor {
             }
             self.ask_what_is_not_told();
             self.work();
+            self.wake_subscribers();
             self.tend_ledger();
             self.upgrade_if_ready();
             self.finish();
@@ -583,6 +591,20 @@ impl Reactor {
                 upgrade.look_at_successor(&mut going);
             }
             None => (),
+        }
+    }
+
+    /// Something happened of which subscribers are to be told.
+    fn wake_subscribers(&mut self) {
+        let next = self.custody.news().next();
+        if next == self.told {
+            return;
+        }
+        self.told = next;
+        for id in self.custody.state().subscribers() {
+            if let Some(connection) = self.connections.get_mut(id.0) {
+                self.lines.enqueue(*id, connection);
+            }
         }
     }
 

@@ -16,6 +16,7 @@ pub mod owner;
 pub mod protocol;
 pub mod random;
 pub mod scene;
+pub mod status;
 pub mod tracer;
 pub mod upgrade;
 

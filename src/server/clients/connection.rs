@@ -77,6 +77,8 @@ pub struct Connection {
     /// When its owner was last seen to have a connection of its own: a lock taken over another's need not
     /// ask again until one of those is over.
     pub own_seen: Seen,
+    /// Of what happens it was told up to this number, if it is told at all.
+    pub told: Option<u64>,
     on_the_way: Option<Box<OnTheWay>>,
 }
 
