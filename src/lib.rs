@@ -16,7 +16,23 @@
 //!
 //! ```text
 //! main.rs                 from the words to the exit code
+//! virtlockctl.rs          the other program: its words go to ctl/
 //! lib.rs                  this map
+//! ctl/                    virtlockctl: who has this disk?
+//!   options.rs            the words of its command line, and the help
+//!   status.rs             what is held
+//!   who.rs                who has a disk
+//!   events.rs             what happens
+//!   metrics.rs            numbers for a monitor
+//!   ask.rs                a connection to a daemon
+//!   view.rs               what a daemon says, gathered
+//!   look.rs               a look at a file that may never answer
+//!   kernel.rs             what the kernel knows of locks
+//!   leases.rs             libvirt's names for the leases of disks
+//!   sha256.rs             the sum that they are
+//!   show.rs               tables and JSON
+//!   text.rs               bytes, uuids and times as text
+//!   exit.rs               how a command ends
 //! cli.rs                  the command line, with every form that getopt_long takes
 //! config.rs               virtlockd.conf: libvirt's grammar, and the keys known here
 //! exit.rs                 exit codes, and the error that carries one to main
@@ -151,6 +167,7 @@
 //!   signals.rs            signals as readable events
 //!   clock.rs              the monotonic clock; the calendar
 //!   clone.rs              copies of this process, waited for and ended
+//!   terminal.rs           the width of a terminal
 //!   timer.rs              one timer for the earliest deadline
 //!   daemonize.rs          the start in the background
 //!   environment.rs        variables meant for this process alone
@@ -176,6 +193,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod ctl;
 pub mod custody;
 pub mod desk;
 pub mod exit;

@@ -25,6 +25,7 @@ pub mod refusal;
 pub mod shared;
 pub mod signals;
 pub mod stream;
+pub mod terminal;
 pub mod text;
 pub mod timer;
 pub mod whole_file;

@@ -91,7 +91,10 @@ fn what_is_held_is_listed_with_who_holds_it_and_since_when() {
         };
         let seen = std::fs::metadata(host.namespace.path(&path)).expect("look at it");
         assert_eq!((held.device, held.inode), (seen.dev(), seen.ino()));
-        assert_eq!(status.file(held.device, held.inode), [held.clone()]);
+        assert_eq!(
+            status.file(held.device, held.inode).as_slice(),
+            std::slice::from_ref(held)
+        );
         let again = status.resource(&held.lockspace, &held.name);
         assert_eq!(again.as_ref(), Some(held));
     }

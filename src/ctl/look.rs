@@ -1,0 +1,159 @@
+//! A look at a file that may be on a share which does not answer: done by another process of this program,
+//! which is not waited for for ever. It opens the file to ask for its lock, and closes it: no process that
+//! has a lock is affected by that.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+
+use super::exit::Exit;
+use super::options::LOOK_AT;
+use super::show::Out;
+use crate::host::errno;
+use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
+
+/// For so long a file system is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Who has a lock, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locked {
+    /// Nobody.
+    Free,
+    /// A process.
+    Process(i32),
+    /// Somebody of this host.
+    Here,
+    /// Nobody of this host, and yet somebody.
+    Elsewhere,
+    /// It could not be asked.
+    Unknown,
+}
+
+/// What was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// As the daemon tells files apart.
+    pub file: (u64, u64),
+    /// The path without symbolic links.
+    pub canonical: PathBuf,
+    /// Who has a lock on it.
+    pub locked: Locked,
+}
+
+/// Looks at a file.
+///
+/// # Errors
+/// Why it cannot be looked at.
+pub fn at(path: &Path) -> Result<Seen, String> {
+    let mut child = Command::new("/proc/self/exe")
+        .arg(LOOK_AT)
+        .arg(path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("no process can be started to look at it: {error}"))?;
+    let mut answer = Vec::new();
+    let mut is_late = false;
+    if let Some(mut pipe) = child.stdout.take() {
+        let end = Instant::now().checked_add(PATIENCE);
+        let mut buffer = [0; 4096];
+        loop {
+            let rest = end.map_or(PATIENCE, |end| {
+                end.saturating_duration_since(Instant::now())
+            });
+            let wait = PollTimeout::try_from(rest).unwrap_or(PollTimeout::MAX);
+            let mut watched = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+            if !matches!(poll(&mut watched, wait), Ok(1..)) {
+                is_late = true;
+                break;
+            }
+            match pipe.read(&mut buffer) {
+                Ok(0) | Err(_) => break,
+                Ok(count) => answer.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+            }
+        }
+    }
+    if is_late {
+        // It ends when the file system answers, and nobody waits for that.
+        let _ = child.kill();
+        return Err(format!(
+            "its file system has not answered for {} s",
+            PATIENCE.as_secs()
+        ));
+    }
+    let _ = child.wait();
+    let said: Value = serde_json::from_slice(&answer).unwrap_or_default();
+    if let Some(reason) = said.get("reason").and_then(Value::as_str) {
+        return Err(reason.to_owned());
+    }
+    read(&said).ok_or_else(|| "the process that looked at it died".to_owned())
+}
+
+fn read(said: &Value) -> Option<Seen> {
+    let number = |name: &str| said.get(name)?.as_u64();
+    let bytes: Option<Vec<u8>> = said
+        .get("canonical")?
+        .as_array()?
+        .iter()
+        .map(|byte| u8::try_from(byte.as_u64()?).ok())
+        .collect();
+    let pid = i32::try_from(said.get("pid")?.as_i64()?).ok()?;
+    let locked = match said.get("locked")?.as_str()? {
+        "free" => Locked::Free,
+        "process" => Locked::Process(pid),
+        "here" => Locked::Here,
+        "elsewhere" => Locked::Elsewhere,
+        _ => Locked::Unknown,
+    };
+    Some(Seen {
+        file: (number("device")?, number("inode")?),
+        canonical: PathBuf::from(std::ffi::OsStr::from_bytes(&bytes?)),
+        locked,
+    })
+}
+
+/// What the other process does: looks, and says what it saw.
+pub fn report(path: &Path, out: &mut Out) -> Exit {
+    let bytes = path.as_os_str().as_bytes();
+    let answer = match file::look_up(Start::Anywhere, bytes) {
+        Err(reason) => json!({ "reason": errno::text(reason) }),
+        Ok(found) if found.is_directory => json!({ "reason": "it is a directory" }),
+        Ok(found) => {
+            let canonical = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+            let canonical = canonical.as_os_str().as_bytes();
+            let (locked, pid) = match ask(path) {
+                Some(Conflict::None) => ("free", 0),
+                Some(Conflict::Process(pid)) => ("process", pid),
+                Some(Conflict::OpenFile) => ("here", 0),
+                Some(Conflict::Elsewhere) => ("elsewhere", 0),
+                None => ("unknown", 0),
+            };
+            let FileIdentity { device, inode } = found.identity;
+            json!({
+                "device": device, "inode": inode, "canonical": canonical,
+                "locked": locked, "pid": pid,
+            })
+        }
+    };
+    out.line(&answer.to_string());
+    Exit::Yes
+}
+
+fn ask(path: &Path) -> Option<Conflict> {
+    use std::os::unix::fs::FileTypeExt;
+    let kind = std::fs::metadata(path).ok()?.file_type();
+    // To open a FIFO or a device that is no disk may do something.
+    if !kind.is_file() && !kind.is_block_device() {
+        return None;
+    }
+    let open = file::open_to_read(Start::Anywhere, path.as_os_str().as_bytes()).ok()?;
+    file::holder(&open, LockType::Write).ok()
+}

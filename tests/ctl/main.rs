@@ -1,0 +1,10 @@
+//! The other program, `virtlockctl`, run beside our daemon, beside libvirt's, and beside none.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod beside_libvirt;
+mod commands;
+mod run;
+mod schema;
+mod trouble;
