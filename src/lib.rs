@@ -24,10 +24,14 @@
 //!   who.rs                who has a disk
 //!   events.rs             what happens
 //!   metrics.rs            numbers for a monitor
+//!   audit.rs              which disks no lock protects
+//!   doctor.rs             is everything as it must be?
 //!   ask.rs                a connection to a daemon
 //!   view.rs               what a daemon says, gathered
 //!   look.rs               a look at a file that may never answer
 //!   kernel.rs             what the kernel knows of locks
+//!   guests.rs             the guests that run, and what they have open
+//!   mounts.rs             what is mounted where
 //!   leases.rs             libvirt's names for the leases of disks
 //!   sha256.rs             the sum that they are
 //!   show.rs               tables and JSON

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::sha256;
 use crate::config::Other;
+use crate::host::paths::Paths;
 
 /// libvirt's settings for its lock daemon.
 const SETTINGS: &str = "/etc/libvirt/qemu-lockd.conf";
@@ -40,17 +41,26 @@ impl Leases {
 }
 
 fn settings(is_session: bool) -> PathBuf {
-    let home = std::env::var_os("XDG_CONFIG_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".config")));
-    match home.filter(|_| is_session) {
-        Some(home) => home.join("libvirt/qemu-lockd.conf"),
-        None => PathBuf::from(SETTINGS),
+    if is_session {
+        session_directory().join("qemu-lockd.conf")
+    } else {
+        PathBuf::from(SETTINGS)
     }
+}
+
+/// Where libvirt's configuration of a user's session is.
+pub fn session_directory() -> PathBuf {
+    let config = Paths::of_session().config_file;
+    config.parent().map(Path::to_owned).unwrap_or_default()
 }
 
 /// The name of a disk's lease.
 pub fn name(path: &Path) -> String {
     let sum = sha256::sum(path.as_os_str().as_bytes());
     sum.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether something may be the name of a disk's lease.
+pub fn is_name(name: &[u8]) -> bool {
+    name.len() == 64 && name.iter().all(u8::is_ascii_hexdigit)
 }

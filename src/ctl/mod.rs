@@ -6,12 +6,16 @@
 #![forbid(unsafe_code)]
 
 mod ask;
+mod audit;
+mod doctor;
 mod events;
 mod exit;
+mod guests;
 mod kernel;
 mod leases;
 mod look;
 mod metrics;
+mod mounts;
 mod options;
 mod sha256;
 mod show;
@@ -41,6 +45,8 @@ pub fn run(words: Vec<OsString>) -> ExitCode {
             Command::Who(files) => who::run(&common, &files, &mut out),
             Command::Events(kinds) => events::run(&common, kinds, &mut out),
             Command::Metrics => metrics::run(&common, &mut out),
+            Command::Audit => audit::run(&common, &mut out),
+            Command::Doctor => doctor::run(&common, &mut out),
         },
         Err(wrong) => {
             complain(&wrong);

@@ -29,6 +29,10 @@ pub enum Command {
     Events(u32),
     /// Numbers for a monitor.
     Metrics,
+    /// Which disks no lock protects.
+    Audit,
+    /// Is everything as it must be?
+    Doctor,
 }
 
 /// What the words lead to.
@@ -52,6 +56,8 @@ Commands:
   who FILE...                who has a disk
   events                     what happens, as it happens
   metrics                    numbers, as OpenMetrics text
+  audit                      guests' disks that no lock protects
+  doctor                     is locking set up as it must be?
 
 Options:
   --session       the daemon of this user's session, not the system's
@@ -121,6 +127,36 @@ Example:
   virtlockctl metrics > /var/lib/node_exporter/virtlockd.prom.$$ &&
     mv /var/lib/node_exporter/virtlockd.prom.$$ /var/lib/node_exporter/virtlockd.prom";
 
+const AUDIT: &str = "\
+Usage: virtlockctl audit
+
+Which running guests (QEMU's processes) have a disk open for writing that no lock protects, as one has that was started
+before locking was switched on; and which locks protect nothing. Beside libvirt's daemon by what the kernel knows of its
+locks. Firmware variables, logs and memory files are no disks: libvirt has no locks for them.
+
+Exit codes:
+  0  every disk is protected, and every lock protects one
+  1  not so
+  2  nobody can tell (of at least one guest)
+
+Example:
+  virtlockctl audit";
+
+const DOCTOR: &str = "\
+Usage: virtlockctl doctor
+
+Is locking on (qemu.conf, qemu-lockd.conf)? Are the lockspaces' directories there, and do other hosts see the locks in
+them? Does a daemon answer, has it room, is its program the one installed, who may connect to it? Are shares mounted so
+that locks reach their servers? A line each: ok, warn or bad, with what to do.
+
+Exit codes:
+  0  all is well
+  1  a warning
+  2  something is bad
+
+Example:
+  virtlockctl doctor";
+
 /// Reads the words.
 ///
 /// # Errors
@@ -161,6 +197,8 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
         Some("who") => WHO,
         Some("events") => EVENTS,
         Some("metrics") => METRICS,
+        Some("audit") => AUDIT,
+        Some("doctor") => DOCTOR,
         _ => {
             let name = safe(name.as_encoded_bytes());
             return Err(if name.starts_with('-') {
@@ -189,6 +227,8 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
         (Some("who"), []) => return Err(format!("no file is given\n\n{help}")),
         (Some("events"), []) => Command::Events(kinds(only.as_deref())?),
         (Some("metrics"), []) => Command::Metrics,
+        (Some("audit"), []) => Command::Audit,
+        (Some("doctor"), []) => Command::Doctor,
         _ => return Err(format!("there are too many words\n\n{help}")),
     };
     let socket = match (socket, is_session) {
@@ -248,7 +288,7 @@ mod tests {
 
     #[test]
     fn every_command_has_a_help_with_its_exit_codes_and_an_example() {
-        for command in ["status", "who", "events", "metrics"] {
+        for command in ["status", "who", "events", "metrics", "audit", "doctor"] {
             let Ok(Words::Say(help)) = parsed(&[command, "--help"]) else {
                 panic!("no help for {command}")
             };

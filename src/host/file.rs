@@ -1,6 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, unlocked before they are closed, told apart by device and inode.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -245,6 +246,32 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
         Start::Anywhere => Ok(information(stat::stat(path)?)),
         Start::Beneath(_) => Ok(information(stat::fstat(handle(start, path)?)?)),
     }
+}
+
+/// What is known here of the file that a path leads to: a server of a network file system is not asked, so
+/// this does not wait for one (statx(2) with AT_STATX_DONT_SYNC). Identity, and whether it is a regular file
+/// or a block device.
+pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
+    // SAFETY: statx is plain data for which all zeros is a valid value.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE | libc::STATX_INO);
+    // SAFETY: the path ends with a zero byte, and the kernel stores a statx at the address of a living one.
+    let result = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, mask, &raw mut found) };
+    nix::errno::Errno::result(result).map_err(Errno::from)?;
+    let kind = SFlag::from_bits_truncate(found.stx_mode.into()) & SFlag::S_IFMT;
+    let is_disk = matches!(kind, SFlag::S_IFREG | SFlag::S_IFBLK);
+    let identity = if kind == SFlag::S_IFBLK {
+        FileIdentity {
+            device: libc::makedev(found.stx_rdev_major, found.stx_rdev_minor),
+            inode: 0,
+        }
+    } else {
+        FileIdentity {
+            device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+        }
+    };
+    Ok((identity, is_disk))
 }
 
 /// Removes a name. Of a symbolic link, the link.

@@ -7,4 +7,5 @@ mod beside_libvirt;
 mod commands;
 mod run;
 mod schema;
+mod setup;
 mod trouble;

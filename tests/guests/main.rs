@@ -5,6 +5,7 @@ mod support;
 
 mod guests;
 mod guests_upgrade;
+mod who;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,0 +1,96 @@
+//! How libvirt and the host are set up, as `doctor` sees it, in a user's session.
+
+use crate::commands::Scene;
+use crate::run::{self, Ran, program};
+use serde_json::Value;
+
+fn doctor(scene: &Scene, json: bool) -> Ran {
+    let mut command = scene.namespace.command("env");
+    command.args([
+        "XDG_CONFIG_HOME=/run/config",
+        "XDG_RUNTIME_DIR=/run",
+        program(),
+    ]);
+    command.args(["--session", "doctor"]);
+    if json {
+        command.arg("--json");
+    }
+    run::of(&mut command)
+}
+
+#[track_caller]
+fn says(said: &Value, level: &str, words: &str) {
+    let findings = said["findings"].as_array().expect("findings").iter();
+    let mut of_level = findings.filter(|it| it["level"] == level);
+    let says = |it: &Value| it["what"].as_str().expect("a text").contains(words);
+    assert!(of_level.any(says), "{level} {words}: {said:#}");
+}
+
+#[test]
+fn doctor_says_what_is_wrong_and_what_to_do() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let config = scene.namespace.path("/run/config/libvirt");
+    std::fs::create_dir_all(&config).expect("make a directory");
+    let write = |name: &str, text: &str| {
+        std::fs::write(config.join(name), text).expect("write a setting");
+    };
+    let said = doctor(&scene, true).json(2);
+    says(&said, "bad", "There is no");
+    says(&said, "ok", "answers, process");
+    says(&said, "ok", "virtlockd-sock is for its owner alone");
+
+    write("qemu.conf", "lock_manager = \"lockd\"\n");
+    let said = doctor(&scene, false);
+    assert!(
+        said.stdout.lines().all(|line| line.starts_with("ok    ")),
+        "{said:?}"
+    );
+    said.expect(0);
+
+    write("qemu-lockd.conf", "file_lockspace_dir = \"/run/leases\"\n");
+    says(
+        &doctor(&scene, true).json(2),
+        "bad",
+        "/run/leases, is no directory",
+    );
+    std::fs::create_dir(scene.namespace.path("/run/leases")).expect("make it");
+    says(
+        &doctor(&scene, true).json(1),
+        "warn",
+        "which is this host's alone",
+    );
+    write("qemu-lockd.conf", "auto_disk_leases = 0\n");
+    says(
+        &doctor(&scene, true).json(2),
+        "bad",
+        "switches automatic leases off",
+    );
+    write("qemu-lockd.conf", "auto_disk_leases = \n");
+    says(
+        &doctor(&scene, true).json(2),
+        "bad",
+        "configuration file syntax error",
+    );
+    write("qemu-lockd.conf", "# Nothing.\n");
+    write("qemu.conf", "lock_manager = \"other\"\n");
+    says(
+        &doctor(&scene, true).json(2),
+        "bad",
+        "a lock manager 'other'",
+    );
+    write("qemu.conf", "lock_manager = \"lockd\"\n");
+
+    let socket = scene.namespace.path("/run/libvirt/virtlockd-sock");
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(&socket, open).expect("open the socket");
+    says(
+        &doctor(&scene, true).json(1),
+        "warn",
+        "may be connected to by others",
+    );
+    scene.daemon.stop();
+    let said = doctor(&scene, true).json(2);
+    says(&said, "bad", "No daemon answers");
+}
