@@ -26,6 +26,7 @@
 //!   metrics.rs            numbers for a monitor
 //!   audit.rs              which disks no lock protects
 //!   doctor.rs             is everything as it must be?
+//!   exec.rs               a command that has locks
 //!   ask.rs                a connection to a daemon
 //!   view.rs               what a daemon says, gathered
 //!   look.rs               a look at a file that may never answer
@@ -169,6 +170,7 @@
 //!   program.rs            a program to be executed, prepared
 //!   leash.rs              a process group that does not outlive this process
 //!   signals.rs            signals as readable events
+//!   child.rs              a child that ends with this process
 //!   clock.rs              the monotonic clock; the calendar
 //!   clone.rs              copies of this process, waited for and ended
 //!   terminal.rs           the width of a terminal

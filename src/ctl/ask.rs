@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use super::text::safe;
 use crate::host::stream;
 use crate::wire::error;
 use crate::wire::frame::{self, Kind, Split};
+use crate::wire::lock;
 use crate::wire::status::{self, Call};
 
 /// For so long an answer is waited for.
@@ -133,7 +134,22 @@ impl Link {
         self.serial = self.serial.wrapping_add(1);
         let mut bytes = Vec::new();
         call.encode(&mut bytes, self.serial);
-        self.stream.write_all(&bytes).map_err(|_| Trouble::Gone)?;
+        self.exchange(&bytes)
+    }
+
+    /// A call of the lock program.
+    ///
+    /// # Errors
+    /// Why it was not done.
+    pub fn call_lock(&mut self, call: &lock::Call<'_>) -> Result<(), Trouble> {
+        self.serial = self.serial.wrapping_add(1);
+        let mut bytes = Vec::new();
+        call.encode(&mut bytes, self.serial);
+        self.exchange(&bytes).map(drop)
+    }
+
+    fn exchange(&mut self, bytes: &[u8]) -> Result<Vec<u8>, Trouble> {
+        self.stream.write_all(bytes).map_err(|_| Trouble::Gone)?;
         let end = Instant::now().checked_add(PATIENCE);
         loop {
             let rest = end.map_or(PATIENCE, |end| {
@@ -215,6 +231,12 @@ impl Link {
                 },
             }
         }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

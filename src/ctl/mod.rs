@@ -9,6 +9,7 @@ mod ask;
 mod audit;
 mod doctor;
 mod events;
+mod exec;
 mod exit;
 mod guests;
 mod kernel;
@@ -31,8 +32,11 @@ use exit::{Exit, complain};
 use options::{Command, Words};
 use show::Out;
 
+use crate::host::process;
+
 /// Does what the words say, but for the program's own name.
 pub fn run(words: Vec<OsString>) -> ExitCode {
+    process::set_started();
     let mut out = Out::new();
     let exit = match options::parse(words) {
         Ok(Words::Say(text)) => {
@@ -47,11 +51,12 @@ pub fn run(words: Vec<OsString>) -> ExitCode {
             Command::Metrics => metrics::run(&common, &mut out),
             Command::Audit => audit::run(&common, &mut out),
             Command::Doctor => doctor::run(&common, &mut out),
+            Command::Exec(wish) => exec::run(&common, &wish),
         },
         Err(wrong) => {
             complain(&wrong);
             Exit::Usage
         }
     };
-    ExitCode::from(exit as u8)
+    ExitCode::from(exit.number())
 }

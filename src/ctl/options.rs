@@ -1,7 +1,8 @@
 //! The words of the command line, and what is said about them.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use super::text::safe;
 use crate::host::paths::Paths;
@@ -12,6 +13,8 @@ use crate::wire::status::Kind;
 pub struct Common {
     /// Where the daemon listens for administrators.
     pub socket: PathBuf,
+    /// Where it listens for those who want locks.
+    pub lock_socket: PathBuf,
     /// JSON instead of a table.
     pub json: bool,
     /// Whether it is about a user's session.
@@ -33,6 +36,23 @@ pub enum Command {
     Audit,
     /// Is everything as it must be?
     Doctor,
+    /// A command with locks.
+    Exec(Wish),
+}
+
+/// What is to be run, and with which locks.
+#[derive(Debug)]
+pub struct Wish {
+    /// Others may have the locks, too.
+    pub shared: bool,
+    /// For how long locks that are held are waited for, seconds.
+    pub wait_s: u64,
+    /// Not the files are locked but libvirt's leases for them, in this directory.
+    pub lease: Option<PathBuf>,
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// The command and its words.
+    pub command: Vec<OsString>,
 }
 
 /// What the words lead to.
@@ -58,6 +78,7 @@ Commands:
   metrics                    numbers, as OpenMetrics text
   audit                      guests' disks that no lock protects
   doctor                     is locking set up as it must be?
+  exec FILE... -- COMMAND    runs a command that has locks
 
 Options:
   --session       the daemon of this user's session, not the system's
@@ -157,6 +178,24 @@ Exit codes:
 Example:
   virtlockctl doctor";
 
+const EXEC: &str = "\
+Usage: virtlockctl exec [--shared] [--wait SECONDS] [--lease DIR] FILE... -- COMMAND [WORD...]
+
+Runs a command that has the locks of these files, as a guest has them: no guest is started with them meanwhile, and if one
+has them the command is not run. --shared shares them with others who do. --wait waits for locks that are held; virtlockd
+says when they are free. --lease locks not the files but libvirt's leases for them in this lockspace (the
+file_lockspace_dir of qemu-lockd.conf). The command does not get the connection, and is killed if the daemon closes it, or
+if virtlockctl is killed.
+
+Exit codes: the command's own (128 and its number if a signal ended it), or
+   69  the daemon cannot be asked
+   75  a lock is held; the message says by whom
+   76  the connection was lost, and the command was ended
+  127  the command cannot be run
+
+Example:
+  virtlockctl exec --wait 60 /srv/web1.img -- qemu-img resize /srv/web1.img +10G";
+
 /// Reads the words.
 ///
 /// # Errors
@@ -167,6 +206,8 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
     {
         return Ok(Words::LookAt(path.into()));
     }
+    // What is behind it is not for us to read.
+    let (words, command) = split(words);
     let mut words = pico_args::Arguments::from_vec(words);
     let wants_help = words.contains(["-h", "--help"]);
     if words.contains(["-V", "--version"]) {
@@ -183,6 +224,15 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
     let only: Option<String> = words
         .opt_value_from_str("--only")
         .map_err(|error| error.to_string())?;
+    let wish = (
+        words.contains("--shared"),
+        words
+            .opt_value_from_str::<_, u64>("--wait")
+            .map_err(|error| error.to_string())?,
+        words
+            .opt_value_from_os_str("--lease", |word| Ok::<_, String>(PathBuf::from(word)))
+            .map_err(|error| error.to_string())?,
+    );
     let mut rest = words.finish().into_iter();
     let Some(name) = rest.next() else {
         return if wants_help {
@@ -199,6 +249,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
         Some("metrics") => METRICS,
         Some("audit") => AUDIT,
         Some("doctor") => DOCTOR,
+        Some("exec") => EXEC,
         _ => {
             let name = safe(name.as_encoded_bytes());
             return Err(if name.starts_with('-') {
@@ -218,8 +269,16 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
     if only.is_some() && name != "events" {
         return Err(format!("--only is an option of events alone\n\n{help}"));
     }
-    // What follows `--` may begin as an option does.
-    let rest: Vec<OsString> = without_separator(rest);
+    if wish != (false, None, None) && name != "exec" {
+        return Err(format!(
+            "--shared, --wait and --lease are options of exec alone\n\n{help}"
+        ));
+    }
+    // What follows `--` may begin as an option does; of exec alone it is a command.
+    let (rest, command) = match command {
+        Some(command) if name != "exec" => ([rest, command].concat(), None),
+        command => (rest, command),
+    };
     let command = match (name.to_str(), rest.as_slice()) {
         (Some("status"), []) => Command::Status(None),
         (Some("status"), [whom]) => Command::Status(Some(whom.clone())),
@@ -229,6 +288,8 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
         (Some("metrics"), []) => Command::Metrics,
         (Some("audit"), []) => Command::Audit,
         (Some("doctor"), []) => Command::Doctor,
+        (Some("exec"), [_, ..]) => Command::Exec(wish_of(wish, rest, command, help)?),
+        (Some("exec"), []) => return Err(format!("no file is given\n\n{help}")),
         _ => return Err(format!("there are too many words\n\n{help}")),
     };
     let socket = match (socket, is_session) {
@@ -240,6 +301,7 @@ pub fn parse(words: Vec<OsString>) -> Result<Words, String> {
         (None, false) => Paths::of_system().admin_socket,
     };
     let common = Common {
+        lock_socket: lock_socket(&socket),
         socket,
         json,
         is_session,
@@ -255,11 +317,42 @@ fn is_option(word: &OsStr) -> bool {
     word.starts_with(b"-") && word.len() > 1 && word != b"--"
 }
 
-fn without_separator(mut words: Vec<OsString>) -> Vec<OsString> {
-    if let Some(place) = words.iter().position(|word| word == "--") {
-        words.remove(place);
-    }
-    words
+/// The words in front of `--`, and those behind it.
+fn split(mut words: Vec<OsString>) -> (Vec<OsString>, Option<Vec<OsString>>) {
+    let Some(place) = words.iter().position(|word| word == "--") else {
+        return (words, None);
+    };
+    let behind = words.split_off(place).into_iter().skip(1).collect();
+    (words, Some(behind))
+}
+
+/// Where the lock socket is, beside an admin socket.
+fn lock_socket(admin: &Path) -> PathBuf {
+    let name = admin.file_name().unwrap_or_default();
+    let is_named = name.as_bytes().ends_with(b"-admin-sock");
+    admin.with_file_name(if is_named {
+        "virtlockd-sock"
+    } else {
+        "lock-sock"
+    })
+}
+
+fn wish_of(
+    (shared, wait_s, lease): (bool, Option<u64>, Option<PathBuf>),
+    files: Vec<OsString>,
+    command: Option<Vec<OsString>>,
+    help: &str,
+) -> Result<Wish, String> {
+    let Some(command) = command.filter(|command| !command.is_empty()) else {
+        return Err(format!("no command is given behind --\n\n{help}"));
+    };
+    Ok(Wish {
+        shared,
+        wait_s: wait_s.unwrap_or(0),
+        lease,
+        files: files.into_iter().map(PathBuf::from).collect(),
+        command,
+    })
 }
 
 fn kinds(only: Option<&str>) -> Result<u32, String> {
@@ -288,7 +381,9 @@ mod tests {
 
     #[test]
     fn every_command_has_a_help_with_its_exit_codes_and_an_example() {
-        for command in ["status", "who", "events", "metrics", "audit", "doctor"] {
+        for command in [
+            "status", "who", "events", "metrics", "audit", "doctor", "exec",
+        ] {
             let Ok(Words::Say(help)) = parsed(&[command, "--help"]) else {
                 panic!("no help for {command}")
             };
@@ -302,6 +397,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_behind_the_separator_is_a_command_or_a_file() {
+        let words = ["exec", "--wait", "5", "/disk", "--", "sh", "-c", "--json"];
+        let Ok(Words::Do(common, Command::Exec(wish))) = parsed(&words) else {
+            panic!("the words are right")
+        };
+        assert!(!common.json && !wish.shared);
+        assert_eq!((wish.wait_s, wish.files.len()), (5, 1));
+        assert_eq!(wish.command, ["sh", "-c", "--json"]);
+        assert_eq!(
+            common.lock_socket,
+            PathBuf::from("/run/libvirt/virtlockd-sock")
+        );
+        let Ok(Words::Do(_, Command::Who(files))) = parsed(&["who", "--", "-disk"]) else {
+            panic!("the words are right")
+        };
+        assert_eq!(files, [PathBuf::from("-disk")]);
+    }
+
+    #[test]
     fn wrong_words_are_answered_with_a_sentence_that_helps() {
         for (words, sentence) in [
             (&[][..], "no command"),
@@ -311,6 +425,9 @@ mod tests {
             (&["status", "a", "b"], "too many words"),
             (&["who"], "no file is given"),
             (&["metrics", "--only", "granted"], "option of events"),
+            (&["who", "--wait", "3", "/x"], "options of exec"),
+            (&["exec", "/x"], "no command is given behind --"),
+            (&["exec", "--wait", "x", "/x", "--", "true"], "x"),
             (&["events", "--only", "granted,x"], "the kind 'x'"),
             (
                 &["--session", "--socket", "/x", "status"],

@@ -5,6 +5,7 @@ mod support;
 
 mod beside_libvirt;
 mod commands;
+mod exec;
 mod run;
 mod schema;
 mod setup;

@@ -94,3 +94,42 @@ fn doctor_says_what_is_wrong_and_what_to_do() {
     let said = doctor(&scene, true).json(2);
     says(&said, "bad", "No daemon answers");
 }
+
+#[test]
+fn a_shell_completes_commands_options_kinds_and_files() {
+    let script = r#"
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_virtlockctl
+printf '%s\n' "${COMPREPLY[@]}""#;
+    let completed = |words: &[&str]| -> Vec<String> {
+        let file = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src/dist/virtlockctl.bash-completion"
+        );
+        let mut command = std::process::Command::new("bash");
+        command
+            .args(["-c", script, "bash", file, program()])
+            .args(words);
+        let said = run::of(&mut command).expect(0);
+        said.split_whitespace().map(str::to_owned).collect()
+    };
+    let commands = [
+        "status", "who", "events", "metrics", "audit", "doctor", "exec",
+    ];
+    assert_eq!(completed(&[""]), commands);
+    assert_eq!(completed(&["st"]), ["status"]);
+    assert_eq!(completed(&["--json", "me"]), ["metrics"]);
+    assert_eq!(completed(&["--socket", "/x", "au"]), ["audit"]);
+    assert_eq!(completed(&["events", "--o"]), ["--only"]);
+    assert_eq!(
+        completed(&["events", "--only", "re"]),
+        ["registered", "released", "refused", "recovered"]
+    );
+    assert_eq!(
+        completed(&["exec", "--s"]),
+        ["--session", "--socket", "--shared"]
+    );
+    let files = completed(&["who", "/etc/passw"]);
+    assert!(files.contains(&"/etc/passwd".to_owned()), "{files:?}");
+}
