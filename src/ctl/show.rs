@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(whole[0], "FILE                                MODE");
         assert_eq!(whole[2], "/d                                  exclusive");
         let cut = table(&["FILE", "MODE"], &rows, Some(30));
-        assert_eq!(cut[1], "\u{2026}images/disk.qcow2   shared");
+        assert_eq!(cut[1], "\u{2026}/images/disk.qcow2  shared");
         assert!(cut.iter().all(|line| line.chars().count() <= 30));
     }
 }
