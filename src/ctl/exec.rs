@@ -28,6 +28,10 @@ use crate::wire::status::{self, Happened, Kind};
 
 /// A lock that is held may be free so much later without a word: a stranger's.
 const STRANGERS: Duration = Duration::from_secs(2);
+/// Of a guest's the daemon tells; only if it was replaced by libvirt's meanwhile it does not.
+const GUESTS: Duration = Duration::from_secs(60);
+/// The words of a refusal behind which a guest is named.
+const BY_GUEST: &[u8] = b"is locked: by domain '";
 /// A command that is to end has so long before it is killed: as long as a guest.
 const GRACE: Duration = Duration::from_millis(1600);
 
@@ -155,7 +159,13 @@ fn take(
             complain(&format!("waiting: {}", safe(&text)));
             has_said = true;
         }
-        wait(news.as_mut(), targets.get(at), rest.min(STRANGERS));
+        let is_guests = text.windows(BY_GUEST.len()).any(|it| it == BY_GUEST);
+        let most = if is_guests && news.is_some() {
+            GUESTS
+        } else {
+            STRANGERS
+        };
+        wait(news.as_mut(), targets.get(at), rest.min(most));
     }
 }
 
