@@ -89,8 +89,11 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
     exit
 }
 
-/// What is asked for: lockspaces and names.
-fn targets(wish: &Wish) -> Result<Vec<(Vec<u8>, Vec<u8>)>, String> {
+/// A lockspace, and a name there.
+type Wanted = (Vec<u8>, Vec<u8>);
+
+/// What is asked for.
+fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
     let target = |file: &PathBuf| {
         let path = std::path::absolute(file).map_err(|error| error.to_string())?;
         Ok(match &wish.lease {
@@ -132,13 +135,11 @@ fn registered(mut link: Link, wish: &Wish) -> Result<Link, Trouble> {
     Ok(link)
 }
 
-type Targets = [(Vec<u8>, Vec<u8>)];
-
 /// Takes all locks, or none: then the words of the refusal.
 fn take(
     common: &Common,
     wish: &Wish,
-    targets: &Targets,
+    targets: &[Wanted],
     link: &mut Link,
 ) -> Result<Option<Vec<u8>>, Trouble> {
     let end = Instant::now().checked_add(Duration::from_secs(wish.wait_s));
@@ -172,7 +173,7 @@ fn take(
 /// Tries to take all of them; which one is another's, and its refusal.
 fn try_all(
     wish: &Wish,
-    targets: &Targets,
+    targets: &[Wanted],
     link: &mut Link,
 ) -> Result<Option<(usize, Vec<u8>)>, Trouble> {
     let shared = if wish.shared { SHARED } else { 0 };
@@ -194,7 +195,7 @@ fn try_all(
     Ok(None)
 }
 
-fn give_back(targets: &Targets, link: &mut Link) {
+fn give_back(targets: &[Wanted], link: &mut Link) {
     for (lockspace, name) in targets {
         let target = Target { lockspace, name };
         // What is not given back is freed when this process ends.
@@ -211,7 +212,7 @@ fn listen(common: &Common) -> Option<Link> {
 }
 
 /// Waits until a lock may be free, or so long.
-fn wait(news: Option<&mut Link>, target: Option<&(Vec<u8>, Vec<u8>)>, most: Duration) {
+fn wait(news: Option<&mut Link>, target: Option<&Wanted>, most: Duration) {
     let Some(news) = news else {
         return std::thread::sleep(most);
     };
