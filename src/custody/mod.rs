@@ -18,6 +18,7 @@ pub mod fences;
 pub mod ledger;
 pub mod locking;
 pub mod own_connections;
+pub mod renumber;
 pub mod roll;
 pub mod served;
 pub mod servers;
@@ -548,14 +549,14 @@ impl Custody {
     }
 
     /// Closes the ledger for a handover, with the bytes that are on their way and the poll that watches
-    /// the clients. Until then bytes are not written down: they would be worked on or sent once more.
+    /// the clients, if that is handed over. Until then bytes are not written down: they would be worked on or sent once more.
     ///
     /// # Errors
     /// What the host refuses, or what cannot be written: then nobody can take over.
     pub fn close(
         &mut self,
         traffic: impl Iterator<Item = (ClientId, Traffic)>,
-        poll: RawFd,
+        poll: Option<RawFd>,
     ) -> Result<(), Errno> {
         if self.ledger.is_stale() {
             self.renew()?;
@@ -570,7 +571,9 @@ impl Custody {
             let event = Event::Traffic(Number(id.0), Box::new(traffic));
             self.commit(event, &mut Given::default())?;
         }
-        self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
+        if let Some(poll) = poll {
+            self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
+        }
         self.ledger.close();
         Ok(())
     }
