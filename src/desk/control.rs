@@ -32,6 +32,9 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const MOUTH: usize = 160;
+const TAKEN: usize = 168;
+const PACKS: usize = 176;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -349,6 +352,33 @@ impl Desk {
         self.set_number(ORDER_LEDGER, ledger);
         self.memory.store(ORDER, order.word());
         true
+    }
+
+    /// Into what everything can be put that is to be kept while no daemon runs.
+    pub fn mouth(&self) -> Option<RawFd> {
+        self.number(MOUTH)
+    }
+
+    /// This is it.
+    pub fn set_mouth(&self, number: Option<RawFd>) {
+        self.set_number(MOUTH, number);
+    }
+
+    /// From what this daemon goes on, where that was kept: it is to be emptied before anybody is served.
+    pub fn taken(&self) -> Option<RawFd> {
+        self.number(TAKEN)
+    }
+
+    /// This is it; or it is empty.
+    pub fn set_taken(&self, number: Option<RawFd>) {
+        self.set_number(TAKEN, number);
+    }
+
+    /// A reactor begins to pack everything for the next start. How many did before, and died of it.
+    pub fn begins_to_pack(&self) -> u64 {
+        let before = self.memory.load(PACKS);
+        self.memory.store(PACKS, before.saturating_add(1));
+        before
     }
 
     /// What libvirt's daemon goes on from, and removes then. False if its path is too long.

@@ -13,7 +13,7 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{kept, serve, standard};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
@@ -50,6 +50,10 @@ pub fn resume(
     mut command_line: CommandLine,
     desk: Guarded,
 ) -> Result<End, Failed> {
+    if let Ok(desk) = desk {
+        // Before the ledger gets its name, which that of the daemon before has as long as this is full.
+        kept::empty(desk);
+    }
     let give_up = |error| end_without_loss(error, desk);
     let not_open = |_| unusable("its descriptor is not open");
     let descriptor = descriptors::adopt(number).map_err(not_open);

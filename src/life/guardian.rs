@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::store::Store;
 use super::understudy::{self, Stands};
 use crate::desk::Desk;
 use crate::desk::control::{Death, Failure, Message, Order, Phase};
@@ -40,6 +41,8 @@ const LONGEST_PAUSE_MS: u64 = 10_000;
 pub enum End {
     /// The daemon is over: it has stopped, or never was.
     Over(ExitCode),
+    /// It is over until the next start, for which the service manager keeps everything.
+    Kept,
     /// A program is to be executed: the desk has the order.
     Ordered,
     /// The ledger cannot be read.
@@ -50,12 +53,14 @@ pub enum End {
 
 /// Statuses of the reactor's process beside those of [`ExitCode`].
 const ORDERED: u8 = 80;
+const KEPT: u8 = 81;
 const UNREADABLE: u8 = 82;
 
 impl End {
     fn status(self) -> u8 {
         match self {
             End::Over(exit) => exit.number(),
+            End::Kept => KEPT,
             End::Ordered => ORDERED,
             End::Unreadable | End::Orphaned => UNREADABLE,
         }
@@ -79,6 +84,7 @@ pub struct Guardian {
     desk: &'static Desk,
     program: Program,
     herald: Option<Herald>,
+    store: Store,
     /// What was said about a start that fails leads to the end of the daemon, not to another try.
     is_fresh: bool,
     again: Again,
@@ -89,23 +95,27 @@ pub struct Guardian {
 impl Guardian {
     /// With all that it will need.
     ///
-    /// If this process was executed, there may be an understudy, which it ends.
+    /// If this process was executed, there may be an understudy, which it ends. If it was started, the service
+    /// manager may have given it what is in its store by these names.
     pub fn new(
         desk: &'static Desk,
         program: Program,
         is_fresh: bool,
         again: Again,
-        understudy: Option<i32>,
+        (understudy, given): (Option<i32>, Vec<String>),
     ) -> Guardian {
         signals::hear_of_children();
         let herald = Herald::open();
         desk.set_herald(herald.as_ref().map(Herald::number));
         desk.set_guardian(process::started());
         desk.set_understudy(understudy.filter(|pid| clone::is_child(*pid)));
+        let mut store = Store::of(given);
+        store.prepare(desk, herald.as_ref());
         Guardian {
             desk,
             program,
             herald,
+            store,
             is_fresh,
             again,
             in_a_row: 0,
@@ -222,15 +232,18 @@ impl Guardian {
         let is_starting = self.desk.phase() == Phase::Starting;
         let death = match ended {
             Ended::Status(status) if status == i32::from(ExitCode::Success.number()) => {
+                self.leave(ExitCode::Success.number());
+            }
+            Ended::Status(status) if status == i32::from(KEPT) => {
                 clone::leave(ExitCode::Success.number());
             }
             Ended::Status(status) if status == i32::from(ORDERED) => return self.obey(),
             Ended::Status(status) if status == i32::from(UNREADABLE) => Death::Unreadable,
             Ended::Status(status) if is_starting && status < i32::from(ORDERED) => {
-                clone::leave(u8::try_from(status).unwrap_or(ExitCode::Failure.number()));
+                self.leave(u8::try_from(status).unwrap_or(ExitCode::Failure.number()));
             }
             _ if is_starting && self.is_fresh => {
-                clone::leave(ExitCode::Initialisation.number());
+                self.leave(ExitCode::Initialisation.number());
             }
             _ if was_away => Death::Away,
             Ended::Status(status) => Death::Status(status),
@@ -259,6 +272,12 @@ impl Guardian {
             "STATUS=The reactor died ({in_a_row} in a row) and is started again; all locks stay"
         ));
         self.pause(pause_ms(in_a_row), None);
+    }
+
+    /// The daemon is over, and nothing is to be kept for the next start but what was before.
+    fn leave(&self, status: u8) -> ! {
+        self.store.give_up(self.herald.as_ref());
+        clone::leave(status);
     }
 
     /// Waits for the end of the reactor, and whether that was brought about by the guardian.
@@ -322,6 +341,7 @@ impl Guardian {
     fn pass_on_messages(&mut self) {
         if self.desk.take_told(Message::Ready) {
             self.dismiss_understudy();
+            self.store.forget_given(self.herald.as_ref());
             match self.in_a_row {
                 0 => self.say(format_args!("READY=1")),
                 _ => self.say(format_args!("READY=1\nSTATUS=It serves")),
@@ -361,6 +381,7 @@ impl Guardian {
         };
         if order == Order::WayBack {
             let reason = self.execute(order);
+            self.store.prepare(self.desk, self.herald.as_ref());
             return self.desk.order_failed(Failure::Exec(reason));
         }
         let failure = match understudy::stand_by(self.desk, order) {
@@ -379,6 +400,7 @@ impl Guardian {
             }
             Err(reason) => Failure::NoUnderstudy(reason),
         };
+        self.store.prepare(self.desk, self.herald.as_ref());
         self.desk.order_failed(failure);
     }
 
@@ -397,6 +419,8 @@ impl Guardian {
                 clone::signal(process::own_number(), signal);
             }
         }
+        // A program that does not know of it would not start with it one day.
+        self.store.give_up(self.herald.as_ref());
         let path = self.desk.ordered_path();
         match order {
             Order::Libvirt | Order::WayBack => {

@@ -18,7 +18,7 @@ use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
 use crate::host::errno::{self, Errno};
-use crate::host::listen::Activation;
+use crate::host::listen::Given;
 use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
@@ -32,11 +32,11 @@ use crate::restart::handover::CommandLine;
 /// # Errors
 /// Why there is no daemon any more, or never was.
 pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
-    let activation = match &outcome {
+    let given = match &outcome {
         // First of all, because it takes descriptors that nobody else may have opened. A daemon in
         // the background has another pid than the one that the descriptors are for.
-        Outcome::Run(options) if !options.daemon => Activation::take(),
-        _ => Activation::None,
+        Outcome::Run(options) if !options.daemon => Given::take(),
+        _ => Given::nothing(),
     };
     let command_line = CommandLine::of_this_process();
     // Before a word is written: standard error may be somebody's.
@@ -50,7 +50,7 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
     }
     if takeover::is_awaited(&Paths::of_this_process()) {
         // What was activated for a process before an exec is part of its state.
-        std::mem::forget(activation);
+        std::mem::forget(given);
         let (theirs, words) = (wanted(outcome), command_line.clone());
         let options = theirs.clone();
         let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
@@ -62,12 +62,13 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         ));
     }
     log::install(log::Settings::initial())?;
-    start_afresh(wanted(outcome)?, command_line, activation, program)
+    start_afresh(wanted(outcome)?, command_line, given, program)
 }
 
 /// Who was here before.
 enum Before {
-    Nobody,
+    /// Nobody; but there may be something in the service manager's store, under these names.
+    Nobody(Vec<String>),
     Libvirts,
     /// This program, and the ledger that it left.
     Ours(RawFd),
@@ -83,9 +84,11 @@ fn guarded(
 ) -> ExitCode {
     let understudy = takeover::understudy();
     let prepared = prepare(&command_line);
-    let ledger = match before {
-        Before::Ours(number) => Some(number),
-        Before::Nobody | Before::Libvirts => None,
+    let is_fresh = matches!(before, Before::Nobody(_));
+    let (ledger, stored) = match before {
+        Before::Ours(number) => (Some(number), Vec::new()),
+        Before::Nobody(stored) => (None, stored),
+        Before::Libvirts => (None, Vec::new()),
     };
     let again: Again = Box::new(move |desk: Guarded| {
         let number = desk.ok().and_then(Desk::ledger).or(ledger);
@@ -104,7 +107,6 @@ fn guarded(
             guardian::alone(refusal, first, &again)
         }
         Ok((desk, program)) => {
-            let is_fresh = matches!(before, Before::Nobody);
             if is_fresh {
                 // Those of activation among them: they stay open as long as the daemon listens.
                 descriptors::open_numbers()
@@ -112,13 +114,14 @@ fn guarded(
                     .for_each(|number| desk.set_stranger(number));
             }
             desk.set_ledger(ledger);
-            Guardian::new(desk, program, is_fresh, again, understudy).guard(first)
+            let from_before = (understudy, stored);
+            Guardian::new(desk, program, is_fresh, again, from_before).guard(first)
         }
     };
     match end {
         End::Over(exit) => exit,
         // What only a guardian's reactor comes to.
-        End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
+        End::Kept | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
     }
 }
 
@@ -231,7 +234,7 @@ fn take_over(
 fn start_afresh(
     options: Options,
     command_line: CommandLine,
-    activation: Activation,
+    given: Given,
     program: &OsStr,
 ) -> Result<ExitCode, Failed> {
     let words = command_line.clone();
@@ -242,7 +245,7 @@ fn start_afresh(
         desk: None,
     };
     if takeover::find_document(&plan, &way_back)?.is_some() {
-        std::mem::forget(activation);
+        std::mem::forget(given);
         let theirs = Ok(options.clone());
         let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
         let options = Ok(options);
@@ -260,12 +263,14 @@ fn start_afresh(
             Background::Parent(started) => return Ok(say_how_it_went(program, &started)),
         }
     }
-    let serve = move |desk| finish(serve::serve(plan, activation, waiting, desk));
+    let stored = given.stored.iter();
+    let stored = stored.map(|(name, _)| name.clone()).collect();
+    let serve = move |desk| finish(serve::serve(plan, given, waiting, desk));
     let first: First = Box::new(serve);
     Ok(guarded(
         Ok(options),
         command_line,
-        Before::Nobody,
+        Before::Nobody(stored),
         Some(first),
     ))
 }

@@ -66,6 +66,8 @@ fn unknown(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Vec<RawFd> {
     known.push(ledger);
     known.extend(desk.herald());
     known.extend(desk.pid_file());
+    known.extend(desk.mouth());
+    known.extend(desk.taken());
     known.sort_unstable();
     let mut open = descriptors::open_numbers();
     open.retain(|number| {

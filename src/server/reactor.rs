@@ -23,6 +23,7 @@ use super::clients::recovery::{self, Making};
 use super::clients::turn::{Buffers, Pace, Turn, Turned, whose};
 use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
+use super::keep;
 use super::lines::{Line, Lines, ROTATION};
 use super::owners::fence::Left;
 use super::owners::{Freeing, Owners, Wanted};
@@ -104,6 +105,8 @@ pub enum Way {
 pub enum Ended {
     /// The daemon has stopped.
     Stopped,
+    /// It has, and everything is kept for the next start.
+    Kept,
     /// The guardian has the order to execute a program.
     Ordered,
     /// There is no guardian any more.
@@ -115,6 +118,10 @@ pub enum Ended {
 enum Doing {
     /// It serves.
     Serving,
+    /// It serves until everything can be put away for the next start.
+    Keeping,
+    /// Everything is.
+    Kept,
     /// It ends when the owners it fences are dead, or at a deadline.
     Ending,
     /// It has ended.
@@ -486,7 +493,7 @@ impl Reactor {
     pub fn run(&mut self) -> std::io::Result<Ended> {
         let mut events = Events::with_capacity(EVENTS);
         self.do_what_was_asked();
-        while self.doing != Doing::Ended {
+        while !matches!(self.doing, Doing::Ended | Doing::Kept) {
             if let Some(ended) = self.is_over_before_the_daemon() {
                 return Ok(ended);
             }
@@ -516,9 +523,13 @@ impl Reactor {
             self.work();
             self.tend_ledger();
             self.upgrade_if_ready();
+            self.pack_if_settled();
             self.finish();
         }
-        Ok(Ended::Stopped)
+        Ok(match self.doing {
+            Doing::Kept => Ended::Kept,
+            _ => Ended::Stopped,
+        })
     }
 
     /// What whoever goes on must know before anything else, should this be the last that is heard of this
@@ -886,7 +897,7 @@ impl Reactor {
             lines: &mut self.lines,
             wanted: &mut self.wanted,
             freeing: &mut self.freeing,
-            is_ending: self.doing != Doing::Serving,
+            is_ending: matches!(self.doing, Doing::Ending | Doing::Ended),
         }
     }
 
@@ -906,7 +917,13 @@ impl Reactor {
         if self.doing != Doing::Serving || !self.upgrade.is_ready() {
             return;
         }
-        // Connections that are over and owners that are dead need not be handed over.
+        self.settle();
+        let (upgrade, mut going) = self.going();
+        upgrade.go_ahead(&mut going);
+    }
+
+    /// Connections that are over and owners that are dead need not be handed over.
+    fn settle(&mut self) {
         while let Some(id) = self.lines.endings.pop_front() {
             self.clear_away(id);
         }
@@ -915,8 +932,6 @@ impl Reactor {
             owners.bury(pid);
         }
         while owners.free_some() {}
-        let (upgrade, mut going) = self.going();
-        upgrade.go_ahead(&mut going);
     }
 
     /// Writes the ledger anew if it has grown too long or lacks something.
@@ -969,6 +984,9 @@ impl Reactor {
             Deadline::ClearAway(id) => self.lines.endings.push_back(id),
             Deadline::Accept => self.gate.try_again(),
             Deadline::Idle => self.end_if_idle(),
+            Deadline::Stop if self.doing == Doing::Keeping => {
+                self.cannot_keep("it would have to wait too long for owners that are being fenced");
+            }
             Deadline::Stop => {
                 self.owners().give_up();
                 self.doing = Doing::Ended;
@@ -1040,25 +1058,114 @@ impl Reactor {
         self.stop();
     }
 
-    /// Begins the end: no new clients, every connection closed, every owner that holds something
-    /// over its own connection fenced.
-    fn stop(&mut self) {
-        if self.doing != Doing::Serving {
+    /// Whether the service manager has something to keep everything in, and there is anything to be kept.
+    fn mouth(&self) -> Option<i32> {
+        let is_needed = !self.is_idle() || !self.custody.state().fences().is_empty();
+        self.guard?.mouth().filter(|_| is_needed)
+    }
+
+    /// Begins the end for which nobody is fenced who need not be: everything is kept for the next start.
+    fn begin_to_keep(&mut self) {
+        self.doing = Doing::Keeping;
+        self.tell_that_it_ends();
+        self.deadlines
+            .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
+        if self
+            .guard
+            .is_some_and(|desk| desk.begins_to_pack() >= keep::TRIES)
+        {
+            return self.cannot_keep("the process that serves died of it again and again");
+        }
+        let state = self.custody.state();
+        let unkeepable = keep::unkeepable(state);
+        let connections = keep::connections_of(state, &unkeepable);
+        for pid in unkeepable {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "{} has locks that libvirt's daemon took, which end with this process: it is fenced. What the \
+                 others have is kept",
+                self.owners().text(pid)
+            );
+        }
+        for id in connections {
+            self.end_connection(id);
+        }
+    }
+
+    /// Puts everything away for the next start, at the end of a turn, if nothing stands in the way of that.
+    fn pack_if_settled(&mut self) {
+        if self.doing != Doing::Keeping {
             return;
         }
-        self.doing = Doing::Ending;
+        self.settle();
+        let state = self.custody.state();
+        let waits_for = keep::unkeepable(state);
+        if !waits_for.is_empty() {
+            if !waits_for.iter().all(|pid| state.fences().contains_key(pid)) {
+                self.cannot_keep(
+                    "an owner has locks that end with this process, and cannot be fenced",
+                );
+            }
+            return;
+        }
+        let Some(mouth) = self.mouth() else {
+            return self.stop();
+        };
+        self.reserve = Reserve::default();
+        let (_, mut going) = self.going();
+        match going.pack(mouth) {
+            Ok(()) => {
+                let state = self.custody.state();
+                tracing::info!(
+                    target: "rpc.netdaemon",
+                    "The service manager keeps {} connections and {} locks until the next start",
+                    state.client_count(),
+                    state.table().len()
+                );
+                self.doing = Doing::Kept;
+            }
+            Err(reason) => {
+                self.custody.reopen();
+                self.reserve.refill();
+                self.cannot_keep(&reason);
+            }
+        }
+    }
+
+    fn cannot_keep(&mut self, reason: &str) {
+        tracing::error!(
+            target: "rpc.netdaemon",
+            "The service manager cannot keep the locks until the next start: {reason}. So the owners are \
+             fenced"
+        );
+        self.stop();
+    }
+
+    fn tell_that_it_ends(&mut self) {
         let (upgrade, mut going) = self.going();
         upgrade.abandon_upgrade(&mut going);
         match self.guard {
             Some(desk) => {
-                // Whoever goes on should this reactor die goes on with the end.
-                desk.ask(Signal::SIGTERM);
                 desk.tell(Message::Stopping);
                 desk.wake_guardian();
             }
             None => notify::stopping(),
         }
         self.deadlines.unset(Deadline::Idle);
+    }
+
+    /// Begins the end: no new clients, every connection closed, every owner that holds something
+    /// over its own connection fenced.
+    fn stop(&mut self) {
+        if !matches!(self.doing, Doing::Serving | Doing::Keeping) {
+            return;
+        }
+        self.doing = Doing::Ending;
+        if let Some(desk) = self.guard {
+            // Whoever goes on should this reactor die goes on with this end.
+            desk.ask(Signal::SIGINT);
+        }
+        self.tell_that_it_ends();
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
         self.gate.close();
@@ -1106,7 +1213,14 @@ impl Reactor {
 
     fn act_on(&mut self, signal: Signal) {
         match signal {
-            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM if self.doing == Doing::Serving => {
+            Signal::SIGTERM if self.doing == Doing::Serving && self.mouth().is_some() => {
+                tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
+                self.begin_to_keep();
+            }
+            Signal::SIGTERM if self.doing == Doing::Keeping => (),
+            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM
+                if matches!(self.doing, Doing::Serving | Doing::Keeping) =>
+            {
                 tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
                 self.stop();
             }

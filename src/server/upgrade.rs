@@ -6,7 +6,7 @@
 //! daemon says so and goes on as if nothing had been asked.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -565,12 +565,17 @@ impl Going<'_> {
                 self.lines.enqueue(id, connection);
             }
         }
+        self.close_ledger(Some(self.watch.descriptor()))
+    }
+
+    /// Closes the ledger, with all bytes that are on their way.
+    pub fn close_ledger(&mut self, poll: Option<RawFd>) -> Result<(), Errno> {
         let traffic = self
             .connections
             .iter()
             .filter(|(_, connection)| !connection.is_quiet())
             .map(|(number, connection)| (ClientId(number), connection.traffic()));
-        self.custody.close(traffic, self.watch.descriptor())
+        self.custody.close(traffic, poll)
     }
 
     /// The state for an earlier version of this program. What is on its way goes with it; what the poll
@@ -657,7 +662,7 @@ fn warn_of_unwatched(going: &Going<'_>, successor: &str) {
     }
 }
 
-fn cannot_write(reason: Errno) -> String {
+pub(super) fn cannot_write(reason: Errno) -> String {
     format!("the state cannot be written: {}", errno::text(reason))
 }
 

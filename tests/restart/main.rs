@@ -12,6 +12,7 @@ mod ledger_truth;
 mod ledgers;
 mod libvirt_upgrade;
 mod successors;
+mod systemd;
 mod takeover_obstacles;
 mod understudy;
 mod upgrade;

@@ -16,6 +16,7 @@ pub mod owner;
 pub mod protocol;
 pub mod random;
 pub mod scene;
+pub mod systemd;
 pub mod tracer;
 pub mod upgrade;
 

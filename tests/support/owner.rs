@@ -32,6 +32,9 @@ pub enum OnTerm {
 /// A process with a connection. It is killed when dropped, and ends by itself if the test dies.
 pub struct Owner {
     child: Child,
+    /// Its number, as the daemon sees it, and as this process does.
+    pid: i32,
+    outside: i32,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
 }
@@ -49,6 +52,11 @@ impl Owner {
                 command
             }
         };
+        Owner::started(&mut command, socket)
+    }
+
+    /// Starts the process by this command, which has no arguments yet.
+    pub fn started(command: &mut Command, socket: &Path) -> Owner {
         let mut child = command
             .args(["--ignored", "--exact", "--nocapture", "--test-threads=1"])
             .arg("support::owner::the_owner_process")
@@ -60,8 +68,11 @@ impl Owner {
             .expect("start this program again as an owner process");
         let answers = BufReader::new(child.stdout.take().expect("stdout is a pipe"));
         let orders = child.stdin.take();
+        let pid = i32::try_from(child.id()).expect("a pid is an i32");
         let mut owner = Owner {
             child,
+            pid,
+            outside: pid,
             orders,
             answers,
         };
@@ -76,12 +87,35 @@ impl Owner {
     /// [`Owner::connect`], then REGISTER as the domain `name` with the process's own pid.
     pub fn register(socket: &Path, name: &str, on_term: OnTerm) -> Owner {
         let mut owner = Owner::connect(socket, on_term);
-        owner.call(&register_as(name, owner.pid())).expect_ok();
+        owner.register_as(name);
         owner
     }
 
+    /// REGISTER as the domain `name` with the process's own pid.
+    #[track_caller]
+    pub fn register_as(&mut self, name: &str) {
+        let pid = self.pid;
+        self.call(&register_as(name, pid)).expect_ok();
+    }
+
+    /// It is in a pid namespace of its own: it is asked how it is called there, and `outside` how that is
+    /// called here.
+    pub fn is_inside(&mut self, outside: impl FnOnce(i32) -> i32) {
+        self.order("pid");
+        let answer = self.answer();
+        let pid = answer.strip_prefix("pid ").expect("a pid");
+        self.pid = pid.parse().expect("a pid is a number");
+        self.outside = outside(self.pid);
+    }
+
+    /// Its number, as the daemon sees it.
     pub fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).expect("a pid is an i32")
+        self.pid
+    }
+
+    /// Its number, as this process sees it.
+    pub fn outside(&self) -> i32 {
+        self.outside
     }
 
     /// A call over the owner's own connection.
@@ -93,7 +127,22 @@ impl Owner {
     /// Sends a message, whatever it is, and takes the reply to it.
     #[track_caller]
     pub fn exchange(&mut self, message: &[u8]) -> Reply {
+        self.send(message);
+        self.reply()
+    }
+
+    /// Sends a call, and does not wait for the reply.
+    pub fn begin(&mut self, call: &Call) {
+        self.send(&call.frame(0));
+    }
+
+    fn send(&mut self, message: &[u8]) {
         self.order(&format!("call {}", to_hex(message)));
+    }
+
+    /// The reply to what was sent.
+    #[track_caller]
+    pub fn reply(&mut self) -> Reply {
         let answer = self.answer();
         let hex = answer
             .strip_prefix("reply ")
@@ -163,7 +212,7 @@ impl Owner {
     /// [`Owner::wait_end`] or the drop of this value.
     pub fn kill(&self) {
         nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(self.pid()),
+            nix::unistd::Pid::from_raw(self.outside),
             nix::sys::signal::Signal::SIGKILL,
         )
         .expect("kill the owner process");
@@ -308,6 +357,7 @@ fn the_owner_process() {
                 connections.push(Some(connect()));
                 answer("connected");
             }
+            "pid" => answer(&format!("pid {}", std::process::id())),
             "use" => current = argument.parse().expect("the number of a connection"),
             "call" => {
                 let stream = stream.as_mut().expect("the connection is open");
