@@ -184,7 +184,13 @@ const RULES: [Rule; 13] = [
         // To look at a file that is open changes nothing.
         never: Never::UseOf(
             "crate::host::file",
-            &["FileIdentity", "Lockable", "identity", "read_now"],
+            &[
+                "FileIdentity",
+                "Lockable",
+                "identity",
+                "known_identity",
+                "read_now",
+            ],
         ),
         except: &[
             (

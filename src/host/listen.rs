@@ -267,7 +267,7 @@ fn own(before: Vec<Listener>, path: &Path) -> (Option<Listener>, Vec<Listener>) 
     let is_there = |one: &Listener| one.path.as_deref() == Some(path) && path.exists();
     let (mut own, mut others): (Vec<_>, Vec<_>) = before.into_iter().partition(is_there);
     let last = own.pop();
-    others.append(&mut own);
+    others.extend(own);
     (last, others)
 }
 

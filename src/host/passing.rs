@@ -132,6 +132,18 @@ pub fn discard_first(socket: impl AsFd) -> Result<(), Errno> {
     }
 }
 
+/// Whether anybody has the second of a pair of sockets open, or it is on its way to somebody.
+pub fn has_other_end(first: RawFd) -> bool {
+    let mut looked_at = libc::pollfd {
+        fd: first,
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: the pointer is to one structure of ours, as is said.
+    let found = unsafe { libc::poll(&raw mut looked_at, 1, 0) };
+    found == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,5 +180,16 @@ mod tests {
         discard_first(&out_of).unwrap();
         assert!(!is_open(&mut ours));
         discard_first(&out_of).unwrap();
+    }
+
+    #[test]
+    fn an_end_is_there_as_long_as_it_is_on_its_way() {
+        let (ours, theirs) = pair().unwrap();
+        let (into, out_of) = pair().unwrap();
+        send(into.as_raw_fd(), b"x", &[theirs.as_raw_fd()]).unwrap();
+        drop(theirs);
+        assert!(has_other_end(ours.as_raw_fd()));
+        drop(out_of);
+        assert!(!has_other_end(ours.as_raw_fd()));
     }
 }

@@ -24,7 +24,7 @@ use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::control::{Death, Failure, Order};
 use crate::desk::{Desk, turn};
-use crate::exit::{Failed, StartError, unusable};
+use crate::exit::{Failed, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::patience::patiently;
@@ -353,9 +353,7 @@ fn set_up(
     }
     // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor
-        .go_on(state, ledger, since)
-        .map_err(serve::refused)?;
+    reactor.go_on(state, ledger, since).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings

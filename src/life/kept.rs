@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use foldhash::HashMap;
 
 use super::guardian::Guarded;
-use super::serve;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
 use crate::custody::ledger;
@@ -18,7 +17,7 @@ use crate::custody::servers::{Listening, Service};
 use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::Desk;
-use crate::exit::{ExitCode, StartError, unusable};
+use crate::exit::{ExitCode, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::listen::{Listener, Listeners};
 use crate::host::{errno, file};
@@ -58,7 +57,9 @@ pub fn find(
             descriptors,
         } = contents;
         let state = ledger::load(&ledger);
-        let state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
+        let mut state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
+        // It may tell of the one that an upgrade handed over before.
+        state.forget_poll();
         let kept = Kept {
             bag,
             ledger,
@@ -175,7 +176,7 @@ impl Kept {
         let (clients, locks) = (state.client_count(), state.table().len());
         reactor
             .go_on(state, None, Since::default())
-            .map_err(serve::refused)?;
+            .map_err(refused)?;
         reactor.configure_if_changed(limits);
         tracing::info!(
             "Took over {clients} connections and {locks} locks from the service manager's store"

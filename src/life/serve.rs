@@ -11,7 +11,7 @@ use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
 use crate::desk::control::Message;
-use crate::exit::{ExitCode, Failed, StartError};
+use crate::exit::{ExitCode, Failed, StartError, refused};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
 use crate::host::listen::{self, Given, Listener, Listeners};
@@ -183,12 +183,6 @@ pub fn run(
             Err(StartError::new(ExitCode::Failure, message).into())
         }
     }
-}
-
-/// The error of a reactor that the host refuses something for which there is no other way.
-pub fn refused(refusal: Refusal) -> StartError {
-    let message = format!("The daemon cannot serve: {refusal}");
-    StartError::new(ExitCode::Initialisation, message)
 }
 
 /// Says what the host refuses, and what that costs.

@@ -52,7 +52,7 @@ use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
 use crate::host::signals::Signals;
 use crate::host::timer::Timer;
-use crate::host::{descriptors, heap, notify};
+use crate::host::{descriptors, heap, notify, passing};
 use crate::locks::lease;
 use crate::locks::table::Pid;
 use crate::log::{self, Printable};
@@ -492,6 +492,8 @@ impl Reactor {
     /// Those of epoll_wait(2).
     pub fn run(&mut self) -> std::io::Result<Ended> {
         let mut events = Events::with_capacity(EVENTS);
+        // Not heard of, it is found out by a stop.
+        let _ = add(&self.watch, Source::Store, self.guard.and_then(Desk::mouth));
         self.do_what_was_asked();
         while !matches!(self.doing, Doing::Ended | Doing::Kept) {
             if let Some(ended) = self.is_over_before_the_daemon() {
@@ -593,7 +595,21 @@ impl Reactor {
                 let (upgrade, mut going) = self.going();
                 upgrade.look_at_successor(&mut going);
             }
+            Some(Source::Store) => self.look_at_store(),
             None => (),
+        }
+    }
+
+    /// The service manager may have dropped what a stop would use.
+    fn look_at_store(&self) {
+        let mouth = self.guard.and_then(Desk::mouth);
+        if mouth.is_some_and(|mouth| !passing::has_other_end(mouth)) {
+            tracing::error!(
+                target: "rpc.netdaemon",
+                "The service manager keeps nothing for this unit any more (FileDescriptorStoreMax=, or it is \
+                 masked): a stop would fence every owner of a lock. Put the unit right, and have the daemon \
+                 replace itself (SIGUSR1), which changes nothing else"
+            );
         }
     }
 

@@ -27,6 +27,8 @@ pub enum Source {
     Successor,
     /// An owner without a connection of its own.
     Watched(Pid),
+    /// Whether the service manager has something to keep everything in.
+    Store,
 }
 
 const KINDS: usize = 8;
@@ -44,6 +46,7 @@ impl Source {
             Source::Fence(pid) => (4, number(pid)),
             Source::Successor => (5, 0),
             Source::Watched(pid) => (6, number(pid)),
+            Source::Store => (7, 0),
         };
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
     }
@@ -60,6 +63,7 @@ impl Source {
             4 => Some(Source::Fence(number)),
             5 => Some(Source::Successor),
             6 => Some(Source::Watched(number)),
+            7 => Some(Source::Store),
             _ => None,
         }
     }

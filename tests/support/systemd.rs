@@ -113,7 +113,7 @@ impl Systemd {
                 copy(&from, &format!("/etc/systemd/system/{name}.d/keep.conf"));
             }
         }
-        let log = "LIBVIRT_LOG_OUTPUTS=1:file:/run/virtlockd.log\n";
+        let log = "LIBVIRT_DEBUG=2\nLIBVIRT_LOG_OUTPUTS=2:file:/run/virtlockd.log\n";
         std::fs::write(self.path("/etc/default/virtlockd"), log).expect("say where the log goes");
     }
 
@@ -206,6 +206,31 @@ impl Systemd {
         owner
     }
 
+    /// Has the kernel kill this process of the daemon because its control group has no memory for it, when it
+    /// wants more.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub fn starve(&self, pid: i32) -> Result<(), String> {
+        let file = |name: &str| self.group.join("system.slice/virtlockd.service").join(name);
+        if file("memory.max").exists() {
+            // It is killed rather than the other one.
+            let score = format!("/proc/{pid}/oom_score_adj");
+            std::fs::write(score, "1000").map_err(|error| error.to_string())?;
+            std::fs::write(file("memory.max"), "4096").map_err(|error| error.to_string())?;
+            return Ok(());
+        }
+        // The memory controller is in the older hierarchy here: there one process can be put alone.
+        let group = Path::new("/sys/fs/cgroup/memory")
+            .join(self.group.file_name().expect("the group has a name"));
+        std::fs::create_dir(&group).map_err(|error| format!("no group for memory: {error}"))?;
+        let write = |name: &str, text: &str| {
+            std::fs::write(group.join(name), text).map_err(|error| format!("{name}: {error}"))
+        };
+        write("memory.limit_in_bytes", "65536")?;
+        write("cgroup.procs", &pid.to_string())
+    }
+
     /// What the daemon has logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.path("/run/virtlockd.log")).unwrap_or_default()
@@ -237,6 +262,11 @@ impl Drop for Systemd {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
         remove_group(&self.group);
+        let name = self.group.file_name().expect("the group has a name");
+        let memory = Path::new("/sys/fs/cgroup/memory").join(name);
+        if memory.exists() {
+            remove_group(&memory);
+        }
     }
 }
 
