@@ -766,6 +766,12 @@ pub fn load(descriptor: &OwnedFd) -> Result<State<Saved>, Unreadable> {
     replay(&memory::read(descriptor).map_err(Unreadable::System)?)
 }
 
+/// Whether somebody closed the ledger in a memory file, and nobody has gone on from it since.
+pub fn is_closed(descriptor: &OwnedFd) -> bool {
+    let content = memory::read(descriptor).unwrap_or_default();
+    find(&content).is_ok_and(|found| found.is_closed)
+}
+
 /// Reads a ledger from its bytes.
 pub fn replay(content: &[u8]) -> Result<State<Saved>, Unreadable> {
     read(content, &find(content)?)

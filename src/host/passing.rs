@@ -119,15 +119,18 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
     Ok(Some(message))
 }
 
-/// Takes the first message out, if there is one, with all that is in it: nobody finds it any more.
-pub fn discard_first(socket: impl AsFd) -> Result<(), Errno> {
+/// Takes the first message out, with all that is in it: nobody finds it any more. False if there is none.
+pub fn discard_first(socket: impl AsFd) -> Result<bool, Errno> {
     let mut byte = [0; 1];
     let mut parts = [IoSliceMut::new(&mut byte)];
     let flags = MsgFlags::MSG_DONTWAIT;
     // Without room for them its descriptors are nobody's.
     let number = socket.as_fd().as_raw_fd();
-    match nix::sys::socket::recvmsg::<()>(number, &mut parts, None, flags).map_err(Errno::from) {
-        Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+    let taken = nix::sys::socket::recvmsg::<()>(number, &mut parts, None, flags);
+    let length = taken.map(|message| message.bytes);
+    match length.map_err(Errno::from) {
+        Ok(0) | Err(Errno::EAGAIN) => Ok(false),
+        Ok(_) => Ok(true),
         Err(reason) => Err(reason),
     }
 }
@@ -175,11 +178,11 @@ mod tests {
             assert!(look(&out_of, &mut bytes).unwrap().is_none());
         }
         let is_open = |ours: &mut UnixStream| ours.read(&mut [0]).is_err();
-        discard_first(&out_of).unwrap();
+        assert!(discard_first(&out_of).unwrap());
         assert!(is_open(&mut ours));
-        discard_first(&out_of).unwrap();
+        assert!(discard_first(&out_of).unwrap());
         assert!(!is_open(&mut ours));
-        discard_first(&out_of).unwrap();
+        assert!(!discard_first(&out_of).unwrap());
     }
 
     #[test]

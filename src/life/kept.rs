@@ -101,6 +101,9 @@ impl Kept {
     /// Whether everything is there that the ledger speaks of, nothing else, and each file is what it was.
     fn check(&self) -> Result<(), String> {
         let state = &self.state;
+        if !ledger::is_closed(&self.ledger) {
+            return Err("somebody has gone on from it since".into());
+        }
         state.check_descriptors()?;
         let pid_file = state.settings().pid_file.as_ref();
         let pid_file = pid_file.map(|(number, _)| Number(*number));

@@ -136,12 +136,18 @@ fn damaged(how: impl Into<String>) -> Unusable {
 
 /// Looks into a bag: copies of all that is in it, or `None` if it is empty. It stays as it is.
 ///
+/// Whoever filled it and went on because nobody had taken note of that filled it once more: the last time counts.
+///
 /// # Errors
 /// Why it cannot be used.
 pub fn look(bag: &OwnedFd) -> Result<Option<Contents>, Unusable> {
     let mut said = [0; LONGEST];
+    let mut last = None;
     passing::begin_to_look(bag)?;
-    let Some(message) = passing::look(bag, &mut said)? else {
+    while let Some(message) = passing::look(bag, &mut said)? {
+        last = Some(message);
+    }
+    let Some(message) = last else {
         return Ok(None);
     };
     let head = said.get(..message.length).unwrap_or_default();
@@ -208,12 +214,13 @@ fn unpack(inner: &OwnedFd, found: &mut HashMap<RawFd, OwnedFd>) -> Result<(), Un
     Ok(())
 }
 
-/// Empties a bag, whoever has it open.
+/// Empties a bag, whoever has it open. What counts goes last.
 ///
 /// # Errors
 /// Those of recvmsg(2): then it may be as it was.
 pub fn empty(bag: impl AsFd) -> Result<(), Errno> {
-    passing::discard_first(bag)
+    while passing::discard_first(&bag)? {}
+    Ok(())
 }
 
 #[cfg(test)]
@@ -240,6 +247,10 @@ mod tests {
             .collect();
         let numbers: Vec<RawFd> = sockets.iter().map(AsRawFd::as_raw_fd).collect();
         let bag = Bag::new().unwrap();
+        fill(bag.mouth.as_raw_fd(), ledger.as_raw_fd(), &numbers).unwrap();
+        // Once more: what was there before does not count.
+        let some = &numbers[..7];
+        fill(bag.mouth.as_raw_fd(), ledger.as_raw_fd(), some).unwrap();
         fill(bag.mouth.as_raw_fd(), ledger.as_raw_fd(), &numbers).unwrap();
         let before: Vec<u64> = sockets.iter().map(inode).collect();
         let identity = inode(&ledger);

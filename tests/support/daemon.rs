@@ -76,6 +76,17 @@ impl Daemon {
         args: &[&str],
         env: &[(&str, &str)],
     ) -> Daemon {
+        Daemon::spawn_between(program, namespace, args, env, (None, None))
+    }
+
+    /// The same, with something else as standard input and output than nothing and a file.
+    pub fn spawn_between(
+        program: &Path,
+        namespace: &Namespace,
+        args: &[&str],
+        env: &[(&str, &str)],
+        (input, output): (Option<Stdio>, Option<Stdio>),
+    ) -> Daemon {
         let files = TempDir::new();
         let create =
             |name| std::fs::File::create(files.path().join(name)).expect("make a log file");
@@ -89,8 +100,8 @@ impl Daemon {
             .args(args)
             .env("LC_ALL", "C")
             .envs(env.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(create("stdout"))
+            .stdin(input.unwrap_or_else(Stdio::null))
+            .stdout(output.unwrap_or_else(|| create("stdout").into()))
             .stderr(create("stderr"))
             .spawn()
             .expect("start nsenter with the daemon");
@@ -282,6 +293,8 @@ fn changes_a_daemon(name: &OsStr) -> bool {
         "LIBVIRT_",
         "LISTEN_",
         "NOTIFY_SOCKET",
+        "FDSTORE",
+        "VIRTLOCKD_ON_STOP",
         "LC_",
         "LANG",
         "XDG_",

@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod faults;
 pub mod fuse;
 pub mod libvirt;
+pub mod manager;
 pub mod namespace;
 pub mod owner;
 pub mod protocol;
