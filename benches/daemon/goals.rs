@@ -6,7 +6,7 @@ use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::Subject;
-use crate::{boot, fan, fence, hostile, idle, pipeline, reexec, rtt, storm};
+use crate::{boot, fan, fence, hostile, idle, pipeline, reexec, rtt, stop, storm};
 
 /// Which side of the limit is good.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -154,6 +154,15 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             limit,
             unit,
             &|of| results.median(reexec::NAME, &reexec::case(machines), metric, of),
+        );
+    }
+    for metric in [stop::GONE, stop::ANSWERED] {
+        goal(
+            format!("{metric}, {machines} VMs"),
+            Good::AtMost,
+            250.0,
+            "ms",
+            &|of| results.median(stop::NAME, &stop::case(machines), metric, of),
         );
     }
     let silent = idle::case(sizes.silent);

@@ -35,6 +35,7 @@
 //! * `storm.rs`: all owners are killed at once.
 //! * `fence.rs`: an owner closes its connection and does not want to die.
 //! * `reexec.rs`: the daemon replaces itself under thousands of guests.
+//! * `stop.rs`: the daemon stops and starts under thousands of guests.
 //! * `idle.rs`: guests that do nothing, and what they cost.
 //! * `hostile.rs`: what a bystander notices of each attacker.
 //!
@@ -76,6 +77,7 @@ mod reexec;
 mod report;
 mod results;
 mod rtt;
+mod stop;
 mod storm;
 mod subject;
 
@@ -98,7 +100,7 @@ struct Scenario {
     has_floor: bool,
 }
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 10] = [
     Scenario {
         name: rtt::NAME,
         run: rtt::run,
@@ -132,6 +134,11 @@ const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: reexec::NAME,
         run: reexec::run,
+        has_floor: false,
+    },
+    Scenario {
+        name: stop::NAME,
+        run: stop::run,
         has_floor: false,
     },
     Scenario {

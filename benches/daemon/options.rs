@@ -9,11 +9,11 @@ pub const HELP: &str = "\
 cargo bench --bench daemon -- [options]     (as root: it needs mount namespaces)
   --quick             small sizes and one run: does it work, what is the shape
   --runs N            runs of each scenario, interleaved between subjects (default 3; quick 1)
-  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,idle,hostile
+  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,stop,idle,hostile
   --subjects A,B      of c,ours,before,floor
   --idle A,B          idle connections of rtt
   --busy A,B          clients of fan
-  --machines A,B      machines of boot and reexec
+  --machines A,B      machines of boot, reexec and stop
   --hostile WORDS     of hostile, only the cases with these words in their name
   --c-most-idle N     no more idle connections than this for the C daemon, which takes minutes
   --daemon PATH       our daemon (default: the one just built)

@@ -2,8 +2,9 @@
 //! /run, with the same options for everybody, and killed at the end of the run.
 
 use std::fs::{self, File};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -161,12 +162,39 @@ impl Server {
         Self::start_limited(programs, subject, placement, NO_LIMITS)
     }
 
+    /// The same, by way of a program that starts it: it gets the server's command line behind these words,
+    /// and can be talked to.
+    pub fn start_through(
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+        words: &[&str],
+    ) -> Outcome<(Self, ChildStdin, BufReader<ChildStdout>)> {
+        let mut server = Self::launch(programs, subject, placement, NO_LIMITS, words)?;
+        let orders = server.child.stdin.take();
+        let answers = server.child.stdout.take();
+        match (orders, answers) {
+            (Some(orders), Some(answers)) => Ok((server, orders, BufReader::new(answers))),
+            _ => Err("a program that starts a server has no pipes".into()),
+        }
+    }
+
     /// The same with less room.
     pub fn start_limited(
         programs: &Programs,
         subject: Subject,
         placement: Placement,
         limits: Limits,
+    ) -> Outcome<Self> {
+        Self::launch(programs, subject, placement, limits, &[])
+    }
+
+    fn launch(
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+        limits: Limits,
+        through: &[&str],
     ) -> Outcome<Self> {
         placement.move_the_bench()?;
         let cpus = placement.server_cpu_list()?;
@@ -191,6 +219,7 @@ impl Server {
         if let Some(descriptors) = limits.descriptors {
             command.args(["prlimit", &format!("--nofile={descriptors}:{descriptors}")]);
         }
+        command.args(through);
         let before = programs.before.as_ref();
         match subject {
             Subject::Before => command
@@ -205,9 +234,13 @@ impl Server {
                 .arg(format!("{ROLE}floor"))
                 .arg(IN_NAMESPACE_SOCKET),
         };
+        let pipe = || match through {
+            [] => Stdio::null(),
+            _ => Stdio::piped(),
+        };
         let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdin(pipe())
+            .stdout(pipe())
             .stderr(Stdio::from(log_file))
             .spawn()
             .map_err(|e| format!("starting the {} through setpriv: {e}", subject.title()))?;
