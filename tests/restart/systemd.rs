@@ -551,6 +551,30 @@ fn a_unit_that_is_masked_while_it_runs_has_no_store_and_its_stop_fences() {
 }
 
 #[test]
+fn what_systemd_drops_while_nobody_runs_is_taken_again_from_the_ledger() {
+    // A unit that is masked, or has no store any more, loses it when systemd reads it anew: nobody runs who
+    // could do anything. For a moment nobody has the locks.
+    let Some(mut host) = Host::without_rivals(Units::Ours) else {
+        return;
+    };
+    host.ctl(&["stop", SERVICE]);
+    host.everything_is_kept();
+    host.ctl(&["mask", SERVICE]);
+    assert_eq!(host.systemd.stored(), 0);
+    assert!(lock_probe(&host.path(0, 0)).is_none());
+    host.ctl(&["unmask", SERVICE]);
+    host.ctl(&["start", SERVICE]);
+    for (guest, number) in host.disks() {
+        let lock = lock_probe(&host.path(guest, number));
+        assert!(lock.is_some_and(|lock| lock.exclusive));
+    }
+    host.let_rivals_try();
+    assert!(host.guests.iter_mut().all(Owner::is_alive));
+    host.ctl(&["restart", SERVICE]);
+    host.nobody_else_had_a_lock();
+}
+
+#[test]
 fn int_to_the_main_process_stops_and_fences_and_is_not_undone_by_a_restart() {
     let Some(mut host) = Host::start(Units::Ours) else {
         return;
