@@ -617,3 +617,34 @@ fn a_reactor_that_is_killed_at_any_of_its_system_calls_while_it_packs_is_followe
     }
     panic!("a stop takes more than 500 calls");
 }
+
+#[test]
+fn where_every_reactor_dies_while_it_packs_a_stop_fences_in_the_end() {
+    if !require_root() || !require_strace() {
+        return;
+    }
+    let Some(mut scene) = Scene::new() else { return };
+    let mut strace = std::process::Command::new("strace")
+        .args(["-q", "-f", "-o", "/dev/null"])
+        .args(["-e", "inject=sendmsg:signal=KILL:when=1+"])
+        .args(["-p", &scene.daemon.pid().to_string()])
+        .args(["-p", &scene.daemon.reactor().to_string()])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("start strace");
+    let is_traced = |pid: i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+        status.is_ok_and(|it| !it.contains("TracerPid:\t0\n"))
+    };
+    wait_until(DEADLINE, "strace to be attached", || {
+        is_traced(scene.daemon.pid()) && is_traced(scene.daemon.reactor())
+    });
+    let status = scene.daemon.stop();
+    let _ = strace.kill();
+    let _ = strace.wait();
+    let log = scene.daemon.stderr();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert_eq!(log.matches("was killed by SIGKILL").count(), 2, "{log}");
+    assert_eq!(scene.guest.wait_signal(), Some(Signal::SIGTERM as i32));
+    assert!(!scene.is_held(DISK));
+}
