@@ -659,6 +659,63 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_that_goes_on_listens_where_it_did_and_keeps_sockets_in_which_clients_may_wait() {
+        let paths = |name: &str| Paths {
+            lock_socket: place(&format!("{name}-lock")),
+            admin_socket: place(&format!("{name}-admin")),
+            ..Paths::of_this_process()
+        };
+        let listener = |path: &Path, is_own: bool| {
+            let socket = UnixListener::bind(path).unwrap();
+            Listener {
+                socket: socket.into(),
+                path: is_own.then(|| path.to_path_buf()),
+            }
+        };
+        let inode = |one: &Listener| nix::sys::stat::fstat(&one.socket).unwrap().st_ino;
+        // Its own go on, and nothing else is there.
+        let own = paths("own");
+        let before = Listeners {
+            lock: vec![listener(&own.lock_socket, true)],
+            admin: vec![listener(&own.admin_socket, true)],
+        };
+        let there = (inode(&before.lock[0]), inode(&before.admin[0]));
+        let (now, old) = Listeners::open_again(Activation::None, &own, before).unwrap();
+        assert_eq!((inode(&now.lock[0]), inode(&now.admin[0])), there);
+        assert!(old.lock.is_empty() && old.admin.is_empty());
+        // One that is not at its path any more is replaced.
+        std::fs::remove_file(&own.lock_socket).unwrap();
+        let (now, old) = Listeners::open_again(Activation::None, &own, now).unwrap();
+        assert_eq!((inode(&old.lock[0]), inode(&now.admin[0])), there);
+        assert!(own.lock_socket.exists() && old.admin.is_empty());
+        // Those of a manager that does not listen any more are, too, though somebody answers there.
+        let theirs = paths("theirs");
+        let before = Listeners {
+            lock: vec![listener(&theirs.lock_socket, false)],
+            admin: vec![listener(&theirs.admin_socket, false)],
+        };
+        let (new, old) = Listeners::open_again(Activation::None, &theirs, before).unwrap();
+        assert_eq!(new.lock[0].path.as_ref(), Some(&theirs.lock_socket));
+        assert_eq!((old.lock.len(), old.admin.len()), (1, 1));
+        // Those that a manager gives count, and are not there twice.
+        let again = Listener {
+            socket: old.lock[0].socket.try_clone().unwrap(),
+            path: None,
+        };
+        let given = Activation::Sockets {
+            lock: vec![again],
+            admin: Vec::new(),
+        };
+        let (now, old) = Listeners::open_again(given, &theirs, old).unwrap();
+        assert_eq!((now.lock.len(), now.admin.len()), (1, 0));
+        assert_eq!((old.lock.len(), old.admin.len()), (0, 1));
+        for path in [&own, &theirs] {
+            let _ = std::fs::remove_file(&path.lock_socket);
+            let _ = std::fs::remove_file(&path.admin_socket);
+        }
+    }
+
+    #[test]
     fn a_full_queue_and_a_socket_of_another_type_are_alive() {
         let path = place("full");
         let socket = new_socket().unwrap();
