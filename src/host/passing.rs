@@ -102,7 +102,8 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
             let data: *const RawFd = unsafe { libc::CMSG_DATA(next) }.cast();
             // SAFETY: only counts.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
-            let count = head.cmsg_len.saturating_sub(empty) / size_of::<RawFd>();
+            let room = head.cmsg_len.saturating_sub(empty);
+            let count = room.checked_div(size_of::<RawFd>()).unwrap_or(0);
             for place in 0..count {
                 // SAFETY: it is one of those that the head counts, and nobody else knows of what the
                 // kernel has just opened.
