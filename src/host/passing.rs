@@ -120,6 +120,14 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
     Ok(Some(message))
 }
 
+/// Whether there is a message.
+pub fn has_message(socket: &OwnedFd) -> bool {
+    let mut byte = [0; 1];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    begin_to_look(socket).is_ok()
+        && nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, flags).is_ok_and(|read| read > 0)
+}
+
 /// Takes the first message out, with all that is in it: nobody finds it any more. False if there is none.
 pub fn discard_first(socket: impl AsFd) -> Result<bool, Errno> {
     let mut byte = [0; 1];

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::store::Store;
+use super::store::{self, Store};
 use super::understudy::{self, Stands};
 use crate::desk::Desk;
 use crate::desk::control::{Death, Failure, Message, Order, Phase};
@@ -102,14 +102,14 @@ impl Guardian {
         program: Program,
         is_fresh: bool,
         again: Again,
-        (understudy, given): (Option<i32>, Vec<String>),
+        (understudy, given): (Option<i32>, store::Given),
     ) -> Guardian {
         signals::hear_of_children();
         let herald = Herald::open();
         desk.set_herald(herald.as_ref().map(Herald::number));
         desk.set_guardian(process::started());
         desk.set_understudy(understudy.filter(|pid| clone::is_child(*pid)));
-        let mut store = Store::of(given);
+        let store = Store::of(given);
         store.prepare(desk, herald.as_ref());
         Guardian {
             desk,

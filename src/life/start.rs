@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
 use super::way_back::WayBack;
-use super::{go_on, serve, standard, takeover, understudy};
+use super::{go_on, serve, standard, store, takeover, understudy};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
@@ -25,6 +25,7 @@ use crate::host::program::Program;
 use crate::host::refusal::Refusal;
 use crate::host::{clone, descriptors, limits};
 use crate::log;
+use crate::restart::bag;
 use crate::restart::handover::CommandLine;
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
@@ -67,8 +68,8 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
 
 /// Who was here before.
 enum Before {
-    /// Nobody; but there may be something in the service manager's store, under these names.
-    Nobody(Vec<String>),
+    /// Nobody; but there may be something in the service manager's store.
+    Nobody(store::Given),
     Libvirts,
     /// This program, and the ledger that it left.
     Ours(RawFd),
@@ -264,7 +265,8 @@ fn start_afresh(
         }
     }
     let stored = given.stored.iter();
-    let stored = stored.map(|(name, _)| name.clone()).collect();
+    let stored = stored.map(|(name, bag)| (name.clone(), bag::is_full(bag)));
+    let stored = stored.collect();
     let serve = move |desk| finish(serve::serve(plan, given, waiting, desk));
     let first: First = Box::new(serve);
     Ok(guarded(

@@ -5,30 +5,45 @@
 use std::os::fd::IntoRawFd;
 
 use crate::desk::Desk;
-use crate::host::clock::Moment;
 use crate::host::descriptors;
-use crate::host::errno::Errno;
-use crate::host::listen::STORED;
+use crate::host::errno::{self, Errno};
 use crate::host::notify::{self, Herald};
 use crate::restart::bag::Bag;
+
+/// What bags are called there. One is full while the next daemon starts, and that has another one.
+const NAMES: [&str; 2] = ["virtlockd-bag-a", "virtlockd-bag-b"];
+
+/// The bags that are there when a daemon starts: how each is called, and whether anything is in it.
+pub type Given = Vec<(String, bool)>;
 
 /// What the guardian knows of the store.
 #[derive(Debug)]
 pub struct Store {
-    /// What the bag is called that is there for this daemon, if there is one.
-    name: Option<String>,
+    /// What the bag of this daemon is called.
+    name: &'static str,
     /// What is there from before, and is to go when this daemon serves.
     given: Vec<String>,
 }
 
 impl Store {
-    /// With these bags from before in it.
-    pub fn of(given: Vec<String>) -> Store {
-        Store { name: None, given }
+    /// With these bags from before in it, and whether anything is in them.
+    pub fn of(given: Given) -> Store {
+        let is_full = |name: &str| {
+            given
+                .iter()
+                .any(|(known, is_full)| known == name && *is_full)
+        };
+        let [one, other] = NAMES;
+        let name = if is_full(one) { other } else { one };
+        let given = given.into_iter().map(|(known, _)| known);
+        Store {
+            name,
+            given: given.filter(|known| known != name).collect(),
+        }
     }
 
     /// Puts an empty bag there, if there is none of this daemon's, and a store that outlives its end.
-    pub fn prepare(&mut self, desk: &Desk, herald: Option<&Herald>) {
+    pub fn prepare(&self, desk: &Desk, herald: Option<&Herald>) {
         let Some(herald) = herald.filter(|_| notify::has_lasting_store()) else {
             return;
         };
@@ -39,23 +54,26 @@ impl Store {
         }
         match self.put(herald) {
             Ok(mouth) => desk.set_mouth(Some(mouth)),
-            Err(reason) => tracing::debug!("the service manager is not given a bag: {reason:?}"),
+            Err(reason) => tracing::error!(
+                "The service manager cannot be told to keep anything: {}. A stop would fence every owner of a \
+                 lock",
+                errno::text(reason)
+            ),
         }
     }
 
-    fn put(&mut self, herald: &Herald) -> Result<i32, Errno> {
+    fn put(&self, herald: &Herald) -> Result<i32, Errno> {
         let bag = Bag::new()?;
-        // Each has a name that no other ever had.
-        let name = format!("{STORED}{}", Moment::now().0);
-        herald.store(&name, &bag.whole)?;
-        self.name = Some(name);
+        // One that a daemon left which did not get far.
+        herald.forget(self.name);
+        herald.store(self.name, &bag.whole)?;
         Ok(bag.mouth.into_raw_fd())
     }
 
     /// The bag of this daemon is not needed: it is empty, and stays so.
     pub fn give_up(&self, herald: Option<&Herald>) {
-        if let (Some(herald), Some(name)) = (herald, &self.name) {
-            herald.forget(name);
+        if let Some(herald) = herald.filter(|_| notify::has_lasting_store()) {
+            herald.forget(self.name);
         }
     }
 

@@ -134,6 +134,11 @@ fn damaged(how: impl Into<String>) -> Unusable {
     Unusable::Damaged(how.into())
 }
 
+/// Whether anything is in a bag.
+pub fn is_full(bag: &OwnedFd) -> bool {
+    passing::has_message(bag)
+}
+
 /// Looks into a bag: copies of all that is in it, or `None` if it is empty. It stays as it is.
 ///
 /// Whoever filled it and went on because nobody had taken note of that filled it once more: the last time counts.
@@ -265,7 +270,9 @@ mod tests {
             let now = numbers.iter().map(|number| inode(&descriptors[number]));
             assert!(now.eq(before.iter().copied()));
         }
+        assert!(is_full(&bag.whole));
         empty(&bag.whole).unwrap();
+        assert!(!is_full(&bag.whole));
         assert!(look(&bag.whole).unwrap().is_none());
     }
 

@@ -528,7 +528,7 @@ fn a_start_that_is_killed_at_any_moment_leaves_every_lock_where_the_next_one_fin
                 std::hint::spin_loop();
             }
             daemon.kill();
-            if look(&scene.manager.keep_the_first()).is_empty() {
+            if look(&scene.manager.first()).is_empty() {
                 // It had taken everything and was about to serve, or served: its ledger says what it had.
                 let log = daemon.stderr();
                 assert!(log.contains("Took over"), "{log}");
