@@ -4,6 +4,7 @@
 mod support;
 
 mod guests;
+mod guests_crash;
 mod guests_upgrade;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
