@@ -64,6 +64,11 @@ const STEP: usize = 64 * 1024;
 /// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
 /// again and again, and to give its pages back and get them anew each time takes longer than the rest.
 const KEPT: usize = 3 * STEP;
+/// Of the room that is there so much is kept for what cannot be refused, bytes: that a lock is given back, that
+/// somebody has died or is being killed, that a client is gone.
+const RESERVE: usize = 16 * 1024;
+/// What [`Ledger::make_room`] sees to, bytes: an owner with a name of libvirt's usual length many times over.
+const ROOM: usize = 4 * 1024;
 /// It is written anew when it has grown to this multiple of its size when it was last.
 const GROWTH: usize = 4;
 /// [`STEP`], as a size.
@@ -462,26 +467,49 @@ impl Ledger {
         }
     }
 
-    /// Appends an event. If that fails nothing was appended, and what the event says must not
-    /// happen.
+    /// Appends an event that can be refused. If that fails nothing was appended, and what the event says must
+    /// not happen.
     #[inline]
     pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
+        self.append_leaving(RESERVE, event)
+    }
+
+    /// The same for one that cannot: all the room that is there is for it.
+    #[inline]
+    pub fn append_what_must_be(&mut self, event: &Event<'_>) -> Result<(), Errno> {
+        self.append_leaving(0, event)
+    }
+
+    #[inline]
+    fn append_leaving(&mut self, rest: usize, event: &Event<'_>) -> Result<(), Errno> {
         if self.is_stale {
             return Err(Errno::ENOMEM);
         }
-        let written = self.write(self.live.end, event)?;
+        let written = self.write(self.live.end, rest, event)?;
         self.live.end = self.live.end.saturating_add(written);
         // The event first, then the word that makes it count.
         self.write_length(self.which, self.live.len());
         Ok(())
     }
 
-    /// Writes an event at a place behind which nothing counts; how many bytes it took.
+    /// Sees to it that what can be refused need not be, if it is not too long.
     #[inline]
-    fn write(&mut self, at: usize, event: &Event<'_>) -> Result<usize, Errno> {
+    pub fn make_room(&mut self) -> Result<(), Errno> {
+        let end = self.live.end.saturating_add(RESERVE).saturating_add(ROOM);
+        match end <= self.memory.bytes().len() {
+            true => Ok(()),
+            false => self.grow(),
+        }
+    }
+
+    /// Writes an event at a place behind which nothing counts, and leaves so much room behind it; how many
+    /// bytes it took.
+    #[inline]
+    fn write(&mut self, at: usize, rest: usize, event: &Event<'_>) -> Result<usize, Errno> {
         loop {
-            let rest = self.memory.bytes_mut().get_mut(at..).unwrap_or_default();
-            match encode(event, rest) {
+            let end = self.memory.bytes().len().saturating_sub(rest);
+            let place = self.memory.bytes_mut().get_mut(at..end).unwrap_or_default();
+            match encode(event, place) {
                 Ok(written) => return Ok(written),
                 Err(EncodeError::UnexpectedEnd) => self.grow()?,
                 Err(_) => return Err(Errno::EINVAL),
@@ -545,7 +573,7 @@ impl Ledger {
         let start = self.live.end.next_multiple_of(WORD);
         let mut end = start;
         for event in events {
-            end = end.saturating_add(self.write(end, &event)?);
+            end = end.saturating_add(self.write(end, 0, &event)?);
         }
         Ok(start..end)
     }

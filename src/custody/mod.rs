@@ -27,8 +27,10 @@ pub mod state;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::time::Duration;
 
-use crate::host::errno::Errno;
+use crate::host::clone;
+use crate::host::errno::{self, Errno};
 
 use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::descriptor::{Descriptor, Number, Open};
@@ -50,6 +52,8 @@ use crate::locks::table::{Owner, Pid, ResourceId};
 const LEDGER_ENTRY: usize = 512;
 /// A ledger up to this size is no waste, bytes.
 const SMALL_LEDGER: usize = 256 * 1024;
+/// How long what must be written down is waited with until it is tried again.
+const BETWEEN_TRIES: Duration = Duration::from_millis(100);
 
 /// All that lasts.
 #[derive(Debug)]
@@ -59,6 +63,8 @@ pub struct Custody {
     own_file: Option<OwnFile>,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
+    /// Somebody goes on from the ledger should this process die.
+    is_read_after_death: bool,
 }
 
 /// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
@@ -114,7 +120,23 @@ impl Custody {
             ledger,
             own_file: None,
             ledger_entry: 0,
+            is_read_after_death: false,
         }
+    }
+
+    /// From now on somebody may go on at any moment from what the ledger says: nothing happens any more that it
+    /// does not say.
+    pub fn is_read_after_death(&mut self) {
+        self.is_read_after_death = true;
+    }
+
+    /// Sees to it that what a call changes can be written down.
+    ///
+    /// # Errors
+    /// Those of the memory file.
+    #[inline]
+    pub fn make_room(&mut self) -> Result<(), Errno> {
+        self.ledger.make_room()
     }
 
     /// Goes on with a state that was taken over, and the ledger that says it. Without one, it is written
@@ -158,10 +180,34 @@ impl Custody {
     /// Writes down what has happened, or must, and makes its change.
     #[inline(always)]
     fn record(&mut self, event: Event<'_>, mut given: Given<'_>) -> Left<Open> {
-        if self.ledger.append(&event).is_err() {
-            self.ledger.lose();
+        if let Err(reason) = self.ledger.append_what_must_be(&event) {
+            self.write_down_at_last(&event, reason);
         }
         self.apply(event, &mut given)
+    }
+
+    /// What cannot be refused and cannot be written down is waited with, as whoever went on from a ledger that
+    /// lacks it would take what is closed now, or has another's number, for what the ledger tells of. Where
+    /// nobody goes on from it, it is written down later.
+    #[cold]
+    fn write_down_at_last(&mut self, event: &Event<'_>, reason: Errno) {
+        let is_read = self.is_read_after_death && self.ledger.descriptor().is_ok();
+        if !is_read || reason == Errno::EINVAL {
+            return self.ledger.lose();
+        }
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "The state cannot be written down: {}. All locks stay, and nobody is served until it can: free some \
+             memory",
+            errno::text(reason)
+        );
+        loop {
+            let is_whole = !self.ledger.is_stale() || self.renew().is_ok();
+            if is_whole && self.ledger.append_what_must_be(event).is_ok() {
+                return;
+            }
+            clone::pause(BETWEEN_TRIES);
+        }
     }
 
     #[inline(always)]

@@ -196,6 +196,10 @@ impl Reactor {
         heap::settle();
         // Before the reserve takes what descriptors there are.
         let gate = Gate::new();
+        let mut custody = Custody::new(ledger);
+        if guard.is_some() {
+            custody.is_read_after_death();
+        }
         let mut reserve = Reserve::default();
         reserve.refill();
         Ok(Reactor {
@@ -205,7 +209,7 @@ impl Reactor {
             timer,
             reload,
             doing: Doing::Serving,
-            custody: Custody::new(ledger),
+            custody,
             connections: Roll::default(),
             waiting: WaitingRoom::new(gate.names_processes()),
             gate,

@@ -2,9 +2,10 @@
 //! the daemon serves on, with every lock, and says why nothing came of it.
 
 use crate::support;
-use crate::support::client::{Client, SHARED, acquire, register, release};
+use crate::support::client::{Client, Received, SHARED, acquire, register, release};
 use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner};
+use crate::support::protocol::{PING, PONG};
 use crate::support::upgrade::{
     CONFIG, Host, Rival, helper_client, long_name, refusals, refused_upgrade, upgrade,
 };
@@ -544,16 +545,36 @@ fn a_ledger_that_cannot_grow_refuses_upgrades_and_locks_until_it_can() {
     for number in 0..granted {
         scene.host.assert_held(&format!("/run/long-{number}"));
     }
-    // Connections that come and go meanwhile cannot be written down either, which harms nothing.
-    for _ in 0..3000 {
-        scene.daemon.client().ping();
+    // Who is there is served, and gives back what it has; whoever comes waits in front of the door, as it
+    // could not be written down that it is there.
+    let mut comes = scene.daemon.client();
+    comes.send(&PING);
+    let first = long_name("long-0", 4000);
+    scene.helper.call(&release("", &first)).expect_ok();
+    scene.host.assert_free("/run/long-0");
+    // A process that goes on finds all that was so.
+    let before = scene.daemon.reactor();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), Signal::SIGKILL).unwrap();
+    wait_until(DEADLINE, "another process that serves", || {
+        ![before, scene.daemon.pid()].contains(&scene.daemon.reactor())
+    });
+    scene.helper.ping();
+    scene.host.assert_free("/run/long-0");
+    for number in 1..granted {
+        scene.host.assert_held(&format!("/run/long-{number}"));
+        let name = long_name(&format!("long-{number}"), 4000);
+        assert!(!scene.helper.call(&acquire("", &name, 0)).is_ok());
     }
+    // It is not: what the helper was told came behind it.
+    let answer = comes.receive_within(Duration::from_millis(1));
+    assert!(matches!(answer, Received::Silence { .. }), "{answer:?}");
     limit(&scene.daemon, "--fsize=unlimited:");
+    assert_eq!(comes.receive(), PONG);
     wait_until(DEADLINE, "locks to be granted again", || {
         scene.helper.call(&again).is_ok()
     });
     upgrade(&scene.daemon);
-    for number in 0..=granted {
+    for number in 1..=granted {
         scene.host.assert_held(&format!("/run/long-{number}"));
         let name = long_name(&format!("long-{number}"), 4000);
         scene.helper.call(&release("", &name)).expect_ok();

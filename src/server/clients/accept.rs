@@ -116,10 +116,12 @@ impl Gate {
             return Accepted::Nothing;
         };
         let service = door.service;
+        // Whoever cannot be written down waits in front of the door.
+        let room = entrance.custody.make_room();
         let Some(socket) = entrance.custody.listener(place) else {
             return Accepted::Nothing;
         };
-        let accepted = match stream::accept(socket) {
+        let accepted = match room.and_then(|()| stream::accept(socket)) {
             Err(Errno::EAGAIN) => {
                 door.readable = false;
                 Accepted::Nothing
