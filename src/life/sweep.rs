@@ -36,7 +36,9 @@ pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) 
             continue;
         }
         let mut listeners = state.listeners().iter();
-        let door = listeners.find(|it| stream::is_connection_to(it.socket.0, number));
+        let door = listeners
+            .find(|it| stream::is_connection_to(it.socket.0, number))
+            .filter(|_| desk.ending() != Some(number));
         let is_avoided = || descriptors::identity(number).is_some_and(|it| avoid.contains(&it));
         if door.is_none() && !avoid.is_empty() && is_avoided() {
             swept.kept.push(number);

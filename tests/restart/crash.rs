@@ -1,13 +1,14 @@
 //! The daemon's two processes, the one that was started and the one that serves, are killed: nobody notices
 //! more than a pause. See [`super::support::daemon::Daemon::reactor`] for which is which.
 
-use crate::support::client::{Client, acquire, register_as, release};
+use crate::support::client::{AUTOCREATE, Client, Reply, acquire, register_as, release};
 use crate::support::daemon::{Daemon, kill_all, reactor_of};
 use crate::support::owner::{OnTerm, Owner, process_state};
 use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
 use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 
 fn send(pid: i32, signal: Signal) {
@@ -343,6 +344,64 @@ fn a_connection_that_was_accepted_and_not_written_down_is_served() {
     let spare = scene.host.disk("spare");
     client.call(&acquire("", &spare, 0)).expect_ok();
     scene.host.assert_held(&spare);
+    scene.serves();
+}
+
+#[test]
+fn a_disk_that_took_the_place_of_a_file_that_was_made_is_not_removed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let (image, upload) = (
+        scene.host.path("/run/image"),
+        scene.host.path("/run/upload"),
+    );
+    std::fs::write(&upload, "somebody's data").expect("write an image");
+    let inode = std::fs::metadata(&upload).expect("look at it").ino();
+    let mut other = scene.daemon.client();
+    other.call(&register_as("other", 4245)).expect_ok();
+    let reactor = scene.daemon.reactor();
+    let slowed = Slowed::of(reactor, "fcntl", "delay_enter=500000");
+    other.post(&acquire("", "/run/image", AUTOCREATE));
+    wait_until(DEADLINE, "the file to be made", || image.exists());
+    std::fs::rename(&upload, &image).expect("put the image in its place");
+    wait_until(DEADLINE, "the image to be opened", || {
+        let open = std::fs::read_dir(format!("/proc/{reactor}/fd")).expect("what it has open");
+        open.filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
+            .any(|file| file.ino() == inode)
+    });
+    send(reactor, Signal::SIGKILL);
+    drop(slowed);
+    Reply::parse(&other.receive()).expect_ok();
+    scene.host.assert_held("/run/image");
+    other.call(&release("", "/run/image")).expect_ok();
+    let data = std::fs::read_to_string(&image).expect("read the image");
+    assert_eq!(data, "somebody's data");
+    scene.serves();
+}
+
+#[test]
+fn a_connection_that_was_being_ended_is_not_let_in_again() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    scene.daemon.wait_until_asleep();
+    let reactor = scene.daemon.reactor();
+    let mut broken = scene.daemon.client();
+    broken.ping();
+    let slowed = Slowed::of(reactor, "close", "signal=KILL:when=1");
+    broken.send(&[0xff; 30]);
+    broken.expect_closed();
+    wait_until(DEADLINE, "the process to be killed", || {
+        ![reactor, scene.daemon.pid()].contains(&scene.daemon.reactor())
+    });
+    drop(slowed);
     scene.serves();
 }
 
