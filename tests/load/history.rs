@@ -42,6 +42,25 @@ const FILES_AT_ONCE: usize = 2;
 const CALLS: usize = 150;
 const BETWEEN_UPGRADES: Duration = Duration::from_millis(60);
 
+type IsOne = fn(&What) -> bool;
+
+/// What owners do in a history that shows something.
+const KINDS: [(&str, IsOne); 7] = [
+    ("granted exclusively", |what| {
+        matches!(what, What::Granted(_, _, Mode::Exclusive))
+    }),
+    ("granted shared", |what| {
+        matches!(what, What::Granted(_, _, Mode::Shared))
+    }),
+    ("leases granted", |what| {
+        matches!(what, What::Granted(_, LEASE, _))
+    }),
+    ("released", |what| matches!(what, What::Released(..))),
+    ("refused", |what| matches!(what, What::Refused(..))),
+    ("killed", |what| matches!(what, What::Killed(_))),
+    ("left", |what| matches!(what, What::Left(_))),
+];
+
 /// Two histories at once would be half as dense.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -119,6 +138,8 @@ struct Run<'a> {
     begun: Instant,
     stop: AtomicBool,
     owners: AtomicU32,
+    /// The kinds of what owners did so far, one bit each.
+    seen: AtomicU32,
 }
 
 /// Tells the threads to stop, also when this one fails: it would wait for them for ever.
@@ -139,6 +160,18 @@ impl Run<'_> {
         let before = self.now();
         let done = act();
         (before, done, self.now())
+    }
+
+    fn see(&self, what: &What) {
+        for (bit, (_, is)) in KINDS.iter().enumerate() {
+            self.seen
+                .fetch_or(u32::from(is(what)) << bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether owners did everything that makes a history worth its judgement.
+    fn has_shown_all(&self) -> bool {
+        self.seen.load(Ordering::Relaxed) == (1 << KINDS.len()) - 1
     }
 
     /// Owner after owner, until it is told to stop.
@@ -233,6 +266,7 @@ impl<'a> Life<'a> {
     }
 
     fn note(&mut self, before: Moment, after: Moment, what: What) {
+        self.run.see(&what);
         self.entries.push(Entry {
             before,
             after,
@@ -389,6 +423,7 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
         begun: Instant::now(),
         stop: AtomicBool::new(false),
         owners: AtomicU32::new(1),
+        seen: AtomicU32::new(0),
     };
     let tries = AtomicU64::new(0);
     let mut upgrades = 0;
@@ -404,7 +439,13 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             threads.push(scope.spawn(move || run.work(random)));
         }
         let end = run.begun + Duration::from_secs(seconds);
-        while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
+        // On a slow machine few owners have come to their end by then.
+        let latest = end + DEADLINE;
+        let goes_on = || {
+            let now = Instant::now();
+            now < end || (now < latest && !run.has_shown_all())
+        };
+        while goes_on() && !threads.iter().any(|thread| thread.is_finished()) {
             upgrade(&daemon);
             upgrades += 1;
             std::thread::sleep(BETWEEN_UPGRADES);
@@ -417,27 +458,16 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
     });
     judge(&entries, seed);
     assert_eq!(daemon.ended(), None);
-    let count = |is: fn(&What) -> bool| entries.iter().filter(|entry| is(&entry.what)).count();
-    let exclusively = |what: &What| matches!(what, What::Granted(_, _, Mode::Exclusive));
-    let shared = |what: &What| matches!(what, What::Granted(_, _, Mode::Shared));
-    let needed = [
-        ("granted exclusively", count(exclusively)),
-        ("granted shared", count(shared)),
-        ("released", count(|what| matches!(what, What::Released(..)))),
+    let count = |is: IsOne| entries.iter().filter(|entry| is(&entry.what)).count();
+    let mut needed = KINDS.map(|(kind, is)| (kind, count(is))).to_vec();
+    needed.extend([
         (
             "had by the rival",
             count(|what| matches!(what, What::Robbed(..))),
         ),
         ("tries of the rival", tries.load(Ordering::Relaxed) as usize),
         ("upgrades", upgrades),
-        ("killed", count(|what| matches!(what, What::Killed(_)))),
-        ("left", count(|what| matches!(what, What::Left(_)))),
-        (
-            "leases granted",
-            count(|what| matches!(what, What::Granted(_, LEASE, _))),
-        ),
-        ("refused", count(|what| matches!(what, What::Refused(..)))),
-    ];
+    ]);
     let seen_to_run = count(|what| matches!(what, What::Runs(_)));
     eprintln!("{needed:?}, seen to run after they left {seen_to_run}");
     for (what, count) in needed {
