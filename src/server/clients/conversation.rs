@@ -395,6 +395,56 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_elsewhere_is_wanted_when_a_frame_is_whole_and_no_earlier() {
+        let mut with_text = Vec::new();
+        let path = [b'/', b'l', b's'];
+        Call::CreateLockspace { path: &path }.encode(&mut with_text, 3);
+        let stream = [
+            call(1),
+            call_with_descriptors(2, 1),
+            b"\0".to_vec(),
+            with_text,
+        ]
+        .concat();
+        let mark = call(1).len() + call_with_descriptors(2, 1).len() + 1;
+        for size in 1..=stream.len() {
+            let mut conversation = Conversation::default();
+            let mut elsewhere = Vec::new();
+            let mut serials = Vec::new();
+            let mut at = 0;
+            while at < stream.len() {
+                // A read never goes past the byte of a descriptor.
+                let to = (at + size).min(if at < mark { mark } else { stream.len() });
+                let came = &stream[at..to];
+                let is_wanted = conversation.wants_what_lies_elsewhere(came.len());
+                let all = [&elsewhere[..], came].concat();
+                let is_whole = matches!(frame::split(&all, LONGEST_FRAME), Split::Frame(_));
+                let says_how_long = elsewhere.len() >= frame::LENGTH_WORD;
+                if says_how_long {
+                    assert_eq!(is_wanted, is_whole, "{size}: {at}");
+                }
+                if is_wanted {
+                    conversation.bring_back(std::mem::take(&mut elsewhere));
+                }
+                let (more, taken) = feed(&mut conversation, &[(came, to == mark)]);
+                assert_eq!(taken, Taken::All);
+                serials.extend(more);
+                elsewhere.extend(
+                    conversation
+                        .pending()
+                        .map(|it| it.bytes)
+                        .unwrap_or_default(),
+                );
+                conversation.lies_elsewhere();
+                assert_eq!(conversation.waiting(), elsewhere.len(), "{size}: {at}");
+                at = to;
+            }
+            assert_eq!(serials, [1, 2, 3], "{size}");
+            assert!(conversation.is_empty());
+        }
+    }
+
+    #[test]
     fn what_waits_can_be_passed_on_at_any_point() {
         let stream = [call_with_descriptors(1, 1), b"\0".to_vec(), call(2)].concat();
         let mark = stream.len() - call(2).len();
