@@ -716,6 +716,16 @@ mod tests {
         none(memory);
         places.leave(memory, WHOSE.number);
         assert!(!written());
+        // Of one that had been written and nothing said so when the process died, too.
+        begin(memory, WHOSE);
+        memory.dies_after(Some(2));
+        assert!(settle(memory, &mut places, WHOSE, &pending(&long)));
+        memory.dies_after(None);
+        assert!(written() && slot::numbers(memory).count() == 0);
+        let last = whose_turn(memory).map(|whose| whose.number);
+        places = Places::find(memory, last);
+        places.give_back(memory, |_, _| true);
+        assert!(!written());
     }
 
     #[test]

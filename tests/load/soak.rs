@@ -23,6 +23,7 @@ use crate::support::{DEADLINE, assert_memory, lock_probe, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::unix::fs::MetadataExt;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How many guests there are whenever the daemon is looked at.
@@ -160,14 +161,16 @@ impl Soak {
         let until = Instant::now() + UPGRADE_EVERY;
         while Instant::now() < until {
             self.something_happens();
+            if blows != Blows::None {
+                self.kills.kill_in_time(&self.daemon, &mut self.random);
+            }
             // An upgrade that nobody waits for.
-            if blows == Blows::UpgradesAndKills && self.random.percent(1) {
+            let with_upgrades = blows == Blows::UpgradesAndKills && !self.kills.is_one_on_its_way();
+            if with_upgrades && self.random.percent(1) {
                 self.daemon.signal(Signal::SIGUSR1);
             }
-            if blows != Blows::None {
-                self.kills.kill_in_time(&self.daemon);
-            }
         }
+        self.kills.wait();
         self.settle();
     }
 
@@ -355,10 +358,11 @@ impl Soak {
     }
 }
 
-/// The process that serves is killed, again and again.
+/// The process that serves is killed, again and again, whatever it does at that moment.
 struct Kills {
     count: usize,
     last: Instant,
+    on_its_way: Option<JoinHandle<()>>,
 }
 
 impl Kills {
@@ -366,21 +370,39 @@ impl Kills {
         Kills {
             count: 0,
             last: Instant::now(),
+            on_its_way: None,
         }
     }
 
     /// If it is time to. Not while there is an understudy, which would take over, in a process of another
     /// number.
-    fn kill_in_time(&mut self, daemon: &Daemon) {
+    fn kill_in_time(&mut self, daemon: &Daemon, random: &mut Random) {
         if self.last.elapsed() < KILL_EVERY {
             return;
         }
+        self.wait();
         daemon.client().ping();
         if let [reactor] = children_of(daemon.pid())[..] {
-            kill(Pid::from_raw(reactor), Signal::SIGKILL).expect("kill the process that serves");
+            let pause = Duration::from_micros(random.below(5000) as u64);
+            self.on_its_way = Some(std::thread::spawn(move || {
+                std::thread::sleep(pause);
+                kill(Pid::from_raw(reactor), Signal::SIGKILL)
+                    .expect("kill the process that serves");
+            }));
             self.count += 1;
         }
         self.last = Instant::now();
+    }
+
+    fn is_one_on_its_way(&self) -> bool {
+        let kill = self.on_its_way.as_ref();
+        kill.is_some_and(|kill| !kill.is_finished())
+    }
+
+    fn wait(&mut self) {
+        if let Some(kill) = self.on_its_way.take() {
+            kill.join().expect("a kill");
+        }
     }
 }
 
@@ -540,13 +562,14 @@ fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
             wait_until(DEADLINE, "the disk to be free", || {
                 lock_probe(disk).is_none()
             });
-            kills.kill_in_time(libvirt.lockd());
+            kills.kill_in_time(libvirt.lockd(), &mut random);
             // libvirtd may take a moment to notice.
             wait_until(DEADLINE, "the guest to start again", || {
                 libvirt.create(domain).is_ok()
             });
             started += 1;
         }
+        kills.wait();
         let steady = Look::at(libvirt.lockd());
         upgrade(libvirt.lockd());
         upgrades += 1;

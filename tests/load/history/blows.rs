@@ -44,8 +44,9 @@ impl Victim {
         victim
     }
 
-    /// Deals a blow and waits until the daemon serves again.
+    /// Deals a blow, once the daemon serves, and waits until somebody is in its place.
     pub fn suffer(&mut self, blow: Blow, run: &Run<'_>) {
+        self.serves();
         match blow {
             Blow::Upgrade if self.pid == self.daemon.pid() => upgrade(&self.daemon),
             Blow::Upgrade => {
@@ -111,7 +112,8 @@ impl Victim {
         self.serves();
     }
 
-    /// One that is killed before that may be over: nobody would lose anything.
+    /// One that is killed before may be over: at a start nobody would lose anything; and a successor has an
+    /// understudy until then, for which the process that serves ends with the one that was started.
     fn serves(&self) {
         Client::connect(self.daemon.lock_socket()).ping();
     }
