@@ -421,11 +421,9 @@ impl Guardian {
     }
 }
 
-/// Waits until a successor's understudy is over: what is done from here on it does not have.
+/// Waits until a successor's understudy is over: what is done from here on it does not have. Also where it is
+/// over already: this process is not to end with the guardian any more.
 pub fn outlive_understudy(desk: &Desk) {
-    if desk.understudy().is_none() {
-        return;
-    }
     while desk.understudy().is_some() && desk.has_guardian() {
         clone::pause(Duration::from_millis(1));
     }

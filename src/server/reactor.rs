@@ -380,9 +380,12 @@ impl Reactor {
             // From here on the call that a reactor died in is one that waits like others. It goes first:
             // what it may have been told already must still be true.
             let whose = self.whose(id);
-            self.buffers.settle(self.desk, whose, &rest);
+            let is_kept = whose.is_some_and(|it| self.buffers.settle(self.desk, it, &rest));
             if let Some(connection) = self.connections.get_mut(id.0) {
                 connection.appetite = Appetite::Small;
+                if is_kept {
+                    connection.lies_on_desk();
+                }
             }
             self.enqueue(id);
         }
@@ -425,13 +428,17 @@ impl Reactor {
             (None, true) => (passed_on.unwrap_or_default(), false),
             (None, false) => return (Connection::default(), None),
         };
-        if !is_known {
-            self.buffers.settle(self.desk, Some(whose), &rest);
-        }
+        let is_kept = is_known || self.buffers.settle(self.desk, whose, &rest);
         // Passed on once more it would be worked on or sent twice.
         self.custody.take_traffic(id);
-        let connection = Connection::resume(recovery::traffic(&rest));
-        (connection, is_of_turn.then_some((id, rest)))
+        let mut connection = Connection::resume(recovery::traffic(&rest));
+        if is_of_turn {
+            return (connection, Some((id, rest)));
+        }
+        if is_kept {
+            connection.lies_on_desk();
+        }
+        (connection, None)
     }
 
     /// Closes a descriptor that a reactor which died left open and nobody knows, before anybody is served: a
@@ -443,7 +450,7 @@ impl Reactor {
     /// What was ordered is done: the step in which it was ends. How the turn ends, if it does.
     fn end_step(&mut self, id: ClientId) -> Option<Turned> {
         let whose = self.whose(id)?;
-        let connection = self.connections.get(id.0)?;
+        let connection = self.connections.get_mut(id.0)?;
         (!self.buffers.end(self.desk, whose, connection)).then_some(Turned::Over)
     }
 
@@ -898,6 +905,7 @@ impl Reactor {
         let going = Going {
             custody: &mut self.custody,
             connections: &mut self.connections,
+            desk: self.desk,
             lines: &mut self.lines,
             deadlines: &mut self.deadlines,
             watch: &self.watch,

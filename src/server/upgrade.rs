@@ -518,6 +518,8 @@ pub struct Going<'a> {
     pub custody: &'a mut Custody,
     /// All connections.
     pub connections: &'a mut Roll<Connection>,
+    /// Where what they have on their way lies.
+    pub desk: &'a Desk,
     /// Who waits.
     pub lines: &'a mut Lines,
     /// What happens when.
@@ -565,22 +567,24 @@ impl Going<'_> {
                 self.lines.enqueue(id, connection);
             }
         }
+        let memory = self.desk.memory();
         let traffic = self
             .connections
             .iter()
             .filter(|(_, connection)| !connection.is_quiet())
-            .map(|(number, connection)| (ClientId(number), connection.traffic()));
+            .map(|(number, connection)| (ClientId(number), connection.traffic(number, memory)));
         self.custody.close(traffic, self.watch.descriptor())
     }
 
     /// The state for an earlier version of this program. What is on its way goes with it; what the poll
     /// has said is not needed, because that version asks anew.
     fn for_earlier(&self, version: u32) -> Result<Memory, Errno> {
+        let memory = self.desk.memory();
         let traffic = self
             .connections
             .iter()
             .filter(|(_, connection)| !connection.is_quiet())
-            .map(|(number, connection)| (ClientId(number), connection.traffic()));
+            .map(|(number, connection)| (ClientId(number), connection.traffic(number, memory)));
         self.custody.for_earlier(version, traffic)
     }
 

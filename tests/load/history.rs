@@ -2,7 +2,9 @@
 //!
 //! Owners, each a real process, take and give back a few files under all their names, over
 //! connections of their own or as libvirtd does for them. They are killed, between calls and in the
-//! midst of one, or leave and are killed by the daemon. The daemon is replaced again and again. All
+//! midst of one, or leave and are killed by the daemon. The daemon is replaced again and again, and its
+//! processes are killed ([`blows`]); each call has one answer all the same, but those over connections
+//! that are lost because all of its processes were killed at once. All
 //! the time a rival tries to lock the same files without the daemon, and another host takes and
 //! removes the one that is made and removed with its lock ([`outside`]). Everything is written down
 //! with the time, and afterwards a judge ([`record`]) looks for an instant with two exclusive owners,
@@ -11,14 +13,15 @@
 //! `VIRTLOCKD_HISTORY_SECONDS` makes it longer, `VIRTLOCKD_HISTORY_SEED` draws the same numbers
 //! again: not the same history, which depends on who is faster.
 
+mod blows;
 mod outside;
 mod record;
 
 use crate::support;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::support::client::{
@@ -28,8 +31,9 @@ use crate::support::client::{
 use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner, runs};
 use crate::support::random::Random;
-use crate::support::upgrade::{Disturbed, Host, upgrade};
+use crate::support::upgrade::{Disturbed, Host};
 use crate::support::{DEADLINE, lock_probe, require_root, skip, wait_until};
+use blows::{Blow, Victim};
 use record::{Entry, FileId, Mode, Moment, OwnerId, What};
 
 /// How long the owners are at work without being asked for more, seconds.
@@ -40,7 +44,6 @@ const WORKERS: u32 = 6;
 /// How many files an owner has at the most, and how many calls it makes.
 const FILES_AT_ONCE: usize = 2;
 const CALLS: usize = 150;
-const BETWEEN_UPGRADES: Duration = Duration::from_millis(60);
 
 type IsOne = fn(&What) -> bool;
 
@@ -138,6 +141,10 @@ struct Run<'a> {
     begun: Instant,
     stop: AtomicBool,
     owners: AtomicU32,
+    /// Closed while there is no daemon.
+    gate: RwLock<()>,
+    /// How often all of the daemon was killed.
+    cold_starts: AtomicU32,
     /// The kinds of what owners did so far, one bit each.
     seen: AtomicU32,
 }
@@ -204,10 +211,15 @@ struct Life<'a> {
     line: Line,
     held: Vec<(FileId, Name)>,
     end: End,
+    /// How often all of the daemon had been killed when the connections were made.
+    cold_starts: u32,
+    /// The connections are lost for that.
+    is_cut_off: bool,
 }
 
 impl<'a> Life<'a> {
     fn begin(run: &'a Run<'a>, random: &'a mut Random, entries: &'a mut Vec<Entry>) -> Life<'a> {
+        let _daemon = run.gate.read().expect("the gate");
         let id = run.owners.fetch_add(1, Ordering::Relaxed);
         let end = match random.below(100) {
             0..20 => End::GivesAllBack,
@@ -239,12 +251,14 @@ impl<'a> Life<'a> {
             line,
             held: Vec::new(),
             end,
+            cold_starts: run.cold_starts.load(Ordering::Relaxed),
+            is_cut_off: false,
         }
     }
 
     fn live(mut self) {
         for _ in 0..self.random.below(CALLS) + 1 {
-            if self.run.stop.load(Ordering::Relaxed) {
+            if self.run.stop.load(Ordering::Relaxed) || self.is_cut_off {
                 break;
             }
             self.take_or_give_back();
@@ -253,9 +267,11 @@ impl<'a> Life<'a> {
                 std::thread::sleep(Duration::from_micros(pause));
             }
         }
+        self.is_answered_once();
         match self.end {
+            _ if self.is_cut_off => self.outlive_its_connections(),
             End::GivesAllBack => {
-                while !self.held.is_empty() {
+                while !self.held.is_empty() && !self.is_cut_off {
                     self.give_back(0);
                 }
             }
@@ -274,12 +290,44 @@ impl<'a> Life<'a> {
         });
     }
 
-    fn call(&mut self, call: &Call) -> (Moment, Reply, Moment) {
+    /// `None` if the connection is lost, for the one reason that there is.
+    fn call(&mut self, call: &Call) -> (Moment, Option<Reply>, Moment) {
         let (run, line, owner) = (self.run, &mut self.line, &mut self.owner);
-        run.timed(|| match line {
-            Line::Own => owner.call(call),
-            Line::Helper(client) => client.call(call),
-        })
+        let called = run.timed(|| match line {
+            Line::Own => owner.try_call(call),
+            Line::Helper(client) => client.try_call(call),
+        });
+        let (before, reply, after) = called;
+        (before, self.or_cut_off(reply), after)
+    }
+
+    fn or_cut_off(&mut self, reply: Result<Reply, String>) -> Option<Reply> {
+        if let Err(reason) = &reply {
+            assert!(self.may_be_cut_off(), "an answer was due: {reason}");
+            self.is_cut_off = true;
+        }
+        reply.ok()
+    }
+
+    fn may_be_cut_off(&self) -> bool {
+        self.run.cold_starts.load(Ordering::Relaxed) > self.cold_starts
+    }
+
+    /// Nothing has come that answers no call: what answers the next one would not be its own.
+    fn is_answered_once(&mut self) {
+        if let Line::Helper(client) = &mut self.line
+            && !client.has_nothing_to_read()
+        {
+            assert!(self.may_be_cut_off(), "an answer to no call");
+            self.is_cut_off = true;
+        }
+    }
+
+    /// Its locks are there for as long as it is.
+    fn outlive_its_connections(&mut self) {
+        let pause = self.random.below(20) as u64;
+        std::thread::sleep(Duration::from_millis(pause));
+        self.kill();
     }
 
     fn take_or_give_back(&mut self) {
@@ -292,7 +340,9 @@ impl<'a> Life<'a> {
             return self.give_back(first);
         }
         let (name, mode) = self.choose(file);
-        let (before, reply, after) = self.call(&wish(file, &name, mode));
+        let (before, Some(reply), after) = self.call(&wish(file, &name, mode)) else {
+            return;
+        };
         if self.note_acquire(file, mode, before, &reply, after) {
             self.held.push((file, name));
         }
@@ -327,7 +377,8 @@ impl<'a> Life<'a> {
     fn give_back(&mut self, held: usize) {
         let (file, name) = self.held.swap_remove(held);
         let (before, reply, after) = self.call(&release(name.lockspace, &name.name));
-        reply.expect_ok();
+        // It may have been released.
+        reply.iter().for_each(Reply::expect_ok);
         self.note(before, after, What::Released(self.id, file));
     }
 
@@ -353,21 +404,23 @@ impl<'a> Life<'a> {
         let Line::Helper(client) = &mut self.line else {
             panic!("an owner's own call ends with it");
         };
-        client.post(&call);
+        let posted = client.try_send(&call.frame(u32::MAX));
         self.kill();
         let Line::Helper(client) = &mut self.line else {
             panic!("an owner's own call ends with it");
         };
-        let reply = Reply::parse(&client.receive());
+        let reply = posted.map_err(|error| error.to_string());
+        let reply = reply.and_then(|()| client.try_receive(u32::MAX));
+        let reply = self.or_cut_off(reply);
         let after = self.run.now();
         if held.is_some() {
-            expect_released_or_gone(&reply);
+            reply.iter().for_each(expect_released_or_gone);
             return self.note(before, after, What::Released(self.id, file));
         }
-        if self.note_acquire(file, mode, before, &reply, after) {
+        if reply.is_some_and(|reply| self.note_acquire(file, mode, before, &reply, after)) {
             self.wait_for_death();
             let (before, reply, after) = self.call(&release(name.lockspace, &name.name));
-            expect_released_or_gone(&reply);
+            reply.iter().for_each(expect_released_or_gone);
             self.note(before, after, What::Released(self.id, file));
         }
     }
@@ -392,6 +445,10 @@ impl<'a> Life<'a> {
                 break;
             }
             seen = Some((before, after));
+            if self.may_be_cut_off() {
+                // Nobody may have noticed that it left.
+                return self.kill();
+            }
             assert!(begun.elapsed() < DEADLINE, "owner {pid} is not ended");
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -409,8 +466,8 @@ fn expect_released_or_gone(reply: &Reply) {
     }
 }
 
-/// Runs a history of so many seconds and judges it.
-fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
+/// Runs a history of so many seconds, in which these things befall the daemon, and judges it.
+fn run_and_judge(host: &Host, daemon: Daemon, seconds: u64, blows: &[Blow]) {
     // A history that failed leaves nothing behind that could harm the next one.
     let _turn = ONE_AT_A_TIME
         .lock()
@@ -423,10 +480,13 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
         begun: Instant::now(),
         stop: AtomicBool::new(false),
         owners: AtomicU32::new(1),
+        gate: RwLock::new(()),
+        cold_starts: AtomicU32::new(0),
         seen: AtomicU32::new(0),
     };
     let tries = AtomicU64::new(0);
-    let mut upgrades = 0;
+    let mut victim = Victim::new(daemon);
+    let mut random = Random::new(seed.rotate_left(32));
     let entries: Vec<Entry> = std::thread::scope(|scope| {
         let (run, tries) = (&run, &tries);
         let stop = StopAtEnd(&run.stop);
@@ -446,9 +506,8 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             now < end || (now < latest && !run.has_shown_all())
         };
         while goes_on() && !threads.iter().any(|thread| thread.is_finished()) {
-            upgrade(&daemon);
-            upgrades += 1;
-            std::thread::sleep(BETWEEN_UPGRADES);
+            victim.suffer(victim.next_of(blows, &mut random), run);
+            std::thread::sleep(blows::BETWEEN);
         }
         drop(stop);
         let joined = threads.into_iter().map(|thread| thread.join());
@@ -457,7 +516,7 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             .collect()
     });
     judge(&entries, seed);
-    assert_eq!(daemon.ended(), None);
+    victim.check();
     let count = |is: IsOne| entries.iter().filter(|entry| is(&entry.what)).count();
     let mut needed = KINDS.map(|(kind, is)| (kind, count(is))).to_vec();
     needed.extend([
@@ -466,8 +525,11 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             count(|what| matches!(what, What::Robbed(..))),
         ),
         ("tries of the rival", tries.load(Ordering::Relaxed) as usize),
-        ("upgrades", upgrades),
     ]);
+    let names = blows.iter().map(|blow| format!("{blow:?}"));
+    let names: Vec<String> = names.collect();
+    let fallen = blows.iter().map(|blow| victim.count(*blow));
+    needed.extend(names.iter().map(String::as_str).zip(fallen));
     let seen_to_run = count(|what| matches!(what, What::Runs(_)));
     eprintln!("{needed:?}, seen to run after they left {seen_to_run}");
     for (what, count) in needed {
@@ -525,7 +587,29 @@ fn no_instant_has_two_exclusive_owners_and_no_granted_lock_is_ever_free() {
     }
     let host = host();
     let daemon = host.start(&[], &[]);
-    run_and_judge(&host, daemon, seconds(SECONDS));
+    run_and_judge(&host, daemon, seconds(SECONDS), &[Blow::Upgrade]);
+}
+
+#[test]
+fn nor_when_one_of_its_processes_is_killed_again_and_again() {
+    if !can_run() {
+        return;
+    }
+    let host = host();
+    let daemon = host.start(&[], &[]);
+    let blows = [Blow::Reactor, Blow::Guardian, Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS), &blows);
+}
+
+#[test]
+fn nor_when_all_of_it_is_killed_and_started_again() {
+    if !can_run() {
+        return;
+    }
+    let host = host();
+    let daemon = host.start(&[], &[]);
+    let blows = [Blow::Both, Blow::Reactor, Blow::Guardian, Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS), &blows);
 }
 
 #[test]
@@ -539,5 +623,6 @@ fn nor_when_every_fcntl_and_close_is_slow() {
     let host = host();
     let daemon = host.start(&[], &[daemon::WATCHED]);
     let _slowed = Disturbed::slow(&daemon);
-    run_and_judge(&host, daemon, seconds(SECONDS_SLOWED));
+    let blows = [Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS_SLOWED), &blows);
 }

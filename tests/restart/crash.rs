@@ -176,6 +176,27 @@ fn the_process_that_serves_takes_the_place_of_the_main_process_when_that_is_kill
     kill_all(third);
 }
 
+/// Its successor's reactor ends with it, but only until that serves.
+#[test]
+fn a_main_process_that_was_replaced_may_be_killed_as_well() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    let mut main = scene.daemon.pid();
+    for _ in 0..10 {
+        let before = image(main);
+        send(main, Signal::SIGUSR1);
+        wait_for_successor(main, &before);
+        scene.serves_but_for_rivals();
+        send(main, Signal::SIGKILL);
+        main = new_guardian(&scene, main);
+        scene.serves_but_for_rivals();
+    }
+    rival.never_succeeded();
+    kill_all(main);
+}
+
 impl Scene {
     /// As [`Scene::serves`], without a moment in which somebody else may have the disk.
     #[track_caller]

@@ -604,7 +604,7 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     turn::none(memory);
     assert!(turn::settle(
         memory,
-        &mut Places::find(memory),
+        &mut Places::find(memory, None),
         client.whose,
         &once
     ));

@@ -265,7 +265,8 @@ pub fn kill_all(pid: i32) {
     signal(pid, Signal::SIGKILL);
 }
 
-fn children_of(pid: i32) -> Vec<i32> {
+/// The processes that this one has made, in the order of their making.
+pub fn children_of(pid: i32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
     let numbers = children.split_whitespace();

@@ -34,6 +34,8 @@ pub struct Owner {
     child: Child,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
+    /// Of the next call.
+    serial: u32,
 }
 
 impl Owner {
@@ -64,6 +66,7 @@ impl Owner {
             child,
             orders,
             answers,
+            serial: 0,
         };
         assert_eq!(
             owner.answer(),
@@ -87,7 +90,13 @@ impl Owner {
     /// A call over the owner's own connection.
     #[track_caller]
     pub fn call(&mut self, call: &Call) -> Reply {
-        self.exchange(&call.frame(0))
+        let message = self.next_frame(call);
+        self.exchange(&message)
+    }
+
+    fn next_frame(&mut self, call: &Call) -> Vec<u8> {
+        self.serial += 1;
+        call.frame(self.serial)
     }
 
     /// Sends a message, whatever it is, and takes the reply to it.
@@ -98,16 +107,17 @@ impl Owner {
         let hex = answer
             .strip_prefix("reply ")
             .unwrap_or_else(|| panic!("no reply: {answer}"));
-        Reply::parse(&from_hex(hex))
+        reply_to(message, hex)
     }
 
     /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
     /// there is no reply. The process lives on.
     pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
-        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let message = self.next_frame(call);
+        self.order(&format!("call {}", to_hex(&message)));
         let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
         match answer.strip_prefix("reply ") {
-            Some(hex) => Ok(Reply::parse(&from_hex(hex))),
+            Some(hex) => Ok(reply_to(&message, hex)),
             None => Err(answer),
         }
     }
@@ -218,6 +228,19 @@ impl Owner {
             }
         }
     }
+}
+
+/// A reply, which has to carry the serial of the message that it answers.
+#[track_caller]
+fn reply_to(message: &[u8], hex: &str) -> Reply {
+    let reply = from_hex(hex);
+    let serial = at::SERIAL..at::SERIAL + 4;
+    assert_eq!(
+        reply.get(serial.clone()),
+        message.get(serial),
+        "serial of the reply"
+    );
+    Reply::parse(&reply)
 }
 
 impl Drop for Owner {

@@ -366,7 +366,7 @@ mod tests {
                 pending: bytes.to_vec(),
                 ..Rest::default()
             };
-            let mut places = desk::slot::Places::find(memory);
+            let mut places = desk::slot::Places::find(memory, None);
             assert!(step::settle(memory, &mut places, whose, &waiting));
             step::begin(memory, whose);
             step::frame_begins(memory, 0, self.custody.mark());
