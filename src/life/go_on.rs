@@ -17,7 +17,7 @@ use super::{serve, standard};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{self, Ledger};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -87,6 +87,9 @@ pub fn resume(
     }) = &before
     {
         lock_again(&state);
+        // The last of the dead may not be over yet, and has the ledger's name.
+        let run_directory = Paths::of_this_process().run_directory;
+        let _ = patiently(|| ledger::find_orphan(&run_directory).map(drop));
     }
     let mut inherited = inherit(&state).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {

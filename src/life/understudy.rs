@@ -72,7 +72,9 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
             let failure = wait(desk, order, &successor, ledgers.given.as_ref());
             desk.set_understudy(None);
             if let Some(copy) = ledgers.copy {
-                // What has the other number is closed with all that nobody knows.
+                // As long as the other one is open anywhere it is somebody's, and so is its name.
+                drop(ledgers.given);
+                drop(desk.ledger().map(descriptors::adopt));
                 desk.set_ledger(Some(copy.into_raw_fd()));
             }
             Ok(Stands::Here(failure))
