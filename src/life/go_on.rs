@@ -13,7 +13,7 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{serve, standard, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
@@ -228,7 +228,15 @@ impl Before {
                 // Another daemon would take it for its own, or not start.
                 let _ = std::fs::remove_file(document);
             }
-            upgrade::say_what_failed(failure, desk.ordered_path());
+            desk.does_without_understudy(false);
+            match failure {
+                Failure::NoUnderstudy(reason) if !understudy::may_be_had_later(reason) => {
+                    upgrade::say_that_nobody_stands_by(reason, desk.ordered_path());
+                    desk.does_without_understudy(true);
+                    desk.ask(Signal::SIGUSR1);
+                }
+                _ => upgrade::say_what_failed(failure, desk.ordered_path()),
+            }
         }
     }
 }

@@ -2,11 +2,11 @@
 //! its end; it must go on, or end and say why.
 //!
 //! The first call of a name fails, in the next run the second, and so on until a run is over before the
-//! one that would fail: each for itself in the process that was started, in those that serve, in a
-//! successor's trial run and in the copy that goes on should a successor not serve. In each run a story
-//! is played to the daemon: owners that lock, share, conflict, release and leave, the admin socket,
-//! SIGHUP, SIGUSR1, SIGTERM. Since one call fails only once, whatever was refused because of it must work
-//! when it is asked for again. All the time what was granted is compared with what the kernel says.
+//! one that would fail: each for itself in the process that was started, in those that serve, and in the
+//! copy that goes on should a successor not serve. In each run a story is played to the daemon: owners
+//! that lock, share, conflict, release and leave, the admin socket, SIGHUP, SIGUSR1, SIGTERM. Since one
+//! call fails only once, whatever was refused because of it must work when it is asked for again. All the
+//! time what was granted is compared with what the kernel says.
 //!
 //! By default each name fails with one of its errors, chosen by a printed seed. `CI=true` or
 //! `VIRTLOCKD_FAULTS=all` tries all errors, `VIRTLOCKD_FAULTS=reactor:openat:EMFILE:17,read:EIO,poll` these

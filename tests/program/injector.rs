@@ -188,9 +188,9 @@ struct Injection {
 
 impl Injection {
     fn run(mut self, daemon: Pid, gate: &Path) {
+        // Not what it starts beside itself, which would not be over for the daemon as long as it is traced.
         let options = Options::PTRACE_O_TRACESYSGOOD
             | Options::PTRACE_O_TRACEFORK
-            | Options::PTRACE_O_TRACEVFORK
             | Options::PTRACE_O_TRACECLONE
             | Options::PTRACE_O_EXITKILL;
         ptrace::seize(daemon, options).expect("seize the daemon");
@@ -218,13 +218,13 @@ impl Injection {
 
     fn at_event(&mut self, pid: Pid, signal: Signal, event: i32) {
         match event {
-            libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK | libc::PTRACE_EVENT_CLONE => {
+            libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE => {
                 let child = ptrace::getevent(pid).unwrap_or(0);
                 let child = Pid::from_raw(i32::try_from(child).expect("a pid"));
                 let made_by = self.processes.get(&pid).and_then(|it| it.role);
-                let role = made_by.map(|by| self.role_of_child(by, pid, event));
+                let role = made_by.map(|_| role_of_child(pid));
                 let traced = self.processes.entry(child).or_default();
-                traced.role = Some(role.unwrap_or(Role::Guardian));
+                traced.role = role;
                 if traced.has_stopped {
                     self.go_on(child, None);
                 }
@@ -248,25 +248,6 @@ impl Injection {
                 }
             }
             _ => self.go_on(pid, None),
-        }
-    }
-
-    /// What a process is for that another one makes.
-    fn role_of_child(&self, maker: Role, pid: Pid, event: i32) -> Role {
-        if event == libc::PTRACE_EVENT_VFORK {
-            return Role::Rehearsal;
-        }
-        let registers = ptrace::getregs(pid).expect("the registers of a process that makes one");
-        let flags = if registers.orig_rax == libc::SYS_clone as u64 {
-            registers.rdi
-        } else {
-            0
-        };
-        match maker {
-            Role::Understudy if flags & libc::CLONE_FILES as u64 == 0 => Role::Understudy,
-            _ if flags & libc::CLONE_FILES as u64 != 0 => Role::Reactor,
-            Role::Guardian | Role::Reactor => Role::Understudy,
-            other => other,
         }
     }
 
@@ -346,6 +327,17 @@ impl Injection {
             let _ = ptrace::setregs(pid, registers);
             self.processes.entry(pid).or_default().returns = Some(-errno);
         }
+    }
+}
+
+/// What a process is for that one of the daemon's is making.
+fn role_of_child(maker: Pid) -> Role {
+    let registers = ptrace::getregs(maker).expect("the registers of a process that makes one");
+    let shares_descriptors = registers.rdi & libc::CLONE_FILES as u64 != 0;
+    if shares_descriptors {
+        Role::Reactor
+    } else {
+        Role::Understudy
     }
 }
 

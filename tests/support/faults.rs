@@ -11,25 +11,17 @@ pub enum Role {
     Guardian,
     /// The processes that serve.
     Reactor,
-    /// A successor's trial run.
-    Rehearsal,
     /// The copies of the guardian that go on should a successor not serve.
     Understudy,
 }
 
 impl Role {
-    pub const ALL: [Role; 4] = [
-        Role::Guardian,
-        Role::Reactor,
-        Role::Rehearsal,
-        Role::Understudy,
-    ];
+    pub const ALL: [Role; 3] = [Role::Guardian, Role::Reactor, Role::Understudy];
 
     pub fn name(self) -> &'static str {
         match self {
             Role::Guardian => "guardian",
             Role::Reactor => "reactor",
-            Role::Rehearsal => "rehearsal",
             Role::Understudy => "understudy",
         }
     }
@@ -398,7 +390,6 @@ pub const ESSENTIAL: &[(Role, &[&str])] = &[
             "write",
         ],
     ),
-    (Role::Rehearsal, &["execve", "read", "write"]),
     (Role::Understudy, &["fcntl", "memfd_create", "poll"]),
 ];
 
