@@ -32,6 +32,8 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const NO_UNDERSTUDY: usize = 160;
+const DOES_WITHOUT: usize = 168;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -337,6 +339,35 @@ impl Desk {
     /// This is the process that goes on should a successor not serve.
     pub fn set_understudy(&self, pid: Option<i32>) {
         self.set_number(UNDERSTUDY, pid);
+    }
+
+    /// There is no understudy, because of this.
+    pub fn no_understudy(&self, reason: Errno) {
+        let number = u64::from(reason.number().unsigned_abs());
+        self.memory.store(NO_UNDERSTUDY, number);
+    }
+
+    /// Nothing is known against one yet.
+    pub fn no_reason_against_understudy(&self) {
+        self.memory.store(NO_UNDERSTUDY, 0);
+    }
+
+    /// Why there is none, if whoever was to be it has said so.
+    pub fn why_no_understudy(&self) -> Option<Errno> {
+        match self.memory.load(NO_UNDERSTUDY) {
+            0 => None,
+            number => i32::try_from(number).ok().map(Errno::from_raw),
+        }
+    }
+
+    /// Nobody looks for an understudy from here on, or somebody does again.
+    pub fn does_without_understudy(&self, does: bool) {
+        self.memory.store(DOES_WITHOUT, u64::from(does));
+    }
+
+    /// Whether a program is to be executed although nobody could go on should it not serve.
+    pub fn is_without_understudy(&self) -> bool {
+        self.memory.load(DOES_WITHOUT) != 0
     }
 
     /// A program is to be executed, with this ledger. False if its path is too long.

@@ -62,8 +62,24 @@ pub fn parent() -> i32 {
 
 /// Sends a signal to a process by its number: a child that has not been waited for, or the parent.
 pub fn signal(pid: i32, signal: Signal) {
-    // It may have ended: then nobody needs it.
-    let _ = nix::sys::signal::kill(Pid::from_raw(pid), signal);
+    // Whoever is not woken waits for ever: what fails once is tried again. It may have ended: then nobody
+    // needs it.
+    for _ in 0..SIGNAL_TRIES {
+        match nix::sys::signal::kill(Pid::from_raw(pid), signal).map_err(Errno::from) {
+            Ok(()) | Err(Errno::ESRCH) => return,
+            Err(_) => (),
+        }
+    }
+}
+
+const SIGNAL_TRIES: usize = 3;
+
+/// Whether processes can be woken by signals.
+///
+/// # Errors
+/// What the host refuses.
+pub fn try_out_signals() -> Result<(), Errno> {
+    Ok(nix::sys::signal::kill(nix::unistd::getpid(), None)?)
 }
 
 /// How a child ended.
@@ -83,8 +99,14 @@ pub fn next_ended() -> Option<(i32, Ended)> {
 /// Whether this is a child that has not ended.
 pub fn is_child(pid: i32) -> bool {
     let mut status = 0;
-    // SAFETY: the pointer is to a number of ours, which the call fills in.
-    unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) == 0 }
+    loop {
+        // SAFETY: the pointer is to a number of ours, which the call fills in.
+        let result = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+        match Errno::result(result) {
+            Err(Errno::EINTR) => (),
+            result => return result == Ok(0),
+        }
+    }
 }
 
 /// Waits for the end of a child that has been killed.

@@ -13,11 +13,11 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{serve, standard, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{self, Ledger};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -87,6 +87,9 @@ pub fn resume(
     }) = &before
     {
         lock_again(&state);
+        // The last of the dead may not be over yet, and has the ledger's name.
+        let run_directory = Paths::of_this_process().run_directory;
+        let _ = patiently(|| ledger::find_orphan(&run_directory).map(drop));
     }
     let mut inherited = inherit(&state).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {
@@ -225,7 +228,15 @@ impl Before {
                 // Another daemon would take it for its own, or not start.
                 let _ = std::fs::remove_file(document);
             }
-            upgrade::say_what_failed(failure, desk.ordered_path());
+            desk.does_without_understudy(false);
+            match failure {
+                Failure::NoUnderstudy(reason) if !understudy::may_be_had_later(reason) => {
+                    upgrade::say_that_nobody_stands_by(reason, desk.ordered_path());
+                    desk.does_without_understudy(true);
+                    desk.ask(Signal::SIGUSR1);
+                }
+                _ => upgrade::say_what_failed(failure, desk.ordered_path()),
+            }
         }
     }
 }

@@ -359,7 +359,7 @@ impl Guardian {
         let Some(order) = self.desk.ordered() else {
             return;
         };
-        if order == Order::WayBack {
+        if order == Order::WayBack || self.desk.is_without_understudy() {
             let reason = self.execute(order);
             return self.desk.order_failed(Failure::Exec(reason));
         }

@@ -133,6 +133,9 @@ fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refus
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }
+    while_it_may_pass(|| {
+        clone::try_out_signals().map_err(Refusal::of("the processes cannot wake each other (kill)"))
+    })?;
     // A reactor has the limits of its guardian, and says it if this one cannot be raised.
     let descriptors = limits::raise_open_files().unwrap_or(SUPPOSED_LIMIT);
     let desk = while_it_may_pass(|| Desk::new(desk::size(descriptors)))?;

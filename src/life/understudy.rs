@@ -12,7 +12,7 @@ use crate::desk::Desk;
 use crate::desk::control::{Failure, Order};
 use crate::host::clock::Moment;
 use crate::host::clone::{self, Which};
-use crate::host::errno::Errno;
+use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
 use crate::host::{descriptors, memory};
 
@@ -45,6 +45,7 @@ pub enum Stands {
 pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
     let successor = Process::open_any(process::own_number())?;
     desk.set_understudy(None);
+    desk.no_reason_against_understudy();
     match clone::with_own_descriptors()? {
         Which::Original(child) => {
             let until = Moment::now().plus_ms(STANDS_MS);
@@ -54,7 +55,14 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
             }
             while desk.understudy().is_none() {
                 let is_over = order != Order::Libvirt && !clone::is_child(child);
-                if is_over || Moment::now() >= until {
+                if let Some(reason) = desk.why_no_understudy() {
+                    if order != Order::Libvirt {
+                        clone::wait_for_end(child);
+                    }
+                    return Err(reason);
+                }
+                // It may have become it in the moment before.
+                if (is_over && desk.understudy().is_none()) || Moment::now() >= until {
                     return Err(Errno::ETIMEDOUT);
                 }
                 clone::pause(BRIEFLY);
@@ -62,22 +70,38 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
             Ok(Stands::There)
         }
         Which::Copy => {
-            if order == Order::Libvirt && clone::with_own_descriptors() != Ok(Which::Copy) {
-                clone::leave(0);
+            if order == Order::Libvirt {
+                match clone::with_own_descriptors() {
+                    Ok(Which::Copy) => (),
+                    Ok(Which::Original(_)) => clone::leave(0),
+                    Err(reason) => refuse(desk, reason),
+                }
             }
-            let Ok(ledgers) = keep_ledger(desk) else {
-                clone::leave(0);
-            };
+            let ledgers = keep_ledger(desk).unwrap_or_else(|reason| refuse(desk, reason));
             desk.set_understudy(Some(process::own_number()));
             let failure = wait(desk, order, &successor, ledgers.given.as_ref());
             desk.set_understudy(None);
             if let Some(copy) = ledgers.copy {
-                // What has the other number is closed with all that nobody knows.
+                // As long as the other one is open anywhere it is somebody's, and so is its name.
+                drop(ledgers.given);
+                drop(desk.ledger().map(descriptors::adopt));
                 desk.set_ledger(Some(copy.into_raw_fd()));
             }
             Ok(Stands::Here(failure))
         }
     }
+}
+
+/// The end of a process that cannot become the understudy.
+fn refuse(desk: &Desk, reason: Errno) -> ! {
+    desk.no_understudy(reason);
+    clone::leave(0);
+}
+
+/// Whether what stands in the way of an understudy may be gone a moment later. What the host refuses for
+/// ever is no reason never to replace the program: libvirt's daemon does it without.
+pub fn may_be_had_later(reason: Errno) -> bool {
+    errno::may_pass(reason) || matches!(reason, Errno::EAGAIN | Errno::ETIMEDOUT)
 }
 
 /// Ends an understudy that is not needed.

@@ -504,6 +504,19 @@ pub fn say_what_failed(failure: Failure, program: &CStr) {
     say_failed(&reason);
 }
 
+/// The host refuses for ever what a copy of the guardian needs that would go on should the successor not
+/// serve: it is executed without one.
+pub fn say_that_nobody_stands_by(reason: Errno, program: &CStr) {
+    tracing::warn!(
+        target: "rpc.netdaemon",
+        "SIGUSR1: the host refuses a copy of this daemon that could go on should {} not serve once it is \
+         executed: {}. It is executed all the same, and has shown that it can take over; should it crash \
+         then, all locks are free while the guests run on",
+        program.to_string_lossy(),
+        errno::text(reason)
+    );
+}
+
 fn say_failed(reason: &str) {
     tracing::error!(
         target: "rpc.netdaemon",

@@ -74,6 +74,9 @@ impl Scene {
         let last = self.refusals().pop().unwrap_or_default();
         assert!(last.contains(why), "{last}");
         assert!(!self.host.path("/run/virtlockd-restart-exec.json").exists());
+        // Should all be killed now, the next start finds what this one writes.
+        let log = self.daemon.stderr();
+        assert!(!log.contains("a ledger that has no name"), "{log}");
     }
 
     fn refusals(&self) -> Vec<String> {

@@ -2,12 +2,13 @@
 
 use super::client::Client;
 use super::namespace::Namespace;
+use super::owner::runs;
 use super::{DEADLINE, TempDir, wait_for, wait_until};
 use std::ffi::OsStr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Where a root daemon listens, inside its namespace.
 pub const LOCK_SOCKET: &str = "/run/libvirt/virtlockd-sock";
@@ -253,16 +254,23 @@ impl Drop for Daemon {
     }
 }
 
-/// Kills a daemon's processes, so that none of them makes another one.
+/// Kills a daemon's processes, so that none of them makes another one. They are dead when this returns: as
+/// long as one of them is not, it listens.
 pub fn kill_all(pid: i32) {
     use nix::sys::signal::{Signal, kill};
     let signal = |pid: i32, signal| _ = kill(nix::unistd::Pid::from_raw(pid), signal);
     // Stopped, it does not act on the death of a child.
     signal(pid, Signal::SIGSTOP);
-    for child in children_of(pid) {
-        signal(child, Signal::SIGKILL);
+    let children = children_of(pid);
+    for child in &children {
+        signal(*child, Signal::SIGKILL);
     }
     signal(pid, Signal::SIGKILL);
+    // Not asserted: this is done while a failed test unwinds, too.
+    let end = Instant::now() + DEADLINE;
+    while children.iter().chain([&pid]).any(|pid| runs(*pid)) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The processes that this one has made, in the order of their making.
