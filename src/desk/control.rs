@@ -32,6 +32,7 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const ENDING: usize = 176;
 const NO_UNDERSTUDY: usize = 160;
 const DOES_WITHOUT: usize = 168;
 /// One bit for each number of a descriptor that was open before anything was opened here.
@@ -436,6 +437,16 @@ impl Desk {
         let death = Death::of(self.memory.load(DEATH))?;
         self.memory.store(DEATH, 0);
         Some((death, self.memory.load(DEATHS)))
+    }
+
+    /// The connection with this number is about to be forgotten, and then closed; or it is.
+    pub fn set_ending(&self, number: Option<RawFd>) {
+        self.set_number(ENDING, number);
+    }
+
+    /// Which connection that is.
+    pub fn ending(&self) -> Option<RawFd> {
+        self.number(ENDING)
     }
 
     /// A descriptor that was open before anything was opened here: it stays as it is.

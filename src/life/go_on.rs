@@ -127,6 +127,7 @@ pub fn resume(
         for descriptor in before.swept.left {
             reactor.close_left(descriptor);
         }
+        desk.set_ending(None);
         for (socket, service) in before.swept.accepted {
             reactor.take_in(socket, service);
         }

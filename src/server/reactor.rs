@@ -878,8 +878,11 @@ impl Reactor {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         }
         self.buffers.leave(self.desk, id);
-        // Behind what becomes of its owner, and before anybody else can have its number.
+        // Behind what becomes of its owner, and before anybody else can have its number. Who finds a connection
+        // that nobody knows would let it in again.
+        self.desk.set_ending(Some(id.0));
         drop(self.custody.gone(id));
+        self.desk.set_ending(None);
         self.reserve.refill();
         self.deadlines.give_memory_back_later();
         self.let_in(service);

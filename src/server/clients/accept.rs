@@ -117,11 +117,15 @@ impl Gate {
         };
         let service = door.service;
         // Whoever cannot be written down waits in front of the door.
-        let room = entrance.custody.make_room();
+        if entrance.custody.make_room().is_err() {
+            door.queued = false;
+            entrance.accept_later();
+            return Accepted::Nothing;
+        }
         let Some(socket) = entrance.custody.listener(place) else {
             return Accepted::Nothing;
         };
-        let accepted = match room.and_then(|()| stream::accept(socket)) {
+        let accepted = match stream::accept(socket) {
             Err(Errno::EAGAIN) => {
                 door.readable = false;
                 Accepted::Nothing
