@@ -36,6 +36,8 @@ const BEGUN_AT: usize = TURN + 40;
 const LEDGER_AT: usize = TURN + 48;
 /// Whether a file is being made for it.
 const MAKING_AT: usize = TURN + 56;
+/// How often it was tried to find out what became of it.
+const TRIES_AT: usize = TURN + 64;
 
 const CLOSING: u64 = 1 << 63;
 const LOW: u64 = 0xffff_ffff;
@@ -124,7 +126,15 @@ pub fn send(memory: &Shared, socket: i32, bytes: &[u8]) -> Result<usize, Errno> 
 pub fn frame_begins(memory: &Shared, done: usize, ledger: u64) {
     memory.store(LEDGER_AT, ledger);
     memory.store(MAKING_AT, 0);
+    memory.store(TRIES_AT, 0);
     memory.store(BEGUN_AT, (done as u64).saturating_add(1));
+}
+
+/// It is about to be found out what became of the frame that was being worked on; how often it was before.
+pub fn is_tried(memory: &Shared) -> u64 {
+    let tries = memory.load(TRIES_AT);
+    memory.store(TRIES_AT, tries.saturating_add(1));
+    tries
 }
 
 /// A frame is done, and what it asked for: so many bytes were worked on, and the replies are `output`, of
