@@ -323,9 +323,10 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Its locks are there for as long as it is.
+    /// Its locks are there for as long as it is, under the next daemon.
     fn outlive_its_connections(&mut self) {
-        let pause = self.random.below(20) as u64;
+        drop(self.run.gate.read().expect("the gate"));
+        let pause = self.random.below(50) as u64;
         std::thread::sleep(Duration::from_millis(pause));
         self.kill();
     }
