@@ -32,7 +32,7 @@ use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner, runs};
 use crate::support::random::Random;
 use crate::support::upgrade::{Disturbed, Host};
-use crate::support::{DEADLINE, lock_probe, require_root, skip, wait_until};
+use crate::support::{DEADLINE, lock_probe, require_root, skip};
 use blows::{Blow, Victim};
 use record::{Entry, FileId, Mode, Moment, OwnerId, What};
 
@@ -323,9 +323,10 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Its locks are there for as long as it is.
+    /// Its locks are there for as long as it is, under the next daemon.
     fn outlive_its_connections(&mut self) {
-        let pause = self.random.below(20) as u64;
+        drop(self.run.gate.read().expect("the gate"));
+        let pause = self.random.below(50) as u64;
         std::thread::sleep(Duration::from_millis(pause));
         self.kill();
     }
@@ -537,10 +538,13 @@ fn run_and_judge(host: &Host, daemon: Daemon, seconds: u64, blows: &[Blow]) {
     }
     // Everybody is dead or has given back: nothing is left.
     for disk in 0..DISKS {
-        let path = host.path(format!("/run/h/disks/{disk}"));
-        wait_until(DEADLINE, "the last lock to be free", || {
-            lock_probe(&path).is_none()
-        });
+        let name = format!("/run/h/disks/{disk}");
+        let (path, begun) = (host.path(&name), Instant::now());
+        while let Some(seen) = lock_probe(&path) {
+            let is_late = begun.elapsed() >= DEADLINE;
+            assert!(!is_late, "{seen:?}: {:?}", victim.who_has(&name));
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Run;
-use crate::support::client::Client;
+use crate::support::client::{Client, Reply, acquire, register_as};
 use crate::support::daemon::{Daemon, kill_all, reactor_of};
 use crate::support::owner::runs;
 use crate::support::random::Random;
@@ -116,6 +116,14 @@ impl Victim {
     /// understudy until then, for which the process that serves ends with the one that was started.
     fn serves(&self) {
         Client::connect(self.daemon.lock_socket()).ping();
+    }
+
+    /// What the daemon says to somebody who wants a disk that is locked, and its processes.
+    pub fn who_has(&self, disk: &str) -> (Reply, i32, i32) {
+        let mut client = Client::connect(self.daemon.lock_socket());
+        client.call(&register_as("nobody", 4242)).expect_ok();
+        let reply = client.call(&acquire("", disk, 0));
+        (reply, self.pid, reactor_of(self.pid))
     }
 
     /// It is there still.
