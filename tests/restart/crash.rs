@@ -8,6 +8,7 @@ use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
 use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
 fn send(pid: i32, signal: Signal) {
@@ -258,6 +259,45 @@ fn an_end_that_was_asked_for_is_gone_on_with_when_the_process_that_serves_is_kil
     assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
     assert_eq!(scene.daemon.wait_end().code(), Some(0));
     assert!(!scene.host.path("/run/virtlockd.pid").exists());
+}
+
+#[test]
+fn an_end_that_is_asked_for_while_the_ledger_cannot_be_read_is_put_off_until_it_can() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    let ledger = scene.host.path("/run/libvirt/virtlockd-ledger");
+    let ledger = std::fs::File::options().read(true).write(true).open(ledger);
+    let ledger = ledger.expect("open the ledger");
+    let mut magic = [0; 8];
+    ledger.read_exact_at(&mut magic, 0).expect("read its magic");
+    ledger.write_all_at(&[0; 8], 0).expect("damage it");
+    send(scene.daemon.reactor(), Signal::SIGKILL);
+    wait_until(DEADLINE, "the ledger to be missed", || {
+        scene.logged("All locks stay, nobody is served") > 0
+    });
+    scene.daemon.signal(Signal::SIGTERM);
+    let status = format!("/proc/{}/status", scene.daemon.pid());
+    wait_until(DEADLINE, "the signal to be taken", || {
+        let status = std::fs::read_to_string(&status).expect("the daemon's status");
+        let pending = status.lines().find_map(|it| it.strip_prefix("ShdPnd:"));
+        let pending = pending.and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
+        pending.is_some_and(|it| it & (1 << (Signal::SIGTERM as u64 - 1)) == 0)
+    });
+    // It acts on a signal in the moment in which it takes it.
+    rival.never_succeeded();
+    assert_eq!(scene.daemon.ended(), None);
+    scene.host.assert_held(&scene.disk);
+    ledger.write_all_at(&magic, 0).expect("mend it");
+    // From there on it is the end as ever: the owner is dead before its lock is free.
+    let witness = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(scene.host.path(&scene.disk));
+    crate::support::wait_for_lock(&witness.expect("open the disk"));
+    assert!(!scene.guest.is_alive(), "its disk was free while it lived");
+    assert_eq!(scene.daemon.wait_end().code(), Some(0));
 }
 
 /// strace, attached to the process that serves alone.
