@@ -60,16 +60,18 @@ pub fn parent() -> i32 {
     nix::unistd::getppid().as_raw()
 }
 
-/// Sends a signal to a process by its number: a child that has not been waited for, or the parent.
-pub fn signal(pid: i32, signal: Signal) {
+/// Sends a signal to a process by its number: a child that has not been waited for, or the parent. False if
+/// the host refuses it.
+pub fn signal(pid: i32, signal: Signal) -> bool {
     // Whoever is not woken waits for ever: what fails once is tried again. It may have ended: then nobody
     // needs it.
     for _ in 0..SIGNAL_TRIES {
         match nix::sys::signal::kill(Pid::from_raw(pid), signal).map_err(Errno::from) {
-            Ok(()) | Err(Errno::ESRCH) => return,
+            Ok(()) | Err(Errno::ESRCH) => return true,
             Err(_) => (),
         }
     }
+    false
 }
 
 const SIGNAL_TRIES: usize = 3;

@@ -170,7 +170,8 @@ fn cannot_read(error: StartError, desk: Guarded) -> Result<End, Failed> {
     }
     tracing::error!(
         "The daemon cannot go on, because its own record of what is held cannot be used: {}. All locks stay, \
-         nobody is served, and it is tried again now and then. Stop the guests before you stop the daemon",
+         nobody is served, and it is tried again now and then. SIGTERM is put off until then: stop the guests, \
+         then end the daemon with SIGKILL",
         error.message
     );
     Ok(End::Unreadable)

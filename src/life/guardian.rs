@@ -136,7 +136,7 @@ impl Guardian {
                     self.dismiss_understudy();
                     return alone(Refusal { what, reason }, first, &self.again);
                 }
-                Err(_) => self.pause(LONGEST_PAUSE_MS, None),
+                Err(_) => self.pause(LONGEST_PAUSE_MS),
                 Ok(Which::Original(reactor)) => {
                     is_first = false;
                     self.keep(reactor);
@@ -252,13 +252,14 @@ impl Guardian {
             self.say(format_args!(
                 "STATUS=The ledger cannot be read: all locks stay, and nobody is served"
             ));
-            // Nothing can be done in order, should somebody ask for the end.
-            return self.pause(LONGEST_PAUSE_MS, Some(ExitCode::Initialisation));
+            // Should somebody ask for the end, it would free all locks, and nobody knows whom to fence before.
+            // It is put off until the ledger can be read, which may be soon.
+            return self.pause(LONGEST_PAUSE_MS);
         }
         self.say(format_args!(
             "STATUS=The reactor died ({in_a_row} in a row) and is started again; all locks stay"
         ));
-        self.pause(pause_ms(in_a_row), None);
+        self.pause(pause_ms(in_a_row));
     }
 
     /// Waits for the end of the reactor, and whether that was brought about by the guardian.
@@ -332,16 +333,10 @@ impl Guardian {
         }
     }
 
-    /// Lets time pass in which there is no reactor. Where nobody can carry out an end in order, it is one
-    /// at once.
-    fn pause(&self, milliseconds: u64, end: Option<ExitCode>) {
+    /// Lets time pass in which there is no reactor.
+    fn pause(&self, milliseconds: u64) {
         let until = Moment::now().plus_ms(milliseconds);
         loop {
-            if let Some(exit) = end
-                && self.desk.asked_to_end().is_some()
-            {
-                clone::leave(exit.number());
-            }
             let left = until.0.saturating_sub(Moment::now().0);
             if left == 0 {
                 return;

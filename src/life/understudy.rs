@@ -106,7 +106,12 @@ pub fn may_be_had_later(reason: Errno) -> bool {
 
 /// Ends an understudy that is not needed.
 pub fn dismiss(pid: i32) {
-    clone::signal(pid, Signal::SIGKILL);
+    // It would take this one for one that does not serve.
+    if !clone::signal(pid, Signal::SIGKILL)
+        && let Ok(understudy) = Process::open_any(pid)
+    {
+        let _ = understudy.signal(Signal::SIGKILL);
+    }
     clone::wait_for_end(pid);
 }
 

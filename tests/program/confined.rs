@@ -8,7 +8,7 @@ use crate::support;
 use crate::support::client::{AUTOCREATE, acquire, create_lockspace, register_as, release};
 use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner};
-use crate::support::upgrade::{Host, PROGRAM, refused_upgrade, upgrade};
+use crate::support::upgrade::{Host, PROGRAM, refusals, refused_upgrade, upgrade};
 use crate::support::{DEADLINE, require_root, skip, wait_until};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -235,7 +235,9 @@ impl Scene {
             DEADLINE,
             &format!("{} ({what:?})", program.display()),
             || {
-                assert_eq!(self.daemon.ended(), None, "{}", self.daemon.stderr());
+                let log = self.daemon.stderr();
+                assert_eq!(self.daemon.ended(), None, "{log}");
+                assert!(refusals(&self.daemon).is_empty(), "{log}");
                 self.runs(program)
             },
         );

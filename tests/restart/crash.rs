@@ -1,14 +1,18 @@
 //! The daemon's two processes, the one that was started and the one that serves, are killed: nobody notices
 //! more than a pause. See [`super::support::daemon::Daemon::reactor`] for which is which.
 
-use crate::support::client::{AUTOCREATE, Client, Reply, acquire, register_as, release};
+use crate::support::client::{
+    ADMIN_PROGRAM, AUTOCREATE, CALL, CALL_WITH_FDS, Client, LOCK_PROGRAM, Received, Reply, acquire, frame,
+    put_u32, register_as, release,
+};
 use crate::support::daemon::{Daemon, kill_all, reactor_of};
 use crate::support::owner::{OnTerm, Owner, process_state};
 use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
 use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Child, Command, Stdio};
 
 fn send(pid: i32, signal: Signal) {
@@ -282,6 +286,45 @@ fn an_end_that_was_asked_for_is_gone_on_with_when_the_process_that_serves_is_kil
     assert!(!scene.host.path("/run/virtlockd.pid").exists());
 }
 
+#[test]
+fn an_end_that_is_asked_for_while_the_ledger_cannot_be_read_is_put_off_until_it_can() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    let ledger = scene.host.path("/run/libvirt/virtlockd-ledger");
+    let ledger = std::fs::File::options().read(true).write(true).open(ledger);
+    let ledger = ledger.expect("open the ledger");
+    let mut magic = [0; 8];
+    ledger.read_exact_at(&mut magic, 0).expect("read its magic");
+    ledger.write_all_at(&[0; 8], 0).expect("damage it");
+    send(scene.daemon.reactor(), Signal::SIGKILL);
+    wait_until(DEADLINE, "the ledger to be missed", || {
+        scene.logged("All locks stay, nobody is served") > 0
+    });
+    scene.daemon.signal(Signal::SIGTERM);
+    let status = format!("/proc/{}/status", scene.daemon.pid());
+    wait_until(DEADLINE, "the signal to be taken", || {
+        let status = std::fs::read_to_string(&status).expect("the daemon's status");
+        let pending = status.lines().find_map(|it| it.strip_prefix("ShdPnd:"));
+        let pending = pending.and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
+        pending.is_some_and(|it| it & (1 << (Signal::SIGTERM as u64 - 1)) == 0)
+    });
+    // It acts on a signal in the moment in which it takes it.
+    rival.never_succeeded();
+    assert_eq!(scene.daemon.ended(), None);
+    scene.host.assert_held(&scene.disk);
+    ledger.write_all_at(&magic, 0).expect("mend it");
+    // From there on it is the end as ever: the owner is dead before its lock is free.
+    let witness = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(scene.host.path(&scene.disk));
+    crate::support::wait_for_lock(&witness.expect("open the disk"));
+    assert!(!scene.guest.is_alive(), "its disk was free while it lived");
+    assert_eq!(scene.daemon.wait_end().code(), Some(0));
+}
+
 /// strace, attached to the process that serves alone.
 struct Slowed(Child);
 
@@ -451,4 +494,120 @@ fn a_main_process_takes_little_memory_and_sleeps_when_nothing_happens() {
         std::thread::sleep(std::time::Duration::from_secs(6));
         before == read("schedstat") && state().as_deref() == Some("S")
     });
+}
+
+/// Procedure of the admin program.
+const SHUTDOWN: i32 = 20;
+
+#[test]
+fn an_end_that_an_admin_client_asks_for_is_gone_on_with_when_the_process_that_serves_is_killed() {
+    if !require_strace() {
+        return;
+    }
+    // While it fences the owners, and in the middle of the call.
+    for is_in_call in [false, true] {
+        let Some(mut scene) = Scene::new() else {
+            return;
+        };
+        let disk = scene.host.disk("stubborn");
+        let mut owner = Owner::register(scene.daemon.lock_socket(), "stubborn", OnTerm::Ignore);
+        owner.call(&acquire("", &disk, 0)).expect_ok();
+        let mut admin = scene.daemon.admin_client();
+        admin.ping();
+        let reactor = scene.daemon.reactor();
+        let slowed = is_in_call.then(|| Slowed::of(reactor, "unlink", "delay_enter=300000000"));
+        let mut payload = Vec::new();
+        put_u32(&mut payload, 0);
+        admin.send(&frame(ADMIN_PROGRAM, 1, SHUTDOWN, CALL, 1, 0, &payload));
+        if is_in_call {
+            let call = format!("/proc/{reactor}/syscall");
+            let number = format!("{} ", libc::SYS_unlink);
+            wait_until(DEADLINE, "the daemon's socket to be removed", || {
+                let call = std::fs::read_to_string(&call).expect("the call that it makes");
+                call.starts_with(&number)
+            });
+        } else {
+            wait_until(DEADLINE, "the owner to be fenced", || {
+                scene.logged("SIGTERM now") > 0
+            });
+        }
+        send(reactor, Signal::SIGKILL);
+        drop(slowed);
+        // There is no answer to this call, not half of one either.
+        let end = admin.receive_within(DEADLINE);
+        let is_end = matches!(&end, Received::Closed { partial } if partial.is_empty());
+        assert!(is_end, "no end of the connection");
+        scene.host.assert_held(&disk);
+        assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
+        assert_eq!(scene.daemon.wait_end().code(), Some(0));
+        assert!(!scene.guest.is_alive());
+        assert!(!scene.daemon.lock_socket().exists());
+        assert!(!scene.host.path("/run/virtlockd.pid").exists());
+    }
+}
+
+/// How many descriptors of this file the daemon has.
+fn open_of(daemon: &Daemon, path: &str) -> usize {
+    let directory = format!("/proc/{}/fd", daemon.pid());
+    let entries = std::fs::read_dir(directory).expect("list the daemon's descriptors");
+    let links = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    links.filter(|link| link.as_os_str() == path).count()
+}
+
+#[test]
+fn descriptors_that_come_with_a_call_are_counted_and_closed_also_when_the_process_that_serves_is_killed()
+ {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let passed = std::fs::File::open("/dev/zero").expect("open /dev/zero");
+    let is_closed = |scene: &Scene| {
+        wait_until(DEADLINE, "what was passed to be closed", || {
+            open_of(&scene.daemon, "/dev/zero") == 0
+        });
+    };
+    let call = |serial: u32| {
+        let mut payload = 2u32.to_be_bytes().to_vec();
+        payload.extend_from_slice(&register_as("passes", 4245).payload());
+        frame(LOCK_PROGRAM, 1, 1, CALL_WITH_FDS, serial, 0, &payload)
+    };
+    let mut client = scene.daemon.client();
+    client.send(&call(1));
+    client
+        .send_descriptors(&[passed.as_fd()])
+        .expect("pass the first one");
+    scene.daemon.wait_until_asleep();
+    // The first one has come, and that is known to the next process that serves.
+    scene.kill_reactor();
+    scene.daemon.client().ping();
+    client
+        .send_descriptors(&[passed.as_fd()])
+        .expect("pass the second one");
+    Reply::parse(&client.receive()).expect_ok();
+    is_closed(&scene);
+
+    // They are in the daemon's table when it dies, and nobody has looked at them.
+    let mut client = scene.daemon.client();
+    client.send(&call(2));
+    scene.daemon.client().ping();
+    scene.daemon.wait_until_asleep();
+    let reactor = scene.daemon.reactor();
+    let slowed = Slowed::of(reactor, "recvmmsg", "delay_exit=300000000");
+    client
+        .send_descriptors(&[passed.as_fd()])
+        .expect("pass the first one");
+    wait_until(DEADLINE, "the first one to be received", || {
+        open_of(&scene.daemon, "/dev/zero") == 1
+    });
+    send(reactor, Signal::SIGKILL);
+    drop(slowed);
+    client
+        .send_descriptors(&[passed.as_fd()])
+        .expect("pass the second one");
+    Reply::parse(&client.receive()).expect_ok();
+    is_closed(&scene);
+    scene.serves();
 }

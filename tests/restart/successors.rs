@@ -330,15 +330,38 @@ fn a_daemon_that_is_killed_leaves_no_successor_behind_nor_what_that_one_started(
     if !require_root() {
         return;
     }
-    for how in [Signal::SIGKILL, Signal::SIGTERM] {
+    let send = |pid: i32, signal| {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(pid, signal).expect("signal a process of the daemon");
+    };
+    let ways: [&dyn Fn(&Daemon); 4] = [
+        &|daemon| send(daemon.pid(), Signal::SIGTERM),
+        &|daemon| daemon::kill_all(daemon.pid()),
+        // One of the two goes on, which is not the one that looks at the successor.
+        &|daemon| send(daemon.reactor(), Signal::SIGKILL),
+        &|daemon| send(daemon.pid(), Signal::SIGKILL),
+    ];
+    for end in ways {
         let scene = Scene::new();
         scene.host.install_script("sleep 1000 & sleep 1000; exit");
         scene.daemon.signal(Signal::SIGUSR1);
         let successors = group(&scene.daemon, 3);
-        scene.daemon.signal(how);
+        let reactor = scene.daemon.reactor();
+        // The group exists, and all that is in it may run, before the daemon comes to tie it to itself: that is
+        // the next thing that it does.
+        scene.daemon.wait_until_asleep();
+        let start = Instant::now();
+        end(&scene.daemon);
         wait_until(DEADLINE, "the successor to be dead", || {
             !successors.iter().any(|pid| support::owner::runs(*pid))
         });
+        // Not because it took too long.
+        assert!(start.elapsed() < Duration::from_secs(9));
+        let text = std::fs::read_to_string(scene.host.path("/run/virtlockd.pid"));
+        if text.is_ok_and(|text| text.trim() == reactor.to_string()) {
+            // It is the daemon now, and not this test's child.
+            daemon::kill_all(reactor);
+        }
     }
 }
 
