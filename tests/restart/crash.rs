@@ -2,8 +2,8 @@
 //! more than a pause. See [`super::support::daemon::Daemon::reactor`] for which is which.
 
 use crate::support::client::{
-    ADMIN_PROGRAM, AUTOCREATE, CALL, CALL_WITH_FDS, Client, LOCK_PROGRAM, Received, Reply, acquire, frame,
-    put_u32, register_as, release,
+    ADMIN_PROGRAM, AUTOCREATE, CALL, CALL_WITH_FDS, Client, LOCK_PROGRAM, Received, Reply, acquire,
+    frame, put_u32, register_as, release,
 };
 use crate::support::daemon::{Daemon, kill_all, reactor_of};
 use crate::support::owner::{OnTerm, Owner, process_state};
