@@ -322,11 +322,17 @@ impl Places {
                 (Way::Pending, old.pending, new.pending),
                 (Way::Unsent, old.unsent, new.unsent),
             ] {
+                let room = old.room.range(number, way);
+                let at = |piece: usize| {
+                    let offset = piece.saturating_mul(PIECE);
+                    room.start.saturating_add(offset)
+                };
                 let pieces = old.start / PIECE..new.start / PIECE;
-                if new.room != Room::Few && new.room == old.room && !pieces.is_empty() {
-                    let room = new.room.range(number, way).start;
-                    let at = |piece: usize| room.saturating_add(piece.saturating_mul(PIECE));
+                if new.room == old.room && old.room != Room::Few && !pieces.is_empty() {
                     memory.give_back(at(pieces.start)..at(pieces.end));
+                } else if new.room != old.room && old.room == Room::More && old.end >= PIECE {
+                    // What is less waits until it is worth a system call.
+                    memory.give_back(room);
                 }
             }
         }

@@ -343,6 +343,7 @@ pub fn rest(memory: &Shared, whose: Whose) -> Option<(Rest, Option<Interrupted>)
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
@@ -711,6 +712,31 @@ mod tests {
         assert_eq!(rest(memory, of(6)), Some((pending(b"half"), None)));
         give_back(&[8]);
         assert!(!written(4) && !written(6) && written(8));
+    }
+
+    #[test]
+    fn a_long_message_takes_no_memory_when_it_is_done() {
+        let desk = desk();
+        let memory = desk.memory();
+        let mut places = Places::default();
+        let long = vec![1; 100_000];
+        assert!(settle(memory, &mut places, WHOSE, &pending(&long)));
+        let room = Room::More.range(WHOSE.number, Way::Pending);
+        let written = |range: Range<usize>| memory.read(range).contains(&1);
+        // Most of it is, and then all.
+        for (done, is_left) in [(70_000, true), (30_000, false)] {
+            begin(memory, WHOSE);
+            let left = if is_left { 30_000 } else { 0 };
+            let end = End {
+                done,
+                pending: left,
+                ..QUIET
+            };
+            end_of(end, memory, &mut places);
+            assert!(!written(room.start..room.start + 64 * 1024));
+            assert_eq!(written(room.clone()), is_left);
+            assert_eq!(self::left(memory), (pending(&long[..left]), None));
+        }
     }
 
     #[test]

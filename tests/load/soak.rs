@@ -441,6 +441,9 @@ impl Look {
     }
 }
 
+/// A size of what a look saw, KiB.
+type Kib = fn(&Look) -> u64;
+
 /// What the memory file takes that both processes of the daemon have mapped.
 fn desk_kib(daemon: &Daemon) -> u64 {
     let process = format!("/proc/{}", daemon.pid());
@@ -499,7 +502,7 @@ impl Watch {
             let third = looks.len() / 3;
             let (warm_up, rest) = looks.split_at(third);
             let last = &rest[rest.len() - third..];
-            let kinds: [(&str, fn(&Look) -> u64); 2] = [
+            let kinds: [(&str, Kib); 2] = [
                 ("memory", |look| look.memory_kib),
                 ("the desk", |look| look.desk_kib),
             ];
