@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::errno::Errno;
+use super::process;
 
 /// Which of the two processes this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +82,10 @@ const SIGNAL_TRIES: usize = 3;
 /// # Errors
 /// What the host refuses.
 pub fn try_out_signals() -> Result<(), Errno> {
-    Ok(nix::sys::signal::kill(nix::unistd::getpid(), None)?)
+    Ok(nix::sys::signal::kill(
+        Pid::from_raw(process::own_number()),
+        None,
+    )?)
 }
 
 /// How a child ended.

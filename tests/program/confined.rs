@@ -230,6 +230,7 @@ impl Scene {
     /// SIGUSR1, and waits until this program runs.
     #[track_caller]
     fn becomes(&mut self, program: &Path, what: &dyn std::fmt::Debug) {
+        let refused = refusals(&self.daemon).len();
         self.daemon.signal(Signal::SIGUSR1);
         wait_until(
             DEADLINE,
@@ -237,7 +238,7 @@ impl Scene {
             || {
                 let log = self.daemon.stderr();
                 assert_eq!(self.daemon.ended(), None, "{log}");
-                assert!(refusals(&self.daemon).is_empty(), "{log}");
+                assert_eq!(refusals(&self.daemon).len(), refused, "{log}");
                 self.runs(program)
             },
         );

@@ -4,8 +4,10 @@
 use crate::support::client::{acquire, register_as, release};
 use crate::support::daemon::{self, Daemon, c_daemon, kill_all, reactor_of};
 use crate::support::owner::Owner;
-use crate::support::upgrade::{Host, REFUSAL, Rival, image, upgrade, wait_for_successor};
-use crate::support::{DEADLINE, require_root, skip, wait_for, wait_until};
+use crate::support::upgrade::{
+    Disturbed, Host, REFUSAL, Rival, image, refused_upgrade, upgrade, wait_for_successor,
+};
+use crate::support::{DEADLINE, require_root, require_strace, skip, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -206,4 +208,40 @@ fn locks_that_libvirts_daemon_took_outlive_a_successor_that_dies() {
     assert!(!scene.guest.call(&acquire("", &scene.disk, 0)).is_ok());
     std::thread::sleep(Duration::from_millis(100));
     scene.host.assert_held(&scene.disk);
+}
+
+#[test]
+fn an_upgrade_waits_for_somebody_who_could_go_on_unless_the_host_refuses_that_for_ever() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    let told = |scene: &Scene| {
+        let log = scene.daemon.stderr();
+        log.matches("the host refuses a copy of this daemon")
+            .count()
+    };
+    for error in ["EAGAIN", "ENOMEM"] {
+        let disturbed = Disturbed::with(&scene.daemon, "clone", &format!("error={error}:when=1"));
+        let reason = refused_upgrade(&scene.daemon);
+        assert!(reason.contains("nobody could go on"), "{reason}");
+        drop(disturbed);
+        scene.serves();
+    }
+    assert_eq!(told(&scene), 0);
+    for (count, error) in (1..).zip(["EPERM", "ENOSYS"]) {
+        let disturbed = Disturbed::with(&scene.daemon, "clone", &format!("error={error}:when=1"));
+        upgrade(&scene.daemon);
+        drop(disturbed);
+        assert_eq!(told(&scene), count);
+        scene.serves();
+    }
+    rival.never_succeeded();
+    // Where it can be had again, it is.
+    upgrade(&scene.daemon);
+    scene.serves();
+    assert_eq!((told(&scene), scene.refusals().len()), (2, 2));
 }

@@ -390,7 +390,7 @@ pub const ESSENTIAL: &[(Role, &[&str])] = &[
             "write",
         ],
     ),
-    (Role::Understudy, &["fcntl", "memfd_create", "poll"]),
+    (Role::Understudy, &["memfd_create", "poll"]),
 ];
 
 /// The system calls that are not made to fail, and why.
