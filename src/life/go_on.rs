@@ -13,18 +13,18 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{cold_start, serve, standard};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{Ledger, OldFile};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::control::{Death, Failure, Order};
 use crate::desk::{Desk, turn};
-use crate::exit::{Failed, StartError, unusable};
+use crate::exit::{Failed, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::patience::patiently;
@@ -349,15 +349,22 @@ fn set_up(
     }
     // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor
-        .go_on(state, ledger, since)
-        .map_err(serve::refused)?;
+    // An earlier program, and libvirt's, know nothing of what lies in the run directory. Ours has said what is
+    // to be said of it.
+    let old = match ledger {
+        Some(_) => OldFile::IsKept,
+        None => OldFile::IsReplaced,
+    };
+    reactor.go_on(state, ledger, since).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings
     });
     let run_directory = Paths::of_this_process().run_directory;
-    reactor.custody_mut().keep_in(&run_directory);
+    let kept = reactor.custody_mut().keep_in(&run_directory, old);
+    if old == OldFile::IsReplaced {
+        kept.unwrap_or_else(cold_start::say_that_it_has_no_name);
+    }
     serve::say_what_is_refused(reactor);
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
