@@ -206,6 +206,8 @@ pub struct Ledger {
     is_stale: bool,
     /// What it is called, or is to be called as soon as that can be.
     name: Option<PathBuf>,
+    /// What is to become of what is called so then.
+    old: OldFile,
     /// Whether it is called so.
     is_named: bool,
 }
@@ -309,6 +311,7 @@ impl Ledger {
             has_hole: false,
             is_stale: false,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
@@ -345,6 +348,7 @@ impl Ledger {
             has_hole: true,
             is_stale: found.is_stale,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         ledger.reopen();
@@ -354,10 +358,10 @@ impl Ledger {
     }
 
     /// It is to be called so from now on. True if it is already.
-    pub fn call(&mut self, name: PathBuf) -> bool {
+    pub fn call(&mut self, name: PathBuf, old: OldFile) -> bool {
         let descriptor = self.memory.descriptor();
         self.is_named = descriptor.is_ok_and(|descriptor| memory::is_at(&name, descriptor));
-        self.name = Some(name);
+        (self.name, self.old) = (Some(name), old);
         self.is_named
     }
 
@@ -375,7 +379,6 @@ impl Ledger {
     pub fn move_to_name<'a>(
         &mut self,
         events: impl Iterator<Item = Event<'a>> + Clone,
-        old: OldFile,
     ) -> Result<(), Refusal> {
         let Some(name) = self.name.clone() else {
             return Ok(());
@@ -384,7 +387,7 @@ impl Ledger {
         let there = memory::left_behind(&name).map_err(Refusal::of(
             "what has the ledger's name in the run directory cannot be looked at",
         ))?;
-        let what = match (&there, old) {
+        let what = match (&there, self.old) {
             (LeftBehind::InUse, _) => "another daemon has its ledger in the run directory",
             (LeftBehind::Free(_), OldFile::IsKept) => {
                 "the ledger of another daemon, which was killed, is in the run directory"
@@ -426,6 +429,7 @@ impl Ledger {
         }
         (self.which, self.live, self.compact) = (which, live, compact);
         (self.is_stale, self.is_named) = (false, true);
+        self.old = OldFile::IsKept;
         Ok(())
     }
 
@@ -440,7 +444,7 @@ impl Ledger {
         {
             return false;
         }
-        another.name = self.name.take();
+        (another.name, another.old) = (self.name.take(), self.old);
         *self = another;
         true
     }

@@ -481,7 +481,7 @@ impl Custody {
     /// is written anew into one that has, or can. False if there is none, and then it stays as it is.
     fn renew_elsewhere(&mut self) -> bool {
         let entries = self.state.entries();
-        if self.ledger.wants_name() && self.ledger.move_to_name(entries, OldFile::IsKept).is_ok() {
+        if self.ledger.wants_name() && self.ledger.move_to_name(entries).is_ok() {
             return true;
         }
         self.ledger.descriptor().is_err() && self.ledger.move_to_memory(self.state.entries())
@@ -501,10 +501,10 @@ impl Custody {
             self.record(Event::Here(here), Given::default());
         }
         self.note_missing_lives();
-        if self.ledger.call(ledger::file_in(run_directory)) {
+        if self.ledger.call(ledger::file_in(run_directory), old) {
             return Ok(());
         }
-        let moved = self.ledger.move_to_name(self.state.entries(), old);
+        let moved = self.ledger.move_to_name(self.state.entries());
         // It says what was.
         if moved.is_err()
             && old == OldFile::IsReplaced

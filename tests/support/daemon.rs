@@ -192,10 +192,8 @@ impl Daemon {
     /// Ends the daemon at once (SIGKILL), all of it.
     pub fn kill(&mut self) {
         // The number of one that was waited for may be anybody's by now.
-        if self.ended().is_none()
-            && let Some(process) = Main::of(self.pid())
-        {
-            process.kill_all();
+        if self.ended().is_none() {
+            kill_all(self.pid());
         }
         let _ = self.child.wait();
     }
@@ -305,6 +303,13 @@ impl Main {
         while all.clone().any(|one| !one.process.is_dead()) && Instant::now() < end {
             std::thread::sleep(Duration::from_micros(100));
         }
+    }
+}
+
+/// The same with the number of one that runs for sure.
+pub fn kill_all(pid: i32) {
+    if let Some(main) = Main::of(pid) {
+        main.kill_all();
     }
 }
 

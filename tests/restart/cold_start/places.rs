@@ -252,6 +252,34 @@ os.execv(sys.argv[1], sys.argv[1:])",
     host.assert_free(&disk);
 }
 
+#[test]
+fn after_a_successor_that_did_not_serve_the_ledger_says_what_is_then() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let [before, after] = ["before", "after"].map(|name| scene.host.disk(name));
+    let mut owner = scene.owner("owner", &[("", &before, 0)]);
+    let says = "echo 'x (virtlockd-rs) 0.0.1'; \
+                echo 'ledger readable: 1 connections, 1 locks; its understudy is dismissed'";
+    let script = format!("if [ \"$1\" = --version ]; then {says}; exit 0; fi; exit 3");
+    scene.host.install_script(&script);
+    scene.daemon.signal(Signal::SIGUSR1);
+    wait_until(DEADLINE, "the understudy to go on", || {
+        scene.logged("ended before it served")
+    });
+    owner.call(&acquire("", &after, 0)).expect_ok();
+    owner.call(&release("", &before)).expect_ok();
+    let pid = std::fs::read_to_string(scene.host.path("/run/virtlockd.pid")).expect("its number");
+    let main = Main::of(pid.trim().parse().expect("a number"));
+    main.expect("it runs").kill_all();
+    scene.cold_start_with_our_program();
+    assert_eq!(
+        (scene.lock(&before), scene.lock(&after)),
+        (None, Some(true))
+    );
+    assert!(owner.is_alive());
+}
+
 /// Everything that runs in the namespace of a host, but for its holder.
 fn processes_in(host: &Host) -> Vec<i32> {
     let space = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
