@@ -18,7 +18,7 @@
 //! 8   u32      format version
 //! 12  u32      0 while events are appended, 1 when it was closed for a handover
 //! 16  u64      which extent counts, 0 or 1
-//! 24  u64      checksum of the events, when closed
+//! 24  u64      when closed: checksum of the events; otherwise 1 if events are missing that happened last
 //! 32  u64 u64  extent 0: where its events begin, and how many bytes they are
 //! 48  u64 u64  extent 1
 //! 64  ..       events
@@ -30,7 +30,7 @@ use std::ffi::OsString;
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
@@ -58,6 +58,8 @@ pub(super) const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
 pub(super) const CHECKSUM_AT: usize = 24;
+/// What is there instead while events are missing.
+const STALE: u64 = 1;
 pub(super) const EXTENTS_AT: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
@@ -184,6 +186,15 @@ pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<
 /// What a ledger says, the ledger unless it is of an earlier format, and what happened behind a mark.
 pub type Theirs = (State<Saved>, Option<Ledger>, Since);
 
+/// What becomes of a ledger that has the name and that nobody writes any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldFile {
+    /// All that it says is done, or is not so: another one takes its place.
+    IsReplaced,
+    /// Nobody has read it: another start may have to.
+    IsKept,
+}
+
 /// The ledger of a running daemon.
 #[derive(Debug)]
 pub struct Ledger {
@@ -200,6 +211,8 @@ pub struct Ledger {
     is_stale: bool,
     /// What it is called, or is to be called as soon as that can be.
     name: Option<PathBuf>,
+    /// What is to become of what is called so then.
+    old: OldFile,
     /// Whether it is called so.
     is_named: bool,
 }
@@ -207,25 +220,6 @@ pub struct Ledger {
 /// What a ledger is called in the run directory.
 pub fn file_in(run_directory: &Path) -> PathBuf {
     run_directory.join("virtlockd-ledger")
-}
-
-/// Removes a ledger's name in the run directory, if it is this open file's: whoever goes on with the locks
-/// will not write it. Whether it was.
-///
-/// # Errors
-/// Why it is still there, and a later start would believe it.
-pub fn remove_file(run_directory: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
-    remove_name(&file_in(run_directory), descriptor)
-}
-
-fn remove_name(path: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
-    if !memory::is_at(path, descriptor) {
-        return Ok(false);
-    }
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) => Err(errno::of(&error)),
-    }
 }
 
 /// A name beside this one.
@@ -242,20 +236,13 @@ pub struct Orphan {
     pub path: PathBuf,
     /// What it says.
     pub state: Result<State<Saved>, Unreadable>,
+    /// Whether what happened last is not in it: then more may be held by it than was.
+    pub is_stale: bool,
     /// As long as this is open nobody else takes it for an orphan.
     _held: OwnedFd,
 }
 
 impl Orphan {
-    /// Puts it out of the way of the next start, for somebody to look at. Where it is then.
-    pub fn keep_aside(&self) -> PathBuf {
-        let aside = beside(&self.path, ".damaged");
-        match std::fs::rename(&self.path, &aside) {
-            Ok(()) => aside,
-            Err(_) => self.path.clone(),
-        }
-    }
-
     /// Removes it.
     pub fn remove(self) {
         let _ = std::fs::remove_file(&self.path);
@@ -274,11 +261,18 @@ pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
     match memory::left_behind(&path)? {
         LeftBehind::Nothing => Ok(None),
         LeftBehind::InUse => Err(Errno::EAGAIN),
-        LeftBehind::Free(held) => Ok(Some(Orphan {
-            state: load(&held),
-            path,
-            _held: held,
-        })),
+        LeftBehind::Free(held) => {
+            let content = memory::read(&held).map_err(Unreadable::System);
+            let found = content.and_then(|content| Ok((find(&content)?, content)));
+            let is_stale = found.as_ref().is_ok_and(|(found, _)| found.is_stale);
+            let state = found.and_then(|(found, content)| read(&content, &found));
+            Ok(Some(Orphan {
+                path,
+                state,
+                is_stale,
+                _held: held,
+            }))
+        }
     }
 }
 
@@ -322,6 +316,7 @@ impl Ledger {
             has_hole: false,
             is_stale: false,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
@@ -356,8 +351,9 @@ impl Ledger {
             live: found.events,
             // Whoever wrote it may have given it back.
             has_hole: true,
-            is_stale: false,
+            is_stale: found.is_stale,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         ledger.reopen();
@@ -367,10 +363,10 @@ impl Ledger {
     }
 
     /// It is to be called so from now on. True if it is already.
-    pub fn call(&mut self, name: PathBuf) -> bool {
+    pub fn call(&mut self, name: PathBuf, old: OldFile) -> bool {
         let descriptor = self.memory.descriptor();
         self.is_named = descriptor.is_ok_and(|descriptor| memory::is_at(&name, descriptor));
-        self.name = Some(name);
+        (self.name, self.old) = (Some(name), old);
         self.is_named
     }
 
@@ -392,12 +388,20 @@ impl Ledger {
         let Some(name) = self.name.clone() else {
             return Ok(());
         };
-        let before = memory::left_behind(&name).unwrap_or(LeftBehind::Nothing);
-        if matches!(before, LeftBehind::InUse) {
-            return Err(Refusal {
-                what: "another daemon has its ledger in the run directory",
-                reason: Errno::EEXIST,
-            });
+        // What could not be looked at may be all that is left of somebody's locks.
+        let there = memory::left_behind(&name).map_err(Refusal::of(
+            "what has the ledger's name in the run directory cannot be looked at",
+        ))?;
+        let what = match (&there, self.old) {
+            (LeftBehind::InUse, _) => "another daemon has its ledger in the run directory",
+            (LeftBehind::Free(_), OldFile::IsKept) => {
+                "the ledger of another daemon, which was killed, is in the run directory"
+            }
+            (LeftBehind::Free(_), OldFile::IsReplaced) | (LeftBehind::Nothing, _) => "",
+        };
+        if !what.is_empty() {
+            let reason = Errno::EEXIST;
+            return Err(Refusal { what, reason });
         }
         let new = beside(&name, NEW);
         let mut another = Memory::named(&new, FIRST_SIZE).map(Ledger::in_memory)?;
@@ -430,6 +434,7 @@ impl Ledger {
         }
         (self.which, self.live, self.compact) = (which, live, compact);
         (self.is_stale, self.is_named) = (false, true);
+        self.old = OldFile::IsKept;
         Ok(())
     }
 
@@ -444,7 +449,7 @@ impl Ledger {
         {
             return false;
         }
-        another.name = self.name.take();
+        (another.name, another.old) = (self.name.take(), self.old);
         *self = another;
         true
     }
@@ -457,10 +462,11 @@ impl Ledger {
         let (Some(name), Ok(descriptor)) = (&self.name, self.memory.descriptor()) else {
             return;
         };
-        if let Err(reason) = remove_name(name, descriptor) {
+        if let Err(reason) = memory::remove_name(name, descriptor) {
             tracing::error!(
                 target: "locking.lock_daemon",
-                "The ledger '{}' is not true any more and cannot be removed: {}. Remove it before a                  daemon is started again",
+                "The ledger '{}' is not true any more and cannot be removed: {}. Remove it before a \
+                 daemon is started again",
                 name.display(),
                 errno::text(reason)
             );
@@ -535,7 +541,9 @@ impl Ledger {
         self.which = other;
         self.compact = fresh.len();
         self.live = fresh;
-        self.is_stale = false;
+        if std::mem::take(&mut self.is_stale) {
+            self.memory.store(CHECKSUM_AT, 0);
+        }
         self.give_back();
         Ok(())
     }
@@ -597,6 +605,7 @@ impl Ledger {
     /// granted.
     pub fn lose(&mut self) {
         self.is_stale = true;
+        self.memory.store(CHECKSUM_AT, STALE);
     }
 
     /// Whether it should be written anew.
@@ -686,7 +695,8 @@ impl Ledger {
     /// Goes on with one that was closed.
     pub fn reopen(&mut self) {
         self.write_version(0);
-        self.memory.store(CHECKSUM_AT, 0);
+        let word = if self.is_stale { STALE } else { 0 };
+        self.memory.store(CHECKSUM_AT, word);
     }
 
     fn write_version(&mut self, is_closed: u32) {
@@ -743,6 +753,7 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
 struct Found {
     version: u32,
     is_closed: bool,
+    is_stale: bool,
     which: usize,
     events: Range<usize>,
 }
@@ -784,6 +795,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     Ok(Found {
         version,
         is_closed,
+        is_stale: !is_closed && version >= FIRST_WITH_EXTENTS && word(CHECKSUM_AT) == STALE,
         which,
         events,
     })

@@ -36,14 +36,14 @@ use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::descriptor::{Descriptor, Number, Open};
 use self::event::{Event, Here, OwnerRecord};
 use self::fences::{Fence, Stage, Watched};
-use self::ledger::Ledger;
+use self::ledger::{Ledger, OldFile};
 use self::servers::{Listening, Server, Service};
 use self::settings::{LogSettings, Settings};
 use self::state::{Left, Source, State};
 use crate::host::clock::Moment;
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
-use crate::host::process::{self, Life};
+use crate::host::process::{self, Life, Process};
 use crate::host::refusal::Refusal;
 use crate::host::stream;
 use crate::locks::table::{Owner, Pid, ResourceId};
@@ -336,7 +336,8 @@ impl Custody {
             return;
         }
         let life = match client.arrival.start_time {
-            Some(start) => Ok(Life::Start(start.get())),
+            Some(start) => Process::open(client.peer().pid, start.get())
+                .and_then(|_| process::life_from(start.get())),
             None => stream::peer_process(&client.socket)
                 .and_then(|process| process::life(process.pidfd(), client.peer().pid)),
         };
@@ -525,15 +526,19 @@ impl Custody {
     /// What the host refused once it may allow by now: a ledger that has no name, or cannot be passed on,
     /// is written anew into one that has, or can. False if there is none, and then it stays as it is.
     fn renew_elsewhere(&mut self) -> bool {
-        if self.ledger.wants_name() && self.ledger.move_to_name(self.state.entries()).is_ok() {
+        let entries = self.state.entries();
+        if self.ledger.wants_name() && self.ledger.move_to_name(entries).is_ok() {
             return true;
         }
         self.ledger.descriptor().is_err() && self.ledger.move_to_memory(self.state.entries())
     }
 
     /// From now on the ledger is in this directory, if it can be, so that a start after the death of all
-    /// processes finds it. A file there that nobody writes any more has said all that it had to say.
-    pub fn keep_in(&mut self, run_directory: &Path) {
+    /// processes finds it.
+    ///
+    /// # Errors
+    /// Why it cannot: it has no name then.
+    pub fn keep_in(&mut self, run_directory: &Path, old: OldFile) -> Result<(), Refusal> {
         let here = Here {
             boot: process::boot(),
             namespace: process::namespace(),
@@ -542,21 +547,18 @@ impl Custody {
             self.record(Event::Here(here), Given::default());
         }
         self.note_missing_lives();
-        if self.ledger.call(ledger::file_in(run_directory)) {
-            return;
+        if self.ledger.call(ledger::file_in(run_directory), old) {
+            return Ok(());
         }
-        let Err(refusal) = self.ledger.move_to_name(self.state.entries()) else {
-            return;
-        };
-        tracing::warn!(
-            target: "locking.lock_daemon",
-            "{refusal}. The daemon serves with a ledger that has no name: should all its processes be \
-             killed at once, the next start does not have the locks"
-        );
+        let moved = self.ledger.move_to_name(self.state.entries());
         // It says what was.
-        if let Ok(Some(orphan)) = ledger::find_orphan(run_directory) {
+        if moved.is_err()
+            && old == OldFile::IsReplaced
+            && let Ok(Some(orphan)) = ledger::find_orphan(run_directory)
+        {
             orphan.remove();
         }
+        moved
     }
 
     /// Somebody else goes on with the locks who does not write the ledger, or nobody does: a later start must

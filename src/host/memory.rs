@@ -447,6 +447,27 @@ pub fn is_at(path: &Path, file: impl AsFd) -> bool {
     }
 }
 
+/// Removes a name, if it leads to this open file.
+///
+/// # Errors
+/// Why it is still there.
+pub fn remove_name(path: &Path, file: impl AsFd) -> Result<(), Errno> {
+    match is_at(path, file) {
+        true => std::fs::remove_file(path).map_err(|error| errno::of(&error)),
+        false => Ok(()),
+    }
+}
+
+/// The same with the name under which the file was opened, or what it is called since.
+///
+/// # Errors
+/// Why it is still there.
+pub fn remove_own_name(file: &OwnedFd) -> Result<(), Errno> {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let path = std::fs::read_link(link).map_err(|error| errno::of(&error))?;
+    remove_name(&path, file)
+}
+
 /// A memory file with the content of another one.
 pub fn copy(descriptor: &OwnedFd) -> Result<OwnedFd, Errno> {
     let content = read(descriptor)?;

@@ -13,18 +13,18 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard, understudy};
+use super::{cold_start, serve, standard, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::{self, Ledger};
+use crate::custody::ledger::{self, Ledger, OldFile};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::control::{Death, Failure, Order};
 use crate::desk::{Desk, turn};
-use crate::exit::{Failed, StartError, unusable};
+use crate::exit::{Failed, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::patience::patiently;
@@ -120,6 +120,8 @@ pub fn resume(
     let mut reactor = ManuallyDrop::new(reactor);
     let limits = limits_are_known.then_some(limits);
     let idle_timeout_s = state.settings().idle_timeout_s;
+    let is_first = ledger.is_none();
+    let has_failed = before.as_ref().is_some_and(|it| it.failed.is_some());
     let theirs = (ledger, Some(idle_timeout_s));
     set_up(&mut reactor, (state, since), &mut inherited, theirs, limits).map_err(give_up)?;
     if let (Some(before), Ok(desk)) = (before, desk) {
@@ -132,6 +134,8 @@ pub fn resume(
             reactor.take_in(socket, service);
         }
     }
+    // Only now the ledger of a successor that failed is nobody's.
+    keep_in_run_directory(&mut reactor, is_first, has_failed);
     serve::run(reactor, pid_file, desk)
 }
 
@@ -305,6 +309,7 @@ pub fn resume_started(
     let nothing = (None, None);
     let state = (state, Since::default());
     set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
+    keep_in_run_directory(&mut reactor, true, false);
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Ok(desk) = desk {
         desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
@@ -362,15 +367,11 @@ fn set_up(
     }
     // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor
-        .go_on(state, ledger, since)
-        .map_err(serve::refused)?;
+    reactor.go_on(state, ledger, since).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings
     });
-    let run_directory = Paths::of_this_process().run_directory;
-    reactor.custody_mut().keep_in(&run_directory);
     serve::say_what_is_refused(reactor);
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
@@ -382,6 +383,21 @@ fn set_up(
         state.table().len()
     );
     Ok(())
+}
+
+/// The ledger is in the run directory from now on, if it can be. An earlier program, and libvirt's, know nothing of
+/// what lies there; and what a successor has left that did not serve was this daemon's.
+fn keep_in_run_directory(reactor: &mut Reactor, is_first: bool, has_failed: bool) {
+    let old = match is_first || has_failed {
+        true => OldFile::IsReplaced,
+        false => OldFile::IsKept,
+    };
+    let run_directory = Paths::of_this_process().run_directory;
+    let kept = reactor.custody_mut().keep_in(&run_directory, old);
+    // Otherwise it was said before.
+    if is_first {
+        kept.unwrap_or_else(cold_start::say_that_it_has_no_name);
+    }
 }
 
 /// The log as it was. If it cannot be restored, it stays that of a start; the reason why.

@@ -10,7 +10,7 @@ use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
 use crate::desk::control::Message;
-use crate::exit::{ExitCode, Failed, StartError};
+use crate::exit::{ExitCode, Failed, StartError, refused};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
 use crate::host::listen::{self, Activation, Listener, Listeners};
@@ -61,8 +61,7 @@ fn open_for_clients(
     let paths = plan.paths.clone();
     let mut reactor = reactor(plan, descriptors, pid_file, desk)?;
     reactor.configure(limits);
-    let left =
-        cold_start::take_again(&mut reactor, &paths.run_directory, limits).map_err(refused)?;
+    let left = cold_start::take_again(&mut reactor, &paths.run_directory, limits)?;
     let listeners = Listeners::open(activation, &paths)
         .map_err(|error| StartError::new(ExitCode::Network, error))?;
     left.settle(&mut reactor);
@@ -160,12 +159,6 @@ pub fn run(
             Err(StartError::new(ExitCode::Failure, message).into())
         }
     }
-}
-
-/// The error of a reactor that the host refuses something for which there is no other way.
-pub fn refused(refusal: Refusal) -> StartError {
-    let message = format!("The daemon cannot serve: {refusal}");
-    StartError::new(ExitCode::Initialisation, message)
 }
 
 /// Says what the host refuses, and what that costs.

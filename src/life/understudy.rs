@@ -131,7 +131,7 @@ fn keep_ledger(desk: &Desk) -> Result<Ledgers, Errno> {
 }
 
 /// Waits until the successor serves, and ends with that; or until it is over.
-fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>) -> Failure {
+fn wait(desk: &Desk, order: Order, successor: &Process, given: Option<&OwnedFd>) -> Failure {
     let start = Moment::now();
     loop {
         if successor.is_dead() {
@@ -140,12 +140,13 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>
         let serves = match order {
             // It says so itself, by ending this process.
             Order::Ours | Order::WayBack => false,
-            Order::Earlier => ledger.is_some_and(is_open_again),
+            Order::Earlier => given.is_some_and(is_open_again),
             Order::Libvirt => {
                 nix::unistd::access(desk.document(), nix::unistd::AccessFlags::F_OK).is_err()
             }
         };
         if serves && !successor.is_dead() {
+            remove_file(desk);
             clone::leave(0);
         }
         let waited = Moment::now().ms_since(start);
@@ -157,6 +158,14 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledger: Option<&OwnedFd>
             return Failure::Late;
         }
         clone::pause(if waited < BRIEFLY_MS { BRIEFLY } else { LOOK });
+    }
+}
+
+/// The successor does not write the ledger that is in the run directory: the next start must not believe it.
+fn remove_file(desk: &Desk) {
+    if let Some(Ok(ledger)) = desk.ledger().map(descriptors::copy) {
+        // Nobody is there to be told of a refusal, and the successor serves.
+        let _ = memory::remove_own_name(&ledger);
     }
 }
 

@@ -357,7 +357,7 @@ impl Upgrade {
             warn_of_unwatched(going, "this earlier version of the daemon");
         }
         let kept = going.kept_for_earlier(version, number);
-        going.custody.leaves_file();
+        self.leave_file(going);
         self.replace(going, successor, &kept, Some(number));
         if self.is_ordered {
             // The guardian passes it on.
@@ -383,6 +383,14 @@ impl Upgrade {
         })
     }
 
+    /// A successor that does not write our ledger makes it untrue. Where there is an understudy, it removes the
+    /// ledger from the run directory when the successor serves.
+    fn leave_file(&self, going: &mut Going<'_>) {
+        if self.desk.is_none() {
+            going.custody.leaves_file();
+        }
+    }
+
     fn hand_over_to_libvirt(&mut self, going: &mut Going<'_>) {
         if let Some(reason) = going.gone_client() {
             return self.failed(going, &reason);
@@ -403,7 +411,7 @@ impl Upgrade {
         }
         warn_of_unwatched(going, "libvirt's daemon");
         let kept = libvirt_json::descriptors(going.custody.state());
-        going.custody.leaves_file();
+        self.leave_file(going);
         self.replace(going, Successor::Libvirt, &kept, None);
         if !self.is_ordered {
             let _ = std::fs::remove_file(&self.document);

@@ -5,7 +5,7 @@ use crate::support::client::{
     ADMIN_PROGRAM, AUTOCREATE, CALL, CALL_WITH_FDS, Client, LOCK_PROGRAM, Received, Reply, acquire,
     frame, put_u32, register_as, release,
 };
-use crate::support::daemon::{Daemon, kill_all, reactor_of};
+use crate::support::daemon::{Daemon, Main, kill_all, reactor_of};
 use crate::support::owner::{OnTerm, Owner, process_state};
 use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
 use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
@@ -164,6 +164,7 @@ fn the_process_that_serves_takes_the_place_of_the_main_process_when_that_is_kill
     scene.serves_but_for_rivals();
     send(second, Signal::SIGKILL);
     let third = new_guardian(&scene, second);
+    let main = Main::of(third).expect("it runs");
     scene.serves_but_for_rivals();
     // It does all that the first one did.
     let old = image(third);
@@ -177,7 +178,7 @@ fn the_process_that_serves_takes_the_place_of_the_main_process_when_that_is_kill
     });
     assert!(!scene.host.path("/run/virtlockd.pid").exists());
     assert!(lock_probe(&scene.host.path(&scene.disk)).is_none());
-    kill_all(third);
+    main.kill_all();
 }
 
 /// Its successor's reactor ends with it, but only until that serves.

@@ -560,6 +560,31 @@ fn a_rewrite_that_is_cut_short_at_any_point_leaves_one_whole_state() {
 }
 
 #[test]
+fn a_ledger_that_lacks_something_says_so_until_it_is_written_anew() {
+    let state = everything().state();
+    let mut ledger = ledger_of(&state);
+    let says_so = |ledger: &Ledger| ledger.content()[24..32] == 1u64.to_le_bytes();
+    assert!(!says_so(&ledger));
+    ledger.lose();
+    assert!(says_so(&ledger) && ledger.is_stale());
+    // Whoever goes on from it, because the other one died, knows it.
+    let passed_on = ledger.descriptor().expect("a memory file");
+    let passed_on = passed_on.try_clone().expect("a descriptor of our own");
+    let (read, taken_over) = Ledger::take_over(passed_on).expect("take it over");
+    assert_eq!(sorted(&read), still_written(everything()));
+    let mut taken_over = taken_over.expect("one of the present format");
+    assert!(says_so(&taken_over) && taken_over.is_stale());
+    taken_over.rewrite(state.entries()).expect("write it anew");
+    assert!(!says_so(&taken_over) && !taken_over.is_stale());
+    // In one that is closed there is a checksum, whatever it is.
+    taken_over.close();
+    let passed_on = taken_over.descriptor().expect("a memory file");
+    let passed_on = passed_on.try_clone().expect("a descriptor of our own");
+    let (_, again) = Ledger::take_over(passed_on).expect("take it over");
+    assert!(!again.expect("one of the present format").is_stale());
+}
+
+#[test]
 fn a_rewrite_for_which_the_room_in_front_is_too_small_goes_behind() {
     let mut ledger = ledger_of(&Plain::default().state());
     append(&mut ledger, 500);

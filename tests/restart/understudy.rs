@@ -2,7 +2,7 @@
 //! on, with everything, in a process of another number.
 
 use crate::support::client::{acquire, register_as, release};
-use crate::support::daemon::{self, Daemon, c_daemon, kill_all, reactor_of};
+use crate::support::daemon::{self, Daemon, Main, c_daemon, reactor_of};
 use crate::support::owner::Owner;
 use crate::support::upgrade::{
     Disturbed, Host, REFUSAL, Rival, image, refused_upgrade, upgrade, wait_for_successor,
@@ -26,6 +26,7 @@ struct Scene {
     host: Host,
     daemon: Daemon,
     pid: i32,
+    main: Main,
     guest: Owner,
     disk: String,
 }
@@ -41,10 +42,12 @@ impl Scene {
         let disk = host.disk("disk");
         let guest = host.guest(&daemon, "guest", &disk);
         let pid = daemon.pid();
+        let main = Main::of(pid).expect("the daemon runs");
         Scene {
             host,
             daemon,
             pid,
+            main,
             guest,
             disk,
         }
@@ -70,6 +73,7 @@ impl Scene {
             let pid: i32 = text.trim().parse().ok()?;
             (pid != before && reactor_of(pid) != pid).then_some(pid)
         });
+        self.main = Main::of(self.pid).expect("it runs");
         wait_until(DEADLINE, "the failure to be told", || {
             self.refusals().len() > refusals
         });
@@ -103,7 +107,7 @@ impl Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
-        kill_all(self.pid);
+        self.main.kill_all();
     }
 }
 

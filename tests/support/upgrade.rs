@@ -181,6 +181,7 @@ fn survives_usr1(pid: i32) -> bool {
 /// A daemon that went to the background. It is nobody's child: killed when this ends.
 pub struct Background {
     pub pid: i32,
+    process: daemon::Main,
 }
 
 impl Background {
@@ -194,9 +195,9 @@ impl Background {
             .expect("start the daemon in the background");
         assert!(status.success());
         let text = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
-        Background {
-            pid: text.trim().parse().expect("a pid"),
-        }
+        let pid = text.trim().parse().expect("a pid");
+        let process = daemon::Main::of(pid).expect("the daemon runs");
+        Background { pid, process }
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -215,7 +216,7 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        daemon::kill_all(self.pid);
+        self.process.kill_all();
     }
 }
 
