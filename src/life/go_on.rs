@@ -17,7 +17,7 @@ use super::{serve, standard};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{Ledger, Unreadable};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -54,10 +54,22 @@ pub fn resume(
     let not_open = |_| unusable("its descriptor is not open");
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
-        let mark = desk
-            .ok()
-            .and_then(|desk| turn::ledger_before(desk.memory()));
-        Ledger::take_over_since(descriptor, mark).map_err(|reason| unusable(&reason.to_string()))
+        let read = match desk {
+            Ok(desk) => {
+                let mark = turn::ledger_before(desk.memory());
+                Ledger::take_over_since(descriptor, mark)
+            }
+            Err(_) => Ledger::take_over(descriptor)
+                .map(|(state, ledger)| (state, ledger, Since::default())),
+        };
+        read.map_err(|reason| {
+            let error = unusable(&reason.to_string());
+            match reason {
+                // There is nothing wrong with it: the next one may have the memory, and soon.
+                Unreadable::System(reason) if errno::may_pass(reason) => give_up(error),
+                _ => error,
+            }
+        })
     });
     if let Ok((state, _, _)) = &taken_over {
         standard::keep_clear_of(state);
@@ -128,6 +140,8 @@ pub fn resume(
             reactor.take_in(socket, service);
         }
     }
+    // Behind the closing: an understudy was left with the ledger of its successor, which has the name.
+    keep_ledger(&mut reactor);
     serve::run(reactor, pid_file, desk)
 }
 
@@ -215,6 +229,11 @@ impl Before {
         if let Some((death, in_a_row)) = self.death {
             say_death(death, in_a_row);
         }
+        // To read the configuration once more is of no use to anybody whom it kills.
+        let _ = desk.ask_again(Signal::SIGHUP);
+        if !desk.ask_again(Signal::SIGUSR1) {
+            upgrade::say_given_up();
+        }
         for number in &self.swept.kept {
             tracing::warn!(
                 "Descriptor {number} was left open and stays so: a lock of the same file would go with it"
@@ -292,6 +311,7 @@ pub fn resume_started(
     let nothing = (None, None);
     let state = (state, Since::default());
     set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
+    keep_ledger(&mut reactor);
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Ok(desk) = desk {
         desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
@@ -305,6 +325,11 @@ pub fn resume_started(
         );
     }
     serve::run(reactor, pid_file, desk)
+}
+
+fn keep_ledger(reactor: &mut Reactor) {
+    let run_directory = Paths::of_this_process().run_directory;
+    reactor.custody_mut().keep_in(&run_directory);
 }
 
 /// The descriptors that the state speaks of.
@@ -356,8 +381,6 @@ fn set_up(
         idle_timeout_s,
         ..settings
     });
-    let run_directory = Paths::of_this_process().run_directory;
-    reactor.custody_mut().keep_in(&run_directory);
     serve::say_what_is_refused(reactor);
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
