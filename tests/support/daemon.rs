@@ -259,10 +259,17 @@ pub fn kill_all(pid: i32) {
     let signal = |pid: i32, signal| _ = kill(nix::unistd::Pid::from_raw(pid), signal);
     // Stopped, it does not act on the death of a child.
     signal(pid, Signal::SIGSTOP);
-    for child in children_of(pid) {
-        signal(child, Signal::SIGKILL);
+    let children = children_of(pid);
+    for child in &children {
+        signal(*child, Signal::SIGKILL);
     }
     signal(pid, Signal::SIGKILL);
+    // Whoever is dead has let go of everything. One that is traced may stay.
+    let end = std::time::Instant::now() + Duration::from_secs(2);
+    while children.iter().any(|child| super::owner::runs(*child)) && std::time::Instant::now() < end
+    {
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 fn children_of(pid: i32) -> Vec<i32> {
