@@ -131,7 +131,9 @@ fn killed_in_the_story(role: Role, otherwise: usize) {
     });
     let cold = cold.into_inner();
     eprintln!("{what}: {cold} times all were dead");
-    assert!(cold <= 8, "{cold} times all were dead");
+    // Five calls between a reactor's end and the understudy, and what a guardian does in the millisecond between
+    // the understudy's end and the moment that the reactor knows of it.
+    assert!(cold <= 16, "{cold} times all were dead");
 }
 
 #[test]
