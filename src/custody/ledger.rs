@@ -331,13 +331,20 @@ impl Ledger {
     /// earlier format is written anew, in a file of its own, once the state is known to be adopted. One that
     /// cannot be read stays open.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
-        let (state, ledger, _) = Ledger::take_over_since(descriptor, None)?;
+        let memory = Memory::adopt(descriptor, false).map_err(Unreadable::System)?;
+        let (state, ledger, _) = Ledger::go_on(memory, None)?;
         Ok((state, ledger))
     }
 
-    /// The same, of a process that may have died at any moment, and what happened behind a mark.
+    /// The same, of a process that may have died at any moment, and what happened behind a mark. Whatever
+    /// becomes of this process, the next one finds it open.
     pub fn take_over_since(descriptor: OwnedFd, mark: Option<u64>) -> Result<Theirs, Unreadable> {
-        let memory = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
+        let memory = Memory::adopt(descriptor, true).map_err(Unreadable::System)?;
+        Ledger::go_on(memory, mark)
+    }
+
+    fn go_on(memory: Memory, mark: Option<u64>) -> Result<Theirs, Unreadable> {
+        let memory = ManuallyDrop::new(memory);
         let found = find(memory.bytes())?;
         let (state, since) = read_since(memory.bytes(), &found, mark)?;
         let memory = ManuallyDrop::into_inner(memory);

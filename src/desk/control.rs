@@ -32,9 +32,11 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
-const ENDING: usize = 176;
 const NO_UNDERSTUDY: usize = 160;
 const DOES_WITHOUT: usize = 168;
+const ENDING: usize = 176;
+const UNDER_WAY: usize = 184;
+const BEGUN_AGAIN: usize = 192;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -208,6 +210,43 @@ impl Desk {
     /// As [`Desk::is_asked`]; from now on it is done, or being done.
     pub fn take_asked(&self, signal: Signal) -> bool {
         self.is_asked(signal) && self.memory.clear_bits(ASKED, bit(signal)) & bit(signal) != 0
+    }
+
+    /// As [`Desk::take_asked`], but should this reactor die before it is done, the next one knows of it.
+    pub fn begin_asked(&self, signal: Signal) -> bool {
+        if !self.is_asked(signal) {
+            return false;
+        }
+        self.begin(signal);
+        self.take_asked(signal)
+    }
+
+    /// What this signal asks for is being done.
+    pub fn begin(&self, signal: Signal) {
+        self.memory.set_bits(UNDER_WAY, bit(signal));
+    }
+
+    /// What this signal asked for is done, or will not be.
+    pub fn end(&self, signal: Signal) {
+        self.memory.clear_bits(BEGUN_AGAIN, bit(signal));
+        self.memory.clear_bits(UNDER_WAY, bit(signal));
+    }
+
+    /// What a reactor that died was doing because of this signal is asked for again. False if it was before:
+    /// then it is not tried once more.
+    #[must_use]
+    pub fn ask_again(&self, signal: Signal) -> bool {
+        let is = |word| self.memory.load(word) & bit(signal) != 0;
+        if !is(UNDER_WAY) {
+            return true;
+        }
+        if is(BEGUN_AGAIN) {
+            self.end(signal);
+            return false;
+        }
+        self.memory.set_bits(BEGUN_AGAIN, bit(signal));
+        self.ask(signal);
+        true
     }
 
     /// Which signal asked the daemon to end, if one did. It stays so: who goes on ends, too.
@@ -495,6 +534,22 @@ mod tests {
         desk.tell(Message::Ready);
         assert!(!desk.take_told(Message::Stopping));
         assert!(desk.take_told(Message::Ready) && !desk.take_told(Message::Ready));
+    }
+
+    #[test]
+    fn what_a_reactor_died_of_is_asked_for_once_more() {
+        let desk = desk();
+        let usr1 = Signal::SIGUSR1;
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && !desk.is_asked(usr1));
+        assert!(desk.ask_again(usr1) && desk.begin_asked(usr1));
+        assert!(!desk.ask_again(usr1) && !desk.is_asked(usr1));
+        // From the start.
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && desk.ask_again(usr1) && desk.begin_asked(usr1));
+        desk.end(usr1);
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
     }
 
     #[test]

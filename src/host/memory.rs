@@ -103,7 +103,10 @@ impl Memory {
     /// there be no memory for it, that is waited for for a while; one that must not be mapped is read.
     ///
     /// One that cannot be had stays open: it may be had later.
-    pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
+    ///
+    /// With `is_shared` another process goes on from the file should this one not: then its bytes are not
+    /// copied where they cannot be mapped, and it is not closed.
+    pub fn adopt(descriptor: OwnedFd, is_shared: bool) -> Result<Memory, Errno> {
         let descriptor = ManuallyDrop::new(descriptor);
         let length = patiently(|| fstat(&*descriptor))?.st_size;
         let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
@@ -115,6 +118,7 @@ impl Memory {
                 start,
                 size,
             }))),
+            Err(refusal) if is_shared => Err(refusal.reason),
             Err(refusal) => {
                 let bytes = read(&descriptor)?;
                 drop(ManuallyDrop::into_inner(descriptor));

@@ -119,7 +119,7 @@ impl PidFile {
 
     /// Removes the file: the end of a daemon that ends in order. A file that somebody else put in its
     /// place stays.
-    pub fn remove(self) {
+    pub fn remove(&self) {
         if let Ok(held) = fstat(&self.file)
             && is_at(&self.path, &held)
             && let Err(error) = std::fs::remove_file(&self.path)

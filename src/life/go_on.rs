@@ -17,7 +17,7 @@ use super::{cold_start, serve, standard, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::{self, Ledger, OldFile};
+use crate::custody::ledger::{self, Ledger, OldFile, Unreadable};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -54,10 +54,22 @@ pub fn resume(
     let not_open = |_| unusable("its descriptor is not open");
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
-        let mark = desk
-            .ok()
-            .and_then(|desk| turn::ledger_before(desk.memory()));
-        Ledger::take_over_since(descriptor, mark).map_err(|reason| unusable(&reason.to_string()))
+        let read = match desk {
+            Ok(desk) => {
+                let mark = turn::ledger_before(desk.memory());
+                Ledger::take_over_since(descriptor, mark)
+            }
+            Err(_) => Ledger::take_over(descriptor)
+                .map(|(state, ledger)| (state, ledger, Since::default())),
+        };
+        read.map_err(|reason| {
+            let error = unusable(&reason.to_string());
+            match reason {
+                // There is nothing wrong with it: the next one may have the memory, and soon.
+                Unreadable::System(reason) if errno::may_pass(reason) => give_up(error),
+                _ => error,
+            }
+        })
     });
     if let Ok((state, _, _)) = &taken_over {
         standard::keep_clear_of(state);
@@ -223,6 +235,11 @@ impl Before {
     fn say(&self, desk: &Desk, document: &Path) {
         if let Some((death, in_a_row)) = self.death {
             say_death(death, in_a_row);
+        }
+        // To read the configuration once more is of no use to anybody whom it kills.
+        let _ = desk.ask_again(Signal::SIGHUP);
+        if !desk.ask_again(Signal::SIGUSR1) {
+            upgrade::say_given_up();
         }
         for number in &self.swept.kept {
             tracing::warn!(

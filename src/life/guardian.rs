@@ -136,7 +136,8 @@ impl Guardian {
                     self.dismiss_understudy();
                     return alone(Refusal { what, reason }, first, &self.again);
                 }
-                Err(_) => self.pause(LONGEST_PAUSE_MS),
+                // All clients wait for it.
+                Err(_) => self.pause(FIRST_PAUSE_MS),
                 Ok(Which::Original(reactor)) => {
                     is_first = false;
                     self.keep(reactor);
@@ -236,8 +237,11 @@ impl Guardian {
             Ended::Status(status) => Death::Status(status),
             Ended::Signal(signal) => Death::Signal(signal),
         };
-        if self.desk.understudy().is_some() {
-            // It has everything as it was, and tries nothing that has just failed.
+        let is_first = self.in_a_row == 0;
+        let may_be_chance = is_first && matches!(death, Death::Signal(_));
+        if self.desk.understudy().is_some() && !may_be_chance {
+            // It has everything as it was, and tries nothing that has just failed. But the locks that libvirt's
+            // daemon took are this process's: the understudy has to take them again.
             clone::leave(ExitCode::ReExecution.number());
         }
         let is_soon = Moment::now().ms_since(start) < SOON_MS;
@@ -354,6 +358,7 @@ impl Guardian {
         let Some(order) = self.desk.ordered() else {
             return;
         };
+        self.desk.end(Signal::SIGUSR1);
         if order == Order::WayBack || self.desk.is_without_understudy() {
             let reason = self.execute(order);
             return self.desk.order_failed(Failure::Exec(reason));

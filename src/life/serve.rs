@@ -144,7 +144,13 @@ pub fn run(
     }
     let ran = reactor.run();
     match (&ran, desk) {
-        (Ok(Ended::Stopped), _) | (Err(_), Err(_)) => {
+        // Should this process die before it has ended, the next one finds everything open and ends.
+        (Ok(Ended::Stopped), Ok(_)) => {
+            if let Some(pid_file) = &*pid_file {
+                pid_file.remove();
+            }
+        }
+        (Ok(Ended::Stopped) | Err(_), Err(_)) => {
             remove(ManuallyDrop::into_inner(pid_file));
             drop(ManuallyDrop::into_inner(reactor));
         }

@@ -497,6 +497,8 @@ impl Reactor {
     pub fn run(&mut self) -> std::io::Result<Ended> {
         let mut events = Events::with_capacity(EVENTS);
         self.do_what_was_asked();
+        // Somebody may have died at the end who left nothing to do.
+        self.finish();
         while self.doing != Doing::Ended {
             if let Some(ended) = self.is_over_before_the_daemon() {
                 return Ok(ended);
@@ -1113,7 +1115,7 @@ impl Reactor {
             self.act_on(signal);
         }
         for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
-            if desk.take_asked(signal) {
+            if desk.begin_asked(signal) {
                 self.act_on(signal);
             }
         }
@@ -1125,7 +1127,12 @@ impl Reactor {
                 tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
                 self.stop();
             }
-            Signal::SIGHUP => self.reload_configuration(),
+            Signal::SIGHUP => {
+                self.reload_configuration();
+                if let Some(desk) = self.guard {
+                    desk.end(signal);
+                }
+            }
             Signal::SIGUSR1 if self.doing == Doing::Serving => {
                 let (upgrade, mut going) = self.going();
                 upgrade.begin(&mut going);

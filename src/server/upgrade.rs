@@ -10,6 +10,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use nix::sys::signal::Signal;
+
 use super::clients::connection::Connection;
 use super::deadlines::{Deadline, Deadlines};
 use super::lines::Lines;
@@ -117,6 +119,9 @@ impl Upgrade {
             return;
         };
         let command_line = command_line.clone();
+        if let Some(desk) = self.desk {
+            desk.begin(Signal::SIGUSR1);
+        }
         descriptors::fill_standard_places();
         self.seen = command_line.file();
         self.earlier = None;
@@ -275,6 +280,9 @@ impl Upgrade {
         self.looked_again = false;
         going.deadlines.unset(Deadline::Quiet);
         say_failed(reason);
+        if let Some(desk) = self.desk {
+            desk.end(Signal::SIGUSR1);
+        }
         if std::mem::take(&mut self.again) {
             self.begin(going);
         }
@@ -523,6 +531,11 @@ pub fn say_that_nobody_stands_by(reason: Errno, program: &CStr) {
         program.to_string_lossy(),
         errno::text(reason)
     );
+}
+
+/// Reactors died of it, or while it was under way.
+pub fn say_given_up() {
+    say_failed("the process that serves the clients died twice while it was looked at");
 }
 
 fn say_failed(reason: &str) {

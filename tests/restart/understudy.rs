@@ -10,6 +10,7 @@ use crate::support::upgrade::{
 use crate::support::{DEADLINE, require_root, require_strace, skip, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -167,6 +168,27 @@ fn a_successor_that_cannot_use_the_ledger_after_all_costs_nothing() {
     scene.falls_back(DEADLINE, "ended before it served");
     scene.serves();
     rival.never_succeeded();
+}
+
+#[test]
+fn what_an_understudy_goes_on_from_is_what_a_start_finds_when_all_are_dead() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let given_back = scene.host.disk("back");
+    scene.guest.call(&acquire("", &given_back, 0)).expect_ok();
+    scene.installs(SAYS_OURS, "exit 3");
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.guest.call(&release("", &given_back)).expect_ok();
+    kill_all(scene.pid);
+    scene.host.install(&daemon::program());
+    wait_until(DEADLINE, "the death of all", || {
+        UnixStream::connect(scene.daemon.lock_socket()).is_err()
+    });
+    scene.daemon = scene.host.start(&[], &[]);
+    scene.pid = scene.daemon.pid();
+    scene.host.assert_held(&scene.disk);
+    scene.host.assert_free(&given_back);
 }
 
 #[test]

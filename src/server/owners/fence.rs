@@ -323,14 +323,14 @@ impl Owners<'_> {
         if self.is_fenced_and_dead(pid) != Some(true) {
             return;
         }
+        // First of all: should this process die, the next one knows of the death by the fence alone.
+        self.free_unless_succeeded(pid, None);
         let Some(process) = self.custody.fenced(pid) else {
             return;
         };
         self.deadlines.unset(Deadline::Kill(pid));
         self.deadlines.unset(Deadline::StillAlive(pid));
         self.watch.remove(process.as_raw_fd());
-        drop(process);
-        self.free_unless_succeeded(pid, None);
     }
 }
 
