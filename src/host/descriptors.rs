@@ -124,6 +124,14 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     super::file::identity(descriptor).ok()
 }
 
+/// Whether a descriptor may be of a disk or of a lock file: it is not of a directory, of a socket, or of what
+/// has no file.
+pub fn may_be_of_lock(descriptor: &OwnedFd) -> bool {
+    let kind =
+        nix::sys::stat::fstat(descriptor).map_or(libc::S_IFREG, |it| it.st_mode & libc::S_IFMT);
+    ![0, libc::S_IFDIR, libc::S_IFSOCK].contains(&kind)
+}
+
 /// All descriptors that are open. They are asked for by their numbers: a list of thousands in /proc takes
 /// longer, and a descriptor.
 pub fn open_numbers() -> Vec<RawFd> {

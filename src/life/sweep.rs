@@ -47,7 +47,9 @@ pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) 
         };
         match door {
             Some(door) => swept.accepted.push((descriptor, door.server)),
-            None => swept.left.push(descriptor),
+            None if descriptors::may_be_of_lock(&descriptor) => swept.left.push(descriptor),
+            // At once: there may be no others for what this reactor needs.
+            None => drop(descriptor),
         }
     }
     swept
