@@ -202,6 +202,15 @@ impl Guardian {
         self.in_a_row = 0;
     }
 
+    /// Whether there is one that lives: to rely on a dead one would be the end of all.
+    fn has_understudy(&self) -> bool {
+        let lives = self.desk.understudy().is_some_and(clone::is_child);
+        if !lives {
+            self.desk.set_understudy(None);
+        }
+        lives
+    }
+
     fn dismiss_understudy(&self) {
         if let Some(pid) = self.desk.understudy() {
             understudy::dismiss(pid);
@@ -236,7 +245,7 @@ impl Guardian {
             Ended::Status(status) => Death::Status(status),
             Ended::Signal(signal) => Death::Signal(signal),
         };
-        if self.desk.understudy().is_some() {
+        if self.has_understudy() {
             // It has everything as it was, and tries nothing that has just failed.
             clone::leave(ExitCode::ReExecution.number());
         }
@@ -281,6 +290,8 @@ impl Guardian {
             while let Some((pid, ended)) = clone::next_ended() {
                 if pid == reactor {
                     end = Some(ended);
+                } else if self.desk.understudy() == Some(pid) {
+                    self.desk.set_understudy(None);
                 }
             }
             self.pass_on_messages();
@@ -321,7 +332,10 @@ impl Guardian {
 
     fn pass_on_messages(&mut self) {
         if self.desk.take_told(Message::Ready) {
-            self.dismiss_understudy();
+            // The number of one that has died may be anybody's.
+            if self.has_understudy() {
+                self.dismiss_understudy();
+            }
             match self.in_a_row {
                 0 => self.say(format_args!("READY=1")),
                 _ => self.say(format_args!("READY=1\nSTATUS=It serves")),
@@ -423,9 +437,6 @@ impl Guardian {
 
 /// Waits until a successor's understudy is over: what is done from here on it does not have.
 pub fn outlive_understudy(desk: &Desk) {
-    if desk.understudy().is_none() {
-        return;
-    }
     while desk.understudy().is_some() && desk.has_guardian() {
         clone::pause(Duration::from_millis(1));
     }
