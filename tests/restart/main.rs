@@ -11,6 +11,7 @@ mod killed_anywhere;
 mod ledger_truth;
 mod ledgers;
 mod libvirt_upgrade;
+mod recoveries;
 mod successors;
 mod takeover_obstacles;
 mod understudy;

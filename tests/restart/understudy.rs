@@ -73,6 +73,8 @@ impl Scene {
         });
         let last = self.refusals().pop().unwrap_or_default();
         assert!(last.contains(why), "{last}");
+        // A cold start believes what has the name.
+        self.host.assert_keeps_ledger(self.pid);
         assert!(!self.host.path("/run/virtlockd-restart-exec.json").exists());
     }
 
