@@ -146,7 +146,9 @@ fn earlier_version(format: u32) -> String {
     fi
 else
     kill -9 $VIRTLOCKD_UNDERSTUDY
-    until grep -q '^State:.Z' /proc/$VIRTLOCKD_UNDERSTUDY/status; do :; done
+    until [ "$state" = Z ]; do
+        read -r _ _ state _ < /proc/$VIRTLOCKD_UNDERSTUDY/stat
+    done
 fi
 exec bash -c 'exec -a "$0" {} "$@"' "$0" "$@""#,
         program.display()
