@@ -259,10 +259,17 @@ pub fn kill_all(pid: i32) {
     let signal = |pid: i32, signal| _ = kill(nix::unistd::Pid::from_raw(pid), signal);
     // Stopped, it does not act on the death of a child.
     signal(pid, Signal::SIGSTOP);
-    for child in children_of(pid) {
-        signal(child, Signal::SIGKILL);
+    let children = children_of(pid);
+    for child in &children {
+        signal(*child, Signal::SIGKILL);
     }
     signal(pid, Signal::SIGKILL);
+    // What they have open is theirs until the last one is over, and nobody waits for that one.
+    for child in children {
+        wait_until(DEADLINE, "a process of the daemon to be over", || {
+            super::owner::process_state(child).is_none_or(|state| state == 'Z')
+        });
+    }
 }
 
 fn children_of(pid: i32) -> Vec<i32> {
