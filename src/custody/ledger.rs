@@ -30,7 +30,7 @@ use std::ffi::OsString;
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
@@ -41,7 +41,7 @@ use super::event::{Event, OwnerRecord, ResourceName};
 use super::since::Since;
 use super::state::{Numbers, State};
 use crate::host::file::FileIdentity;
-use crate::host::memory::{self, LeftBehind, Memory};
+use crate::host::memory::{self, Adopted, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
@@ -183,8 +183,18 @@ pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<
     Ok(())
 }
 
-/// What a ledger says, the ledger unless it is of an earlier format, and what happened behind a mark.
-pub type Theirs = (State<Saved>, Option<Ledger>, Since);
+/// What a ledger says, the ledger, and what happened behind a mark.
+pub type Theirs = (State<Saved>, Read, Since);
+
+/// A ledger that was read.
+#[derive(Debug)]
+pub enum Read {
+    /// It is gone on with.
+    Ours(Ledger),
+    /// It is of an earlier format, or cannot be mapped. Until another one says the same it is all that there
+    /// is, and stays open as long as this.
+    Old(Adopted),
+}
 
 /// What becomes of a ledger that has the name and that nobody writes any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,6 +230,11 @@ pub struct Ledger {
 /// What a ledger is called in the run directory.
 pub fn file_in(run_directory: &Path) -> PathBuf {
     run_directory.join("virtlockd-ledger")
+}
+
+/// Whether this open file is the ledger that has the name in the run directory.
+pub fn is_in(run_directory: &Path, descriptor: impl AsFd) -> bool {
+    memory::is_at(&file_in(run_directory), descriptor)
 }
 
 /// A name beside this one.
@@ -327,30 +342,27 @@ impl Ledger {
         ledger
     }
 
-    /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
-    /// earlier format is written anew, in a file of its own, once the state is known to be adopted. One that
-    /// cannot be read stays open.
+    /// Reads the ledger that an earlier image of the process closed, and goes on writing it, unless it is of
+    /// an earlier format. One that cannot be read stays open.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
-        let memory = Memory::adopt(descriptor, false).map_err(Unreadable::System)?;
-        let (state, ledger, _) = Ledger::go_on(memory, None)?;
+        let (state, read, _) = Ledger::take_over_since(descriptor, None)?;
+        let ledger = match read {
+            Read::Ours(ledger) => Some(ledger),
+            Read::Old(_) => None,
+        };
         Ok((state, ledger))
     }
 
     /// The same, of a process that may have died at any moment, and what happened behind a mark. Whatever
     /// becomes of this process, the next one finds it open.
     pub fn take_over_since(descriptor: OwnedFd, mark: Option<u64>) -> Result<Theirs, Unreadable> {
-        let memory = Memory::adopt(descriptor, true).map_err(Unreadable::System)?;
-        Ledger::go_on(memory, mark)
-    }
-
-    fn go_on(memory: Memory, mark: Option<u64>) -> Result<Theirs, Unreadable> {
-        let memory = ManuallyDrop::new(memory);
-        let found = find(memory.bytes())?;
-        let (state, since) = read_since(memory.bytes(), &found, mark)?;
-        let memory = ManuallyDrop::into_inner(memory);
-        if found.version < VERSION {
-            return Ok((state, None, since));
-        }
+        let adopted = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
+        let found = find(adopted.bytes())?;
+        let (state, since) = read_since(adopted.bytes(), &found, mark)?;
+        let memory = match ManuallyDrop::into_inner(adopted) {
+            Adopted::Mapped(memory) if found.version == VERSION => memory,
+            old => return Ok((state, Read::Old(old), since)),
+        };
         let mut ledger = Ledger {
             memory,
             which: found.which,
@@ -366,7 +378,7 @@ impl Ledger {
         ledger.reopen();
         // To map the file at once has brought back what was given back.
         let _ = ledger.memory.empty(HEADER..ledger.live.start);
-        Ok((state, Some(ledger), since))
+        Ok((state, Read::Ours(ledger), since))
     }
 
     /// It is to be called so from now on. True if it is already.
@@ -868,6 +880,22 @@ mod tests {
     use super::super::event::KindRecord;
     use super::*;
     use crate::locks::table::Mode;
+
+    #[test]
+    fn one_that_cannot_be_mapped_stays_open_until_another_one_says_the_same() {
+        use std::os::fd::AsRawFd;
+        let mut ledger = Ledger::new().unwrap();
+        ledger.append(&Event::IdleTimeout(7)).unwrap();
+        let number = ledger.descriptor().unwrap().as_raw_fd();
+        // For reading alone: that is no mapping to write through.
+        let file = std::fs::File::open(format!("/proc/self/fd/{number}")).unwrap();
+        let file = OwnedFd::from(file);
+        let number = file.as_raw_fd();
+        let (state, read, _) = Ledger::take_over_since(file, None).unwrap();
+        assert_eq!(state.settings().idle_timeout_s, 7);
+        let is_open = || crate::host::descriptors::open_numbers().contains(&number);
+        assert!(matches!(&read, Read::Old(_)) && is_open());
+    }
 
     #[test]
     fn what_is_written_field_by_field_is_what_serde_writes() {

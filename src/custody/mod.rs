@@ -144,13 +144,7 @@ impl Custody {
     pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) {
         self.state = state;
         match ledger {
-            Some(ledger) => {
-                self.ledger = ledger;
-                // One that could not be mapped was read: the next image needs one that can be.
-                if self.ledger.descriptor().is_err() {
-                    self.renew_elsewhere();
-                }
-            }
+            Some(ledger) => self.ledger = ledger,
             None => {
                 if self.renew().is_err() {
                     self.ledger.lose();
@@ -163,6 +157,11 @@ impl Custody {
     /// go on with it.
     pub fn take_poll(&mut self) -> Option<Number> {
         self.state.poll.take()
+    }
+
+    /// The poll of a program of before format 3, which is of no use and stays open until it is taken.
+    pub fn take_old_poll(&mut self) -> Option<Number> {
+        self.state.old_poll.take()
     }
 
     /// To look at.

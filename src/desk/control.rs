@@ -457,12 +457,16 @@ impl Desk {
         self.memory.store(ORDER, 0);
     }
 
-    /// What could not be done, and why. It is said once.
-    pub fn take_failed_order(&self) -> Option<(Order, Failure)> {
+    /// What could not be done, and why, as long as not all has been done that follows from it.
+    pub fn failed_order(&self) -> Option<(Order, Failure)> {
         let order = Order::of(self.memory.load(FAILED))?;
         let failure = Failure::of(self.memory.load(FAILURE))?;
-        self.memory.store(FAILED, 0);
         Some((order, failure))
+    }
+
+    /// All has been done that follows from it.
+    pub fn forget_failed_order(&self) {
+        self.memory.store(FAILED, 0);
     }
 
     /// A process of the daemon died; how many did one after the other, with this one.
@@ -563,10 +567,9 @@ mod tests {
         desk.order_failed(Failure::Exec(Errno::ENOENT));
         assert_eq!(desk.ordered(), None);
         let failed = Some((Order::Libvirt, Failure::Exec(Errno::ENOENT)));
-        assert_eq!(
-            (desk.take_failed_order(), desk.take_failed_order()),
-            (failed, None)
-        );
+        assert_eq!((desk.failed_order(), desk.failed_order()), (failed, failed));
+        desk.forget_failed_order();
+        assert_eq!(desk.failed_order(), None);
         desk.died(Death::Signal(9), 3);
         assert_eq!(desk.take_death(), Some((Death::Signal(9), 3)));
         assert_eq!(desk.take_death(), None);

@@ -48,6 +48,25 @@ struct File {
     size: NonZeroUsize,
 }
 
+/// A memory file that was passed on. It is open as long as this is there.
+#[derive(Debug)]
+pub enum Adopted {
+    /// It can be written.
+    Mapped(Memory),
+    /// It can only be read: what it says, and the file.
+    OnlyRead(Vec<u8>, OwnedFd),
+}
+
+impl Adopted {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Adopted::Mapped(memory) => memory.bytes(),
+            Adopted::OnlyRead(bytes, _) => bytes,
+        }
+    }
+}
+
 /// Whether there is not enough of something, which is no refusal: it may be had later.
 fn is_lack(reason: Errno) -> bool {
     let is_full = matches!(reason, Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN);
@@ -103,26 +122,24 @@ impl Memory {
     /// there be no memory for it, that is waited for for a while; one that must not be mapped is read.
     ///
     /// One that cannot be had stays open: it may be had later.
-    ///
-    /// With `is_shared` another process goes on from the file should this one not: then its bytes are not
-    /// copied where they cannot be mapped, and it is not closed.
-    pub fn adopt(descriptor: OwnedFd, is_shared: bool) -> Result<Memory, Errno> {
+    pub fn adopt(descriptor: OwnedFd) -> Result<Adopted, Errno> {
         let descriptor = ManuallyDrop::new(descriptor);
         let length = patiently(|| fstat(&*descriptor))?.st_size;
         let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
         let size = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
         // It is read at once: to map its pages one by one would take longer.
         match while_it_may_pass(|| map(&descriptor, size, MapFlags::MAP_POPULATE)) {
-            Ok(start) => Ok(Memory(Place::File(File {
+            Ok(start) => Ok(Adopted::Mapped(Memory(Place::File(File {
                 descriptor: ManuallyDrop::into_inner(descriptor),
                 start,
                 size,
-            }))),
-            Err(refusal) if is_shared => Err(refusal.reason),
-            Err(refusal) => {
+            })))),
+            Err(_) => {
                 let bytes = read(&descriptor)?;
-                drop(ManuallyDrop::into_inner(descriptor));
-                Ok(Memory(Place::Private(bytes, refusal)))
+                Ok(Adopted::OnlyRead(
+                    bytes,
+                    ManuallyDrop::into_inner(descriptor),
+                ))
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::locks::again::NotAgain;
 use crate::locks::holder;
 use crate::locks::table::Pid;
 use crate::log::Printable;
-use crate::server::reactor::{Limits, Reactor};
+use crate::server::reactor::{GoesOn, Limits, Reactor};
 
 /// What a daemon that was killed has left, as far as it is to be settled when it is sure that this one serves.
 #[derive(Debug)]
@@ -176,7 +176,12 @@ fn go_on(
     } = cold::take_again(saved, orphan.is_stale, settings);
     let (owners, locks) = (state.table().processes().count(), state.table().len());
     reactor
-        .go_on(state, None, Since::default())
+        .go_on(GoesOn {
+            state,
+            ledger: None,
+            since: Since::default(),
+            left: &mut Vec::new(),
+        })
         .map_err(refused)?;
     reactor.configure_if_changed(limits);
     if owners > 0 || freed > 0 || !losses.is_empty() {

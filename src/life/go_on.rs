@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use super::{cold_start, serve, standard, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::{self, Ledger, OldFile, Unreadable};
+use crate::custody::ledger::{self, Ledger, OldFile, Read, Unreadable};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -28,12 +28,12 @@ use crate::exit::{Failed, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::patience::patiently;
-use crate::host::pid_file::PidFile;
+use crate::host::pid_file::{self, PidFile};
 use crate::host::{errno, listen, process};
 use crate::locks::lease::{self, LockKind};
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
-use crate::server::reactor::{Limits, Reactor};
+use crate::server::reactor::{GoesOn, Limits, Reactor};
 use crate::server::upgrade;
 
 /// Goes on for a predecessor of this program, or for a reactor that died, from the ledger with this number.
@@ -54,15 +54,10 @@ pub fn resume(
     let not_open = |_| unusable("its descriptor is not open");
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
-        let read = match desk {
-            Ok(desk) => {
-                let mark = turn::ledger_before(desk.memory());
-                Ledger::take_over_since(descriptor, mark)
-            }
-            Err(_) => Ledger::take_over(descriptor)
-                .map(|(state, ledger)| (state, ledger, Since::default())),
-        };
-        read.map_err(|reason| {
+        let mark = desk
+            .ok()
+            .and_then(|desk| turn::ledger_before(desk.memory()));
+        Ledger::take_over_since(descriptor, mark).map_err(|reason| {
             let error = unusable(&reason.to_string());
             match reason {
                 // There is nothing wrong with it: the next one may have the memory, and soon.
@@ -81,7 +76,7 @@ pub fn resume(
             return cannot_read(error, desk);
         }
     };
-    let before = desk
+    let mut before = desk
         .ok()
         .and_then(|desk| look_back(desk, &mut state, number, &since));
     log::install(Settings::initial())?;
@@ -93,12 +88,12 @@ pub fn resume(
     if !state.settings().program.is_empty() {
         command_line.program = OsString::from_vec(state.settings().program.clone());
     }
+    lock_again(&state);
     if let Some(Before {
         failed: Some((_, Failure::Ended | Failure::Late)),
         ..
     }) = &before
     {
-        lock_again(&state);
         // The last of the dead may not be over yet, and has the ledger's name.
         let run_directory = Paths::of_this_process().run_directory;
         let _ = patiently(|| ledger::find_orphan(&run_directory).map(drop));
@@ -112,7 +107,9 @@ pub fn resume(
                 .take(*descriptor)
                 .map_err(|_| unusable("the descriptor of its pid file is not open"))
                 .map_err(give_up)?;
-            Some(PidFile::inherited(descriptor, path))
+            let pid_file = PidFile::inherited(descriptor, path);
+            keep_pid_file(&pid_file);
+            Some(pid_file)
         }
     };
     let config = match plan::load_configuration(&options, &Paths::of_this_process()) {
@@ -132,15 +129,22 @@ pub fn resume(
     let mut reactor = ManuallyDrop::new(reactor);
     let limits = limits_are_known.then_some(limits);
     let idle_timeout_s = state.settings().idle_timeout_s;
-    let is_first = ledger.is_none();
+    let is_first = matches!(ledger, Read::Old(_));
     let has_failed = before.as_ref().is_some_and(|it| it.failed.is_some());
-    let theirs = (ledger, Some(idle_timeout_s));
-    set_up(&mut reactor, (state, since), &mut inherited, theirs, limits).map_err(give_up)?;
+    let mut nothing = Vec::new();
+    let theirs = Theirs {
+        state,
+        ledger: Some(ledger),
+        since,
+        idle_timeout_s: Some(idle_timeout_s),
+        left: match &mut before {
+            Some(before) => &mut before.swept.left,
+            None => &mut nothing,
+        },
+    };
+    set_up(&mut reactor, theirs, &mut inherited, limits).map_err(give_up)?;
     if let (Some(before), Ok(desk)) = (before, desk) {
         before.say(desk, &document);
-        for descriptor in before.swept.left {
-            reactor.close_left(descriptor);
-        }
         desk.set_ending(None);
         for (socket, service) in before.swept.accepted {
             reactor.take_in(socket, service);
@@ -151,7 +155,8 @@ pub fn resume(
     serve::run(reactor, pid_file, desk)
 }
 
-/// The POSIX locks were the dead successor's: this process has the files, and has to have the locks.
+/// After a successor that died the POSIX locks were that one's: this process has the files, and has to have the
+/// locks. Asked for a second time they stay as they are.
 fn lock_again(state: &State<Saved>) {
     for (_, resource) in state.table().iter() {
         if !matches!(resource.lease.kind, LockKind::Process { .. }) {
@@ -162,12 +167,24 @@ fn lock_again(state: &State<Saved>) {
         let again = patiently(|| lease::lock_again(number, resource.mode));
         if let Err(reason) = again {
             tracing::error!(
-                "The lock on '{}' was lost with the successor: {}. Its owner and another process may both \
-                 write the file: stop one of them",
+                "The lock on '{}' was lost with a process of the daemon that died: {}. Its owner and another \
+                 process may both write the file: stop one of them",
                 Printable(resource.name()),
                 errno::text(reason)
             );
         }
+    }
+}
+
+/// Whoever died may have closed another descriptor of the pid file, and with that its lock was gone.
+fn keep_pid_file(pid_file: &PidFile) {
+    if let Err(reason) = pid_file::lock_again(pid_file.as_fd().as_raw_fd()) {
+        tracing::error!(
+            "The lock of the pid file '{}' cannot be taken again: {}. If another process has it, stop that \
+             one: a second daemon must not run",
+            pid_file.path().display(),
+            errno::text(reason)
+        );
     }
 }
 
@@ -207,7 +224,7 @@ fn look_back(
     ledger: RawFd,
     since: &Since,
 ) -> Option<Before> {
-    let (death, failed) = (desk.take_death(), desk.take_failed_order());
+    let (death, failed) = (desk.take_death(), desk.failed_order());
     if death.is_none() && failed.is_none() {
         sweep::respect_strangers(state, ledger, desk);
         return None;
@@ -233,8 +250,8 @@ fn look_back(
 impl Before {
     /// Tells it.
     fn say(&self, desk: &Desk, document: &Path) {
-        if let Some((death, in_a_row)) = self.death {
-            say_death(death, in_a_row);
+        if let Some(death) = self.death {
+            say_death(death);
         }
         // To read the configuration once more is of no use to anybody whom it kills.
         let _ = desk.ask_again(Signal::SIGHUP);
@@ -247,6 +264,7 @@ impl Before {
             );
         }
         if let Some((order, failure)) = self.failed {
+            // Behind all that follows from it: should this process have died by now, the next one does it.
             if order == Order::Libvirt {
                 // Another daemon would take it for its own, or not start.
                 let _ = std::fs::remove_file(document);
@@ -260,11 +278,13 @@ impl Before {
                 }
                 _ => upgrade::say_what_failed(failure, desk.ordered_path()),
             }
+            desk.forget_failed_order();
         }
     }
 }
 
-fn say_death(death: Death, in_a_row: u64) {
+/// Says how a process of the daemon died.
+pub fn say_death((death, in_a_row): (Death, u64)) {
     let how = match death {
         Death::Signal(signal) => match Signal::try_from(signal) {
             Ok(signal) => format!("was killed by {signal}"),
@@ -286,6 +306,23 @@ fn say_death(death: Death, in_a_row: u64) {
          connections stay"
     );
 }
+
+/// If a reactor died before it had taken over from the C daemon: closes what it left open that would be in the
+/// way of the next one. How it died.
+pub fn clear_up(desk: &Desk, state: &State<Saved>) -> Option<(Death, u64)> {
+    let death = desk.take_death()?;
+    let run_directory = Paths::of_this_process().run_directory;
+    for left in sweep::sweep(state, NO_LEDGER, &[], desk).left {
+        // With any other file a POSIX lock might go: nobody has said yet which files are locked.
+        if !ledger::is_in(&run_directory, &left) {
+            std::mem::forget(left);
+        }
+    }
+    Some(death)
+}
+
+/// Not the number of a descriptor.
+const NO_LEDGER: RawFd = -1;
 
 /// Goes on for the C daemon, from its state and the document in which it was. What its own program would
 /// not end for does not end this one; what cannot be helped leads back to it.
@@ -323,9 +360,14 @@ pub fn resume_started(
     let mut reactor = ManuallyDrop::new(reactor);
     let mut inherited = inherit(&state).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
-    let nothing = (None, None);
-    let state = (state, Since::default());
-    set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
+    let theirs = Theirs {
+        state,
+        ledger: None,
+        since: Since::default(),
+        idle_timeout_s: None,
+        left: &mut Vec::new(),
+    };
+    set_up(&mut reactor, theirs, &mut inherited, Some(limits)).map_err(back)?;
     keep_in_run_directory(&mut reactor, true, false);
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Ok(desk) = desk {
@@ -366,25 +408,46 @@ fn open_reactor(
     Ok((reactor, limits))
 }
 
+/// What is gone on from.
+struct Theirs<'a> {
+    state: State<Saved>,
+    ledger: Option<Read>,
+    since: Since,
+    /// libvirt's document does not say it: the option does.
+    idle_timeout_s: Option<u32>,
+    left: &'a mut Vec<OwnedFd>,
+}
+
 /// The reactor as it was. Without a ledger of the predecessor's, or with one of an earlier format, one
 /// is written; without limits those in force stay. Whatever has been taken when this fails is the
 /// reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
-    (state, since): (State<Saved>, Since),
+    theirs: Theirs<'_>,
     inherited: &mut Inherited,
-    (ledger, idle_timeout_s): (Option<Ledger>, Option<u32>),
     limits: Option<Limits>,
 ) -> Result<(), StartError> {
+    let Theirs {
+        state,
+        ledger,
+        since,
+        idle_timeout_s,
+        left,
+    } = theirs;
     let settings = reactor.custody().state().settings().clone();
     let state = state.adopt(inherited).map_err(|why| unusable(&why))?;
     for listening in state.listeners() {
         // libvirt's backlog is 30: a host that boots its guests fills it at once.
         let _ = listen::widen_backlog(&listening.socket);
     }
-    // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor.go_on(state, ledger, since).map_err(refused)?;
+    let from = GoesOn {
+        state,
+        ledger,
+        since,
+        left,
+    };
+    reactor.go_on(from).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings

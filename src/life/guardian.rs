@@ -203,6 +203,15 @@ impl Guardian {
         self.in_a_row = 0;
     }
 
+    /// Whether there is one that lives: to rely on a dead one would be the end of all.
+    fn has_understudy(&self) -> bool {
+        let lives = self.desk.understudy().is_some_and(clone::is_child);
+        if !lives {
+            self.desk.set_understudy(None);
+        }
+        lives
+    }
+
     fn dismiss_understudy(&self) {
         if let Some(pid) = self.desk.understudy() {
             understudy::dismiss(pid);
@@ -239,7 +248,7 @@ impl Guardian {
         };
         let is_first = self.in_a_row == 0;
         let may_be_chance = is_first && matches!(death, Death::Signal(_));
-        if self.desk.understudy().is_some() && !may_be_chance {
+        if self.has_understudy() && !may_be_chance {
             // It has everything as it was, and tries nothing that has just failed. But the locks that libvirt's
             // daemon took are this process's: the understudy has to take them again.
             clone::leave(ExitCode::ReExecution.number());
@@ -286,6 +295,8 @@ impl Guardian {
             while let Some((pid, ended)) = clone::next_ended() {
                 if pid == reactor {
                     end = Some(ended);
+                } else if self.desk.understudy() == Some(pid) {
+                    self.desk.set_understudy(None);
                 }
             }
             self.pass_on_messages();
@@ -326,7 +337,10 @@ impl Guardian {
 
     fn pass_on_messages(&mut self) {
         if self.desk.take_told(Message::Ready) {
-            self.dismiss_understudy();
+            // The number of one that has died may be anybody's.
+            if self.has_understudy() {
+                self.dismiss_understudy();
+            }
             match self.in_a_row {
                 0 => self.say(format_args!("READY=1")),
                 _ => self.say(format_args!("READY=1\nSTATUS=It serves")),

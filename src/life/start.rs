@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::custody::descriptor::Saved;
 use crate::custody::ledger::Ledger;
 use crate::custody::state::State;
+use crate::desk::control::Death;
 use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
@@ -88,7 +89,11 @@ fn guarded(
         Before::Nobody | Before::Libvirts => None,
     };
     let again: Again = Box::new(move |desk: Guarded| {
-        let number = desk.ok().and_then(Desk::ledger).or(ledger);
+        let number = match desk {
+            // Of what this process was given there may be nothing left, or something else of the same number.
+            Ok(desk) => desk.ledger(),
+            Err(_) => ledger,
+        };
         finish(go_on_from_ledger(
             number,
             options.clone(),
@@ -172,7 +177,8 @@ fn go_on_from_document(
     };
     if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
         way_back.moved = standard::clear(&mut state, desk);
-        return take_over(state, way_back, options, desk);
+        let died = desk.ok().and_then(|desk| go_on::clear_up(desk, &state));
+        return take_over((state, died), way_back, options, desk);
     }
     log::install(log::Settings::initial())?;
     let plan = Plan::prepare(options?, way_back.command_line.clone())?;
@@ -215,12 +221,15 @@ fn wanted(outcome: Outcome) -> Result<Options, StartError> {
 /// From libvirt's daemon. Nobody asked this program beforehand whether it could: what does not stop
 /// libvirt's own must not stop it, because every lock of the host would be lost.
 fn take_over(
-    state: State<Saved>,
+    (state, died): (State<Saved>, Option<(Death, u64)>),
     way_back: WayBack,
     options: Result<Options, StartError>,
     desk: Guarded,
 ) -> Result<End, Failed> {
     log::install(log::Settings::initial())?;
+    if let Some(died) = died {
+        go_on::say_death(died);
+    }
     let options = options.map_err(|error| way_back.go(error))?;
     let command_line = way_back.command_line.clone();
     let plan = Plan::prepare(options.clone(), command_line.clone()).unwrap_or_else(|failed| {

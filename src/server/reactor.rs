@@ -34,7 +34,7 @@ use super::watch::{Source, Watch};
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{Ledger, Read};
 use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
@@ -44,7 +44,8 @@ use crate::desk::Desk;
 use crate::desk::control::Message;
 use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::clock::Moment;
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
+use crate::host::memory::Adopted;
 use crate::host::names::Names;
 use crate::host::patience::{patiently, while_it_may_pass};
 use crate::host::process::{self, Process};
@@ -155,6 +156,20 @@ pub struct Reactor {
     is_orphaned: bool,
     /// Where a reactor that died was making a file.
     making: Option<Making>,
+}
+
+/// What a reactor goes on from.
+#[derive(Debug)]
+pub struct GoesOn<'a> {
+    /// What lasts.
+    pub state: State<Open>,
+    /// The ledger that says so, if there is one: else another one is written.
+    pub ledger: Option<Read>,
+    /// What happened behind the mark that [`step::ledger_before`] finds on the desk, if somebody died there.
+    pub since: Since,
+    /// What a reactor that died left open and nobody knows: closed, before anybody is served. A file that it
+    /// was about to lock may have to be removed again.
+    pub left: &'a mut Vec<OwnedFd>,
 }
 
 impl Reactor {
@@ -306,20 +321,29 @@ impl Reactor {
         patiently(|| add(&self.watch, source, Some(descriptor)))
     }
 
-    /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
-    /// that is to be written, and from the desk, if somebody died at it: `since` is what happened behind
-    /// the mark that [`step::ledger_before`] finds there. Whatever has been taken when this fails is the
-    /// reactor's, and open.
+    /// Goes on where somebody stopped, also in the middle of a turn at the desk. Whatever has been taken
+    /// when this fails is the reactor's, and open.
     ///
     /// # Errors
     /// What the host refuses for which there is no other way.
-    pub fn go_on(
-        &mut self,
-        state: State<Open>,
-        ledger: Option<Ledger>,
-        mut since: Since,
-    ) -> Result<(), Refusal> {
-        self.custody.go_on(state, ledger);
+    pub fn go_on(&mut self, from: GoesOn<'_>) -> Result<(), Refusal> {
+        let GoesOn {
+            state,
+            ledger,
+            mut since,
+            left,
+        } = from;
+        match ledger {
+            Some(Read::Ours(ledger)) => self.custody.go_on(state, Some(ledger)),
+            Some(Read::Old(old)) => {
+                self.custody.go_on(state, None);
+                self.have_ledger_instead(old)?;
+            }
+            None => self.custody.go_on(state, None),
+        }
+        if let Some(Number(old_poll)) = self.custody.take_old_poll() {
+            drop(descriptors::adopt(old_poll));
+        }
         let is_watched = match self.custody.take_poll() {
             Some(poll) => self.inherit(poll)?,
             None => false,
@@ -376,6 +400,10 @@ impl Reactor {
             .for_each(|pid| owners.follow_watched(pid));
         owners.watch_the_unwatched();
         self.carry_out_orders();
+        // As long as the call counts as interrupted the next one knows that a file was being made for it.
+        for descriptor in std::mem::take(left) {
+            lease::take_back(descriptor, self.making.as_ref().map(Making::place));
+        }
         if let Some((id, rest)) = interrupted {
             // From here on the call that a reactor died in is one that waits like others. It goes first:
             // what it may have been told already must still be true.
@@ -390,6 +418,28 @@ impl Reactor {
             self.enqueue(id);
         }
         step::none(self.desk.memory());
+        Ok(())
+    }
+
+    /// Should this reactor die, the next one reads the ledger that was written, and not the old one any more,
+    /// which is closed only then. Nothing has been closed before that it tells of.
+    fn have_ledger_instead(&self, old: Adopted) -> Result<(), Refusal> {
+        let Some(desk) = self.guard else {
+            return Ok(());
+        };
+        let lack = match self.custody.ledger() {
+            Ok(_) if self.custody.is_behind() => Some(Refusal {
+                what: "there is no memory for a ledger",
+                reason: Errno::ENOMEM,
+            }),
+            Ok(_) => None,
+            Err(refusal) => Some(refusal).filter(|refusal| errno::may_pass(refusal.reason)),
+        };
+        if let Some(refusal) = lack {
+            std::mem::forget(old);
+            return Err(refusal);
+        }
+        desk.set_ledger(self.custody.ledger().ok().map(AsRawFd::as_raw_fd));
         Ok(())
     }
 
@@ -439,12 +489,6 @@ impl Reactor {
             connection.lies_on_desk();
         }
         (connection, None)
-    }
-
-    /// Closes a descriptor that a reactor which died left open and nobody knows, before anybody is served: a
-    /// file that it was about to lock may have to be removed again.
-    pub fn close_left(&self, descriptor: OwnedFd) {
-        lease::take_back(descriptor, self.making.as_ref().map(Making::place));
     }
 
     /// What was ordered is done: the step in which it was ends. How the turn ends, if it does.

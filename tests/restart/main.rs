@@ -12,6 +12,7 @@ mod ledger_truth;
 mod ledgers;
 mod libvirt_upgrade;
 mod outside_calls;
+mod recoveries;
 mod story;
 mod successors;
 mod takeover_obstacles;

@@ -80,6 +80,8 @@ impl Scene {
         });
         let last = self.refusals().pop().unwrap_or_default();
         assert!(last.contains(why), "{last}");
+        // A cold start believes what has the name.
+        self.host.assert_keeps_ledger(self.pid);
         assert!(!self.host.path("/run/virtlockd-restart-exec.json").exists());
         // Should all be killed now, the next start finds what this one writes.
         let log = self.daemon.stderr();
@@ -180,7 +182,7 @@ fn what_an_understudy_goes_on_from_is_what_a_start_finds_when_all_are_dead() {
     scene.installs(SAYS_OURS, "exit 3");
     scene.falls_back(DEADLINE, "ended before it served");
     scene.guest.call(&release("", &given_back)).expect_ok();
-    kill_all(scene.pid);
+    crate::support::daemon::kill_all(scene.pid);
     scene.host.install(&daemon::program());
     wait_until(DEADLINE, "the death of all", || {
         UnixStream::connect(scene.daemon.lock_socket()).is_err()

@@ -147,6 +147,25 @@ os.execv('{PROGRAM}', {words:?})"
         assert_eq!(lock_probe(&self.path(disk)), None, "{disk} should be free");
     }
 
+    /// The ledger in the run directory is one that this daemon has open.
+    #[track_caller]
+    pub fn assert_keeps_ledger(&self, pid: i32) {
+        use std::os::unix::fs::MetadataExt;
+        let key = |path: &Path| {
+            let file = std::fs::metadata(path);
+            file.ok().map(|file| (file.dev(), file.ino()))
+        };
+        let path = self.path("/run/libvirt/virtlockd-ledger");
+        let is_open = || {
+            let all = std::fs::read_dir(format!("/proc/{pid}/fd"))
+                .into_iter()
+                .flatten();
+            let mut all = all.filter_map(|entry| key(&entry.ok()?.path()));
+            key(&path).is_some_and(|ledger| all.any(|open| open == ledger))
+        };
+        wait_until(DEADLINE, "the daemon's ledger to have the name", is_open);
+    }
+
     /// Waits until a disk is free.
     pub fn wait_free(&self, disk: &str) {
         wait_until(DEADLINE, "the disk to be free", || {
