@@ -426,7 +426,7 @@ mod tests {
         /// Every byte of the ledger's file.
         fn ledger(&self) -> Vec<u8> {
             let descriptor = self.custody.ledger().unwrap().try_clone().unwrap();
-            Memory::adopt(descriptor, false).unwrap().bytes().to_vec()
+            Memory::adopt(descriptor).unwrap().bytes().to_vec()
         }
     }
 
