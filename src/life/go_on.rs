@@ -152,6 +152,10 @@ pub fn resume(
     }
     // Only now the ledger of a successor that failed is nobody's.
     keep_in_run_directory(&mut reactor, is_first, has_failed);
+    if let Ok(desk) = desk {
+        // All that it asks for is done.
+        desk.forget_failed_order();
+    }
     serve::run(reactor, pid_file, desk)
 }
 
@@ -278,7 +282,6 @@ impl Before {
                 }
                 _ => upgrade::say_what_failed(failure, desk.ordered_path()),
             }
-            desk.forget_failed_order();
         }
     }
 }
