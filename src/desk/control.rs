@@ -32,6 +32,9 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const STANDS_IN_SINCE: usize = 200;
+const LEAVES: usize = 208;
+const NO_STDERR: usize = 216;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -307,6 +310,39 @@ impl Desk {
     /// This is the guardian.
     pub fn set_guardian(&self, pid: u32) {
         self.memory.store(GUARDIAN, u64::from(pid));
+    }
+
+    /// The guardian has taken the place of the process that was started, at this moment.
+    pub fn stands_in(&self, since: Moment) {
+        self.memory.store(STANDS_IN_SINCE, since.0.max(1));
+    }
+
+    /// Since when it has, if it has.
+    pub fn stands_in_since(&self) -> Option<Moment> {
+        match self.memory.load(STANDS_IN_SINCE) {
+            0 => None,
+            since => Some(Moment(since)),
+        }
+    }
+
+    /// The daemon is to leave as if it was killed: without an end in order.
+    pub fn leaves(&self) {
+        self.memory.store(LEAVES, 1);
+    }
+
+    /// Whether it is to.
+    pub fn is_to_leave(&self) -> bool {
+        self.memory.load(LEAVES) != 0
+    }
+
+    /// Descriptor 2 is not standard error: nothing may be written to it.
+    pub fn has_no_stderr(&self) {
+        self.memory.store(NO_STDERR, 1);
+    }
+
+    /// Whether it is not.
+    pub fn lacks_stderr(&self) -> bool {
+        self.memory.load(NO_STDERR) != 0
     }
 
     /// The pid file.

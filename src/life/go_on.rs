@@ -13,11 +13,11 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{serve, standard, takeover};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{Ledger, Unreadable};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
@@ -51,22 +51,33 @@ pub fn resume(
     desk: Guarded,
 ) -> Result<End, Failed> {
     let give_up = |error| end_without_loss(error, desk);
-    let not_open = |_| unusable("its descriptor is not open");
+    standard::keep_clear(desk);
+    let not_open = |_| (IsBroken::Yes, unusable("its descriptor is not open"));
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
         let mark = desk
             .ok()
             .and_then(|desk| turn::ledger_before(desk.memory()));
-        Ledger::take_over_since(descriptor, mark).map_err(|reason| unusable(&reason.to_string()))
+        Ledger::take_over_since(descriptor, mark).map_err(|reason| {
+            let is_broken = match reason {
+                // Perhaps only for want of memory.
+                Unreadable::System(_) => IsBroken::No,
+                _ => IsBroken::Yes,
+            };
+            (is_broken, unusable(&reason.to_string()))
+        })
     });
     if let Ok((state, _, _)) = &taken_over {
-        standard::keep_clear_of(state);
+        standard::keep_clear_of(state, desk);
     }
     let (mut state, ledger, since) = match taken_over {
         Ok(theirs) => theirs,
-        Err(error) => {
+        Err((is_broken, error)) => {
             log::install(Settings::initial())?;
-            return cannot_read(error, desk);
+            return match is_broken {
+                IsBroken::Yes => cannot_read(error, desk),
+                IsBroken::No => Err(give_up(error).into()),
+            };
         }
     };
     let before = desk
@@ -97,7 +108,11 @@ pub fn resume(
                 .take(*descriptor)
                 .map_err(|_| unusable("the descriptor of its pid file is not open"))
                 .map_err(give_up)?;
-            Some(PidFile::inherited(descriptor, path))
+            let file = PidFile::inherited(descriptor, path);
+            let has_failed = before
+                .as_ref()
+                .is_some_and(|before| before.failed.is_some());
+            Some(if has_failed { file.put_back() } else { file })
         }
     };
     let config = match plan::load_configuration(&options, &Paths::of_this_process()) {
@@ -129,6 +144,12 @@ pub fn resume(
         }
     }
     serve::run(reactor, pid_file, desk)
+}
+
+/// Whether a ledger that could not be read never can.
+enum IsBroken {
+    Yes,
+    No,
 }
 
 /// The POSIX locks were the dead successor's: this process has the files, and has to have the locks.
@@ -215,16 +236,17 @@ impl Before {
         if let Some((death, in_a_row)) = self.death {
             say_death(death, in_a_row);
         }
+        let is_libvirts = matches!(self.failed, Some((Order::Libvirt, _)));
+        if is_libvirts || takeover::is_awaited(&Paths::of_this_process()) {
+            // Nobody goes on from it any more. Another daemon would take it for its own, or not start.
+            let _ = std::fs::remove_file(document);
+        }
         for number in &self.swept.kept {
             tracing::warn!(
                 "Descriptor {number} was left open and stays so: a lock of the same file would go with it"
             );
         }
-        if let Some((order, failure)) = self.failed {
-            if order == Order::Libvirt {
-                // Another daemon would take it for its own, or not start.
-                let _ = std::fs::remove_file(document);
-            }
+        if let Some((_, failure)) = self.failed {
             upgrade::say_what_failed(failure, desk.ordered_path());
         }
     }
