@@ -32,11 +32,13 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
-const NO_UNDERSTUDY: usize = 160;
 const DOES_WITHOUT: usize = 168;
 const ENDING: usize = 176;
 const UNDER_WAY: usize = 184;
 const BEGUN_AGAIN: usize = 192;
+const STANDS_IN_SINCE: usize = 200;
+const LEAVES: usize = 208;
+const NO_STDERR: usize = 216;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -351,6 +353,39 @@ impl Desk {
         self.memory.store(GUARDIAN, u64::from(pid));
     }
 
+    /// The guardian has taken the place of the process that was started, at this moment.
+    pub fn stands_in(&self, since: Moment) {
+        self.memory.store(STANDS_IN_SINCE, since.0.max(1));
+    }
+
+    /// Since when it has, if it has.
+    pub fn stands_in_since(&self) -> Option<Moment> {
+        match self.memory.load(STANDS_IN_SINCE) {
+            0 => None,
+            since => Some(Moment(since)),
+        }
+    }
+
+    /// The daemon is to leave as if it was killed: without an end in order.
+    pub fn leaves(&self) {
+        self.memory.store(LEAVES, 1);
+    }
+
+    /// Whether it is to.
+    pub fn is_to_leave(&self) -> bool {
+        self.memory.load(LEAVES) != 0
+    }
+
+    /// Descriptor 2 is not standard error: nothing may be written to it.
+    pub fn has_no_stderr(&self) {
+        self.memory.store(NO_STDERR, 1);
+    }
+
+    /// Whether it is not.
+    pub fn lacks_stderr(&self) -> bool {
+        self.memory.load(NO_STDERR) != 0
+    }
+
     /// The pid file.
     pub fn pid_file(&self) -> Option<RawFd> {
         self.number(PID_FILE)
@@ -379,25 +414,6 @@ impl Desk {
     /// This is the process that goes on should a successor not serve.
     pub fn set_understudy(&self, pid: Option<i32>) {
         self.set_number(UNDERSTUDY, pid);
-    }
-
-    /// There is no understudy, because of this.
-    pub fn no_understudy(&self, reason: Errno) {
-        let number = u64::from(reason.number().unsigned_abs());
-        self.memory.store(NO_UNDERSTUDY, number);
-    }
-
-    /// Nothing is known against one yet.
-    pub fn no_reason_against_understudy(&self) {
-        self.memory.store(NO_UNDERSTUDY, 0);
-    }
-
-    /// Why there is none, if whoever was to be it has said so.
-    pub fn why_no_understudy(&self) -> Option<Errno> {
-        match self.memory.load(NO_UNDERSTUDY) {
-            0 => None,
-            number => i32::try_from(number).ok().map(Errno::from_raw),
-        }
     }
 
     /// Nobody looks for an understudy from here on, or somebody does again.

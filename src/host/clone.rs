@@ -35,6 +35,14 @@ pub fn with_own_descriptors() -> Result<Which, Errno> {
     clone(0)
 }
 
+/// As [`with_own_descriptors`], but the copy is a child of the process that made this one.
+///
+/// # Errors
+/// What the host refuses.
+pub fn beside_with_own_descriptors() -> Result<Which, Errno> {
+    clone(libc::CLONE_PARENT)
+}
+
 /// The kernel's call and not the C library's fork(3), which cannot share descriptors.
 fn clone(flags: libc::c_int) -> Result<Which, Errno> {
     let flags = libc::c_ulong::try_from(flags | libc::SIGCHLD).map_err(|_| Errno::EINVAL)?;

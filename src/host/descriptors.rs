@@ -176,9 +176,14 @@ fn end_of_table() -> RawFd {
         limit
             .ok()
             .and_then(|(_, hard)| RawFd::try_from(hard).ok())
-            .unwrap_or(RawFd::MAX)
+            .unwrap_or(LOOKED_FOR)
+            .min(LOOKED_FOR)
     })
 }
+
+/// Where nobody says how large the table is, no descriptor is looked for from here on: in containers the limit
+/// is often a thousand times as high, and to ask for each number takes minutes.
+const LOOKED_FOR: RawFd = 1 << 20;
 
 fn is_open(number: RawFd) -> bool {
     // SAFETY: F_GETFD takes an integer and touches no memory of ours.

@@ -237,6 +237,16 @@ impl Process {
         is_dead(&self.pidfd)
     }
 
+    /// Waits for its end, so long at most; whether it has ended.
+    pub fn ends_within(&self, milliseconds: u16) -> bool {
+        let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        // Interrupted, it is asked once more without a wait.
+        match poll(&mut polled, PollTimeout::from(milliseconds)) {
+            Ok(found) => found == 1,
+            Err(_) => self.is_dead(),
+        }
+    }
+
     /// Sends a signal: see [`signal`].
     pub fn signal(&self, which: Signal) -> Result<(), Errno> {
         signal(&self.pidfd, which)
@@ -391,6 +401,24 @@ fn field(stat: &[u8], number: usize) -> Option<&str> {
     after_name
         .split_ascii_whitespace()
         .nth(number.checked_sub(2)?)
+}
+
+/// Whether a process waits until something happens at one of its descriptors, as the main loop of a daemon
+/// does that has nothing to do (`/proc/PID/syscall`). EACCES or EPERM where others may not look.
+pub fn waits_for_events(pid: u32) -> Result<bool, Errno> {
+    let calls = [
+        libc::SYS_ppoll,
+        libc::SYS_epoll_pwait,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait,
+    ];
+    let call = std::fs::read_to_string(format!("/proc/{pid}/syscall"))
+        .map_err(|error| super::errno::of(&error))?;
+    // "running" if it does not wait at all.
+    let number = call.split_ascii_whitespace().next().map(str::parse);
+    Ok(matches!(number, Some(Ok(number)) if calls.contains(&number)))
 }
 
 /// Whether a process is on its way out already, so that a signal would change nothing: the kernel

@@ -13,7 +13,7 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{cold_start, serve, standard, understudy};
+use super::{cold_start, serve, standard, takeover, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
@@ -51,29 +51,33 @@ pub fn resume(
     desk: Guarded,
 ) -> Result<End, Failed> {
     let give_up = |error| end_without_loss(error, desk);
-    let not_open = |_| unusable("its descriptor is not open");
+    standard::keep_clear(desk);
+    let not_open = |_| (IsBroken::Yes, unusable("its descriptor is not open"));
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
         let mark = desk
             .ok()
             .and_then(|desk| turn::ledger_before(desk.memory()));
         Ledger::take_over_since(descriptor, mark).map_err(|reason| {
-            let error = unusable(&reason.to_string());
-            match reason {
-                // There is nothing wrong with it: the next one may have the memory, and soon.
-                Unreadable::System(reason) if errno::may_pass(reason) => give_up(error),
-                _ => error,
-            }
+            let is_broken = match reason {
+                // Perhaps only for want of memory.
+                Unreadable::System(_) => IsBroken::No,
+                _ => IsBroken::Yes,
+            };
+            (is_broken, unusable(&reason.to_string()))
         })
     });
     if let Ok((state, _, _)) = &taken_over {
-        standard::keep_clear_of(state);
+        standard::keep_clear_of(state, desk);
     }
     let (mut state, ledger, since) = match taken_over {
         Ok(theirs) => theirs,
-        Err(error) => {
+        Err((is_broken, error)) => {
             log::install(Settings::initial())?;
-            return cannot_read(error, desk);
+            return match is_broken {
+                IsBroken::Yes => cannot_read(error, desk),
+                IsBroken::No => Err(give_up(error).into()),
+            };
         }
     };
     let mut before = desk
@@ -107,9 +111,13 @@ pub fn resume(
                 .take(*descriptor)
                 .map_err(|_| unusable("the descriptor of its pid file is not open"))
                 .map_err(give_up)?;
-            let pid_file = PidFile::inherited(descriptor, path);
-            keep_pid_file(&pid_file);
-            Some(pid_file)
+            let file = PidFile::inherited(descriptor, path);
+            let has_failed = before
+                .as_ref()
+                .is_some_and(|before| before.failed.is_some());
+            let file = if has_failed { file.put_back() } else { file };
+            keep_pid_file(&file);
+            Some(file)
         }
     };
     let config = match plan::load_configuration(&options, &Paths::of_this_process()) {
@@ -157,6 +165,12 @@ pub fn resume(
         desk.forget_failed_order();
     }
     serve::run(reactor, pid_file, desk)
+}
+
+/// Whether a ledger that could not be read never can.
+enum IsBroken {
+    Yes,
+    No,
 }
 
 /// After a successor that died the POSIX locks were that one's: this process has the files, and has to have the
@@ -262,17 +276,17 @@ impl Before {
         if !desk.ask_again(Signal::SIGUSR1) {
             upgrade::say_given_up();
         }
+        let is_libvirts = matches!(self.failed, Some((Order::Libvirt, _)));
+        if is_libvirts || takeover::is_awaited(&Paths::of_this_process()) {
+            // Nobody goes on from it any more. Another daemon would take it for its own, or not start.
+            let _ = std::fs::remove_file(document);
+        }
         for number in &self.swept.kept {
             tracing::warn!(
                 "Descriptor {number} was left open and stays so: a lock of the same file would go with it"
             );
         }
-        if let Some((order, failure)) = self.failed {
-            // Behind all that follows from it: should this process have died by now, the next one does it.
-            if order == Order::Libvirt {
-                // Another daemon would take it for its own, or not start.
-                let _ = std::fs::remove_file(document);
-            }
+        if let Some((_, failure)) = self.failed {
             desk.does_without_understudy(false);
             match failure {
                 Failure::NoUnderstudy(reason) if !understudy::may_be_had_later(reason) => {

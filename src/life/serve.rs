@@ -9,7 +9,6 @@ use super::guardian::{self, End, Guarded};
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
-use crate::desk::control::Message;
 use crate::exit::{ExitCode, Failed, StartError, refused};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
@@ -136,9 +135,7 @@ pub fn run(
         Ok(desk) => {
             desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
             desk.serves();
-            desk.tell(Message::Ready);
-            desk.wake_guardian();
-            guardian::outlive_understudy(desk);
+            guardian::begin_to_serve(desk);
         }
         Err(_) => notify::ready(),
     }
@@ -160,6 +157,8 @@ pub fn run(
         Ok(Ended::Stopped) => Ok(End::Over(ExitCode::Success)),
         Ok(Ended::Ordered) => Ok(End::Ordered),
         Ok(Ended::Orphaned) => Ok(End::Orphaned),
+        // As if it was killed: nothing is closed or removed.
+        Ok(Ended::Left) => Ok(End::Over(ExitCode::Success)),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
 use super::way_back::WayBack;
-use super::{go_on, serve, standard, takeover, understudy};
+use super::{go_on, serve, standard, sweep, takeover, understudy};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
@@ -49,12 +49,15 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
             None,
         ));
     }
+    // Only these are somebody else's; a number that is given to what is opened here has another meaning one day.
+    let open = descriptors::open_numbers();
     if takeover::is_awaited(&Paths::of_this_process()) {
         // What was activated for a process before an exec is part of its state.
         std::mem::forget(activation);
         let (theirs, words) = (wanted(outcome), command_line.clone());
         let options = theirs.clone();
-        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        let first: First =
+            Box::new(move |desk| finish(go_on_from_document(theirs, words, &open, desk)));
         return Ok(guarded(
             options,
             command_line,
@@ -63,12 +66,13 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         ));
     }
     log::install(log::Settings::initial())?;
-    start_afresh(wanted(outcome)?, command_line, activation, program)
+    start_afresh(wanted(outcome)?, command_line, (activation, open), program)
 }
 
 /// Who was here before.
 enum Before {
-    Nobody,
+    /// What was open then.
+    Nobody(Vec<RawFd>),
     Libvirts,
     /// This program, and the ledger that it left.
     Ours(RawFd),
@@ -86,7 +90,7 @@ fn guarded(
     let prepared = prepare(&command_line);
     let ledger = match before {
         Before::Ours(number) => Some(number),
-        Before::Nobody | Before::Libvirts => None,
+        Before::Nobody(_) | Before::Libvirts => None,
     };
     let again: Again = Box::new(move |desk: Guarded| {
         let number = match desk {
@@ -109,11 +113,10 @@ fn guarded(
             guardian::alone(refusal, first, &again)
         }
         Ok((desk, program)) => {
-            let is_fresh = matches!(before, Before::Nobody);
-            if is_fresh {
+            let is_fresh = matches!(before, Before::Nobody(_));
+            if let Before::Nobody(open) = before {
                 // Those of activation among them: they stay open as long as the daemon listens.
-                descriptors::open_numbers()
-                    .into_iter()
+                open.into_iter()
                     .for_each(|number| desk.set_stranger(number));
             }
             desk.set_ledger(ledger);
@@ -168,14 +171,21 @@ fn go_on_from_ledger(
 fn go_on_from_document(
     options: Result<Options, StartError>,
     command_line: CommandLine,
+    open: &[RawFd],
     desk: Guarded,
 ) -> Result<End, Failed> {
+    let respect = |state: &State<Saved>| {
+        if let Ok(desk) = desk {
+            sweep::respect(open, state, desk);
+        }
+    };
     let mut way_back = WayBack {
         command_line,
         moved: Vec::new(),
         desk: desk.ok(),
     };
     if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
+        respect(&state);
         way_back.moved = standard::clear(&mut state, desk);
         let died = desk.ok().and_then(|desk| go_on::clear_up(desk, &state));
         return take_over((state, died), way_back, options, desk);
@@ -184,6 +194,7 @@ fn go_on_from_document(
     let plan = Plan::prepare(options?, way_back.command_line.clone())?;
     match takeover::find_document(&plan, &way_back)? {
         Some(state) => {
+            respect(&state);
             let document = plan.paths.restart_state.clone();
             go_on::resume_started((state, document), plan, &way_back, desk)
         }
@@ -243,7 +254,7 @@ fn take_over(
 fn start_afresh(
     options: Options,
     command_line: CommandLine,
-    activation: Activation,
+    (activation, open): (Activation, Vec<RawFd>),
     program: &OsStr,
 ) -> Result<ExitCode, Failed> {
     let words = command_line.clone();
@@ -256,7 +267,8 @@ fn start_afresh(
     if takeover::find_document(&plan, &way_back)?.is_some() {
         std::mem::forget(activation);
         let theirs = Ok(options.clone());
-        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        let first: First =
+            Box::new(move |desk| finish(go_on_from_document(theirs, words, &open, desk)));
         let options = Ok(options);
         return Ok(guarded(
             options,
@@ -277,7 +289,7 @@ fn start_afresh(
     Ok(guarded(
         Ok(options),
         command_line,
-        Before::Nobody,
+        Before::Nobody(open),
         Some(first),
     ))
 }

@@ -57,6 +57,15 @@ pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) 
     swept
 }
 
+/// What was open before anything was opened here, unless the state speaks of it: it is never touched.
+pub fn respect(open: &[RawFd], state: &State<Saved>, desk: &Desk) {
+    let mut known: Vec<RawFd> = state.descriptors().map(|Number(number)| number).collect();
+    known.sort_unstable();
+    open.iter()
+        .filter(|number| known.binary_search(number).is_err())
+        .for_each(|number| desk.set_stranger(*number));
+}
+
 /// What is open and was opened by nobody here: it is never touched.
 pub fn respect_strangers(state: &State<Saved>, ledger: RawFd, desk: &Desk) {
     for number in unknown(state, ledger, desk) {

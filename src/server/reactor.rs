@@ -50,7 +50,7 @@ use crate::host::names::Names;
 use crate::host::patience::{patiently, while_it_may_pass};
 use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
-use crate::host::signals::Signals;
+use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
 use crate::host::{descriptors, heap, notify};
 use crate::locks::lease;
@@ -109,6 +109,8 @@ pub enum Ended {
     Ordered,
     /// There is no guardian any more.
     Orphaned,
+    /// The daemon leaves without an end in order.
+    Left,
 }
 
 /// What the daemon is doing.
@@ -120,6 +122,8 @@ enum Doing {
     Ending,
     /// It has ended.
     Ended,
+    /// It leaves as it is.
+    Leaving,
 }
 
 /// The poll and what it watches, and all that passes.
@@ -590,6 +594,8 @@ impl Reactor {
     fn is_over_before_the_daemon(&self) -> Option<Ended> {
         if self.upgrade.is_ordered() {
             Some(Ended::Ordered)
+        } else if self.doing == Doing::Leaving {
+            Some(Ended::Left)
         } else {
             self.is_orphaned.then_some(Ended::Orphaned)
         }
@@ -1140,10 +1146,18 @@ impl Reactor {
         }
     }
 
+    /// What is sent to a process that has a guardian counts for nothing; but what comes when that is dead is
+    /// meant for this one, as the next guardian.
     fn take_signals(&mut self) {
         while let Some(signal) = self.signals.next() {
-            if self.guard.is_none() {
-                self.act_on(signal);
+            match self.guard {
+                None => self.act_on(signal),
+                Some(desk) if !desk.has_guardian() => {
+                    // It is pending again, and read when this process waits for it.
+                    signals::keep(signal);
+                    break;
+                }
+                Some(_) => (),
             }
         }
         self.do_what_was_asked();
@@ -1155,6 +1169,9 @@ impl Reactor {
             return;
         };
         self.is_orphaned = !desk.has_guardian();
+        if desk.is_to_leave() && self.doing == Doing::Serving {
+            self.leave_as_it_is();
+        }
         if let Some(signal) = desk.asked_to_end() {
             self.act_on(signal);
         }
@@ -1163,6 +1180,17 @@ impl Reactor {
                 self.act_on(signal);
             }
         }
+    }
+
+    /// The service manager ends what is left of a daemon whose main process has died: that is no end in order.
+    fn leave_as_it_is(&mut self) {
+        tracing::error!(
+            target: "rpc.netdaemon",
+            "The service manager has lost the daemon's main process and ends this one as well. No guest is \
+             ended for that: the locks are free until the next start takes them again. Start the daemon at \
+             once, and let its unit say NotifyAccess=all and ExitType=cgroup"
+        );
+        self.doing = Doing::Leaving;
     }
 
     fn act_on(&mut self, signal: Signal) {

@@ -7,13 +7,16 @@ use crate::support::client::{
 };
 use crate::support::daemon::{Daemon, Main, kill_all, reactor_of};
 use crate::support::owner::{OnTerm, Owner, process_state};
-use crate::support::upgrade::{Host, Rival, image, upgrade, wait_for_successor};
+use crate::support::upgrade::{
+    Background, Host, PROGRAM, Rival, image, upgrade, wait_for_successor,
+};
 use crate::support::{DEADLINE, lock_probe, require_root, require_strace, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn send(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("signal a process of the daemon");
@@ -242,6 +245,8 @@ fn a_signal_to_both_processes_is_one_and_one_to_the_process_that_serves_is_none(
     assert_eq!(scene.logged("the configuration was read again"), 0);
     // After the second upgrade everything is as after the first.
     upgrade(&scene.daemon);
+    // Until it has served somebody it may be its understudy that goes on.
+    scene.serves();
     scene.kill_reactor();
     scene.serves();
     scene.daemon.signal(Signal::SIGHUP);
@@ -611,4 +616,257 @@ fn descriptors_that_come_with_a_call_are_counted_and_closed_also_when_the_proces
     Reply::parse(&client.receive()).expect_ok();
     is_closed(&scene);
     scene.serves();
+}
+
+/// Kills all that runs in the host's namespace, whoever is the daemon.
+fn kill_all_in(host: &Host) {
+    let namespace = |pid: &str| {
+        let namespace = std::fs::metadata(format!("/proc/{pid}/ns/mnt"));
+        namespace.ok().map(|it| it.ino())
+    };
+    let holder = host.namespace.holder_pid().to_string();
+    let own = namespace(&holder);
+    wait_until(DEADLINE, "the end of all processes", || {
+        let all = std::fs::read_dir("/proc").expect("all processes");
+        let names = all.filter_map(|it| it.ok()?.file_name().into_string().ok());
+        let ours: Vec<i32> = names
+            .filter(|it| *it != holder && namespace(it) == own)
+            .filter_map(|it| it.parse().ok())
+            .filter(|pid| process_state(*pid).is_some_and(|state| state != 'Z'))
+            .collect();
+        for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+            for pid in &ours {
+                let _ = kill(Pid::from_raw(*pid), signal);
+            }
+        }
+        ours.is_empty()
+    });
+}
+
+#[test]
+fn a_main_process_that_is_killed_at_any_moment_of_an_upgrade_costs_nothing() {
+    for after in 0..60 {
+        let Some(mut scene) = Scene::new() else {
+            return;
+        };
+        let rival = scene.rival();
+        scene.daemon.signal(Signal::SIGUSR1);
+        std::thread::sleep(Duration::from_millis(after));
+        send(scene.daemon.pid(), Signal::SIGKILL);
+        scene.serves_but_for_rivals();
+        rival.never_succeeded();
+        kill_all_in(&scene.host);
+    }
+}
+
+#[test]
+fn a_manager_that_ends_the_rest_of_a_daemon_whose_main_process_died_ends_no_guest() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let mut daemon = host.start(&[], &[("NOTIFY_SOCKET", "@nobody-listens-here")]);
+    let disk = host.disk("disk");
+    let mut guest = host.guest(&daemon, "guest", &disk);
+    let (first, second) = (daemon.pid(), daemon.reactor());
+    send(first, Signal::SIGKILL);
+    // As systemd does: at once, and to all that is left.
+    daemon.wait_end();
+    send(second, Signal::SIGTERM);
+    wait_until(DEADLINE, "the end of the daemon", || {
+        process_state(second).is_none_or(|state| state == 'Z')
+    });
+    host.wait_free(&disk);
+    assert!(guest.is_alive());
+    let again = host.start(&[], &[]);
+    host.assert_held(&disk);
+    assert!(guest.is_alive());
+    drop(again);
+    kill_all_in(&host);
+}
+
+#[test]
+fn a_manager_that_has_not_lost_the_main_process_ends_the_daemon_in_order() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let mut daemon = host.start(&[], &[("NOTIFY_SOCKET", "@nobody-listens-here")]);
+    let disk = host.disk("disk");
+    let mut guest = host.guest(&daemon, "guest", &disk);
+    send(daemon.reactor(), Signal::SIGKILL);
+    assert_eq!(daemon.stop().code(), Some(0));
+    assert_eq!(guest.wait_signal(), Some(Signal::SIGTERM as i32));
+    host.assert_free(&disk);
+}
+
+#[test]
+fn what_the_process_that_serves_was_sent_does_not_count_when_it_is_the_main_process_later() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let (first, reactor) = (scene.daemon.pid(), scene.daemon.reactor());
+    let old = image(reactor);
+    for signal in [Signal::SIGTERM, Signal::SIGUSR1] {
+        send(reactor, signal);
+    }
+    scene.serves();
+    send(first, Signal::SIGKILL);
+    let second = new_guardian(&scene, first);
+    scene.serves();
+    scene.serves();
+    assert_eq!(scene.logged("the daemon ends"), 0);
+    assert_eq!(scene.logged("hands over to its successor"), 0);
+    assert_eq!(image(second), old);
+    assert!(scene.guest.is_alive());
+    // What comes then does.
+    send(second, Signal::SIGTERM);
+    assert_eq!(scene.guest.wait_signal(), Some(Signal::SIGTERM as i32));
+    kill_all_in(&scene.host);
+}
+
+#[test]
+fn an_end_that_nobody_is_left_for_is_over_at_once_whoever_goes_on_with_it() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.guest.kill();
+    scene.host.wait_free(&scene.disk);
+    scene.daemon.wait_until_asleep();
+    let guardian = scene.daemon.pid();
+    send(guardian, Signal::SIGSTOP);
+    send(scene.daemon.reactor(), Signal::SIGKILL);
+    scene.daemon.signal(Signal::SIGTERM);
+    let start = Instant::now();
+    send(guardian, Signal::SIGCONT);
+    let ended = wait_for(2 * DEADLINE, "the end of the daemon", || {
+        scene.daemon.ended()
+    });
+    assert_eq!(ended.code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(15));
+}
+
+#[test]
+fn a_daemon_that_was_frozen_is_not_taken_for_one_that_hangs() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let (guardian, reactor) = (scene.daemon.pid(), scene.daemon.reactor());
+    let spare = scene.host.disk("spare");
+    let mut other = scene.daemon.client();
+    other.call(&register_as("other", 4243)).expect_ok();
+    scene.daemon.wait_until_asleep();
+    let slowed = Slowed::of(reactor, "openat,openat2", "delay_enter=4000000");
+    other.post(&acquire("", &spare, 0));
+    let opens = format!("/proc/{reactor}/syscall");
+    let numbers = [libc::SYS_openat, libc::SYS_openat2].map(|number| format!("{number} "));
+    wait_until(DEADLINE, "the process to open the disk", || {
+        let call = std::fs::read_to_string(&opens).expect("the call that it makes");
+        numbers.iter().any(|number| call.starts_with(number))
+    });
+    for process in [guardian, reactor] {
+        send(process, Signal::SIGSTOP);
+    }
+    // As long as a machine is paused.
+    std::thread::sleep(Duration::from_secs(12));
+    send(guardian, Signal::SIGCONT);
+    // It looks before the reactor can have done anything.
+    std::thread::sleep(Duration::from_millis(500));
+    send(reactor, Signal::SIGCONT);
+    drop(slowed);
+    Reply::parse(&other.receive()).expect_ok();
+    assert_eq!(scene.daemon.reactor(), reactor);
+    scene.serves();
+}
+
+#[test]
+fn a_process_that_hangs_before_it_serves_is_killed_and_followed() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let (guardian, first) = (scene.daemon.pid(), scene.daemon.reactor());
+    let strace = Command::new("strace")
+        .args(["-f", "-o", "/dev/null", "-e", "trace=epoll_create1"])
+        .args(["-e", "inject=epoll_create1:delay_enter=300000000"])
+        .args(["-p", &guardian.to_string()])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("start strace");
+    let strace = Slowed(strace);
+    let status = format!("/proc/{guardian}/status");
+    wait_until(DEADLINE, "strace to be attached", || {
+        let status = std::fs::read_to_string(&status).expect("the process's status");
+        !status.contains("TracerPid:\t0\n")
+    });
+    send(first, Signal::SIGKILL);
+    let second = wait_for(DEADLINE, "another process", || {
+        let now = reactor_of(guardian);
+        (now != first && now != guardian).then_some(now)
+    });
+    let call = format!("/proc/{second}/syscall");
+    let number = format!("{} ", libc::SYS_epoll_create1);
+    wait_until(DEADLINE, "it to be in the middle of its start", || {
+        let call = std::fs::read_to_string(&call).expect("the call that it makes");
+        call.starts_with(&number)
+    });
+    send(second, Signal::SIGSTOP);
+    drop(strace);
+    let rival = scene.rival();
+    wait_until(3 * DEADLINE, "it to be killed", || {
+        let now = reactor_of(guardian);
+        now != second && now != guardian
+    });
+    scene.serves_but_for_rivals();
+    rival.never_succeeded();
+    assert_eq!(scene.logged("did not come back from what it was doing"), 1);
+}
+
+#[test]
+fn a_number_that_was_the_daemons_own_at_its_start_is_nobody_elses_later() {
+    if !require_root() || !require_strace() {
+        return;
+    }
+    let host = Host::new();
+    let daemon = Background::start(&host, host.namespace.command(PROGRAM).arg("-d"));
+    let reactor = reactor_of(daemon.pid);
+    let count = || {
+        std::fs::read_dir(format!("/proc/{reactor}/fd"))
+            .map(Iterator::count)
+            .ok()
+    };
+    let socket = host.path(crate::support::daemon::LOCK_SOCKET);
+    Client::connect(&socket).ping();
+    let before = wait_for(DEADLINE, "the daemon to have nothing to do", || {
+        let before = count();
+        std::thread::sleep(Duration::from_millis(200));
+        before.filter(|_| before == count())
+    });
+    let slowed = Slowed::of(reactor, "accept4", "delay_exit=300000000");
+    let mut client = Client::connect(&socket);
+    wait_until(DEADLINE, "the connection to be accepted", || {
+        count().is_some_and(|now| now > before)
+    });
+    send(reactor, Signal::SIGKILL);
+    drop(slowed);
+    client.call(&register_as("late", 4244)).expect_ok();
+}
+
+#[test]
+fn what_was_written_for_libvirts_daemon_does_not_outlive_who_wrote_it() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let document = scene.host.path("/run/virtlockd-restart-exec.json");
+    for (magic, stays) in [(scene.daemon.pid(), false), (1, true)] {
+        std::fs::write(&document, format!("{{\"magic\": \"{magic}\"}}")).expect("write it");
+        scene.kill_reactor();
+        scene.serves();
+        assert_eq!(document.exists(), stays);
+    }
 }

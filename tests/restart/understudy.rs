@@ -273,3 +273,48 @@ fn an_upgrade_waits_for_somebody_who_could_go_on_unless_the_host_refuses_that_fo
     scene.serves();
     assert_eq!((told(&scene), scene.refusals().len()), (2, 2));
 }
+
+#[test]
+fn libvirts_daemon_that_reads_its_document_and_cannot_use_it_costs_nothing() {
+    if !require_root() {
+        return;
+    }
+    let Some(c_daemon) = c_daemon() else {
+        return skip("needs libvirt's virtlockd");
+    };
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    let does = format!(
+        "sed -i 's/\"magic\"/\"magik\"/' /run/virtlockd-restart-exec.json; exec {}",
+        c_daemon.display()
+    );
+    scene.installs(SAYS_THEIRS, &does);
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    // One that removes the document and goes on for a while.
+    let does = "rm /run/virtlockd-restart-exec.json; i=0; \
+                while [ $i -lt 2000 ]; do i=$((i + 1)); done; exit 3";
+    scene.installs(SAYS_THEIRS, does);
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    rival.never_succeeded();
+}
+
+#[test]
+fn a_pid_file_that_a_successor_removed_is_there_again() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.installs(SAYS_OURS, "rm /run/virtlockd.pid; exit 3");
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    let reactor = reactor_of(scene.pid);
+    kill(Pid::from_raw(reactor), Signal::SIGKILL).expect("kill the process that serves");
+    scene.serves();
+    scene.send(Signal::SIGTERM);
+    wait_until(DEADLINE, "the pid file to be removed", || {
+        !scene.host.path("/run/virtlockd.pid").exists()
+    });
+}
