@@ -411,15 +411,26 @@ fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Refusal> {
         ))
 }
 
-/// Locks a file as a whole, for as long as its open file is anybody's. False if somebody else has it locked.
-fn lock(descriptor: &OwnedFd) -> Result<bool, Errno> {
-    let whole = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+/// Takes the lock of a file, or lets go of it.
+fn whole(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 0,
         l_pid: 0,
-    };
+    }
+}
+
+/// Nobody has the file any more who writes it, although it may be open, or mapped, here and elsewhere.
+pub fn unlock(descriptor: &OwnedFd) {
+    // It only lets go.
+    let _ = fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK)));
+}
+
+/// Locks a file as a whole, for as long as its open file is anybody's. False if somebody else has it locked.
+fn lock(descriptor: &OwnedFd) -> Result<bool, Errno> {
+    let whole = whole(libc::F_WRLCK);
     match fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole)).map_err(Errno::from) {
         Ok(_) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),

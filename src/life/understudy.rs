@@ -70,8 +70,11 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
             let failure = wait(desk, order, &successor, &ledgers);
             desk.set_understudy(None);
             if let Some(copy) = ledgers.copy {
-                // As long as the other one is open anywhere it is somebody's, and so is its name.
-                drop(ledgers.given);
+                // As long as the other one is locked it is somebody's, and so is its name. To close it is not
+                // enough: it is mapped here.
+                if let Some(given) = ledgers.given {
+                    memory::unlock(&given);
+                }
                 drop(desk.ledger().map(descriptors::adopt));
                 desk.set_ledger(Some(copy.into_raw_fd()));
             }

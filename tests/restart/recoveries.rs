@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::client::{AUTOCREATE, Reply, acquire, release};
-use crate::support::daemon::{self, Daemon, c_daemon, kill_all};
+use crate::support::daemon::{self, Daemon, c_daemon, kill_all, reactor_of};
 use crate::support::owner::Owner;
 use crate::support::tracer::{Seen, Tracer};
 use crate::support::upgrade::{Host, REFUSAL, Rival, helper_client, image, upgrade};
@@ -207,11 +207,12 @@ fn posix_locks_are_taken_again_however_many_processes_die_behind_a_dead_successo
             let children = std::fs::read_to_string(path).expect("the daemon's children");
             children.split_whitespace().count() == 1
         });
-        let guardian = Tracer::seize(scene.pid, true).expect("the daemon");
+        // It is the process that serves that makes the understudy.
+        let reactor = Tracer::seize(reactor_of(scene.pid), true).expect("the process that serves");
         send(scene.pid, Signal::SIGUSR1);
-        let understudy = next_child(&guardian, |_| true);
+        let understudy = next_child(&reactor, |_| true);
         scene.pid = understudy.pid();
-        guardian.release();
+        reactor.release();
         let refusals = scene.daemon.stderr().matches(REFUSAL).count();
         let all_came = kill_each(&understudy, &places, |_| true);
         understudy.release();
@@ -328,9 +329,11 @@ fn an_understudy_that_is_dead_is_not_relied_on() {
     for place in [1, 60] {
         scene.daemon.wait_until_asleep();
         let before = image(scene.pid);
-        let guardian = Tracer::seize(scene.pid, true).expect("the daemon");
+        let serving = Tracer::seize(reactor_of(scene.pid), true).expect("the process that serves");
         send(scene.pid, Signal::SIGUSR1);
-        let understudy = next_child(&guardian, |_| true);
+        let understudy = next_child(&serving, |_| true);
+        let guardian = Tracer::seize(scene.pid, true).expect("the daemon");
+        serving.release();
         let reactor = next_child_behind(&guardian, understudy, &before);
         assert!(kill_at(reactor, place));
         guardian.release();
