@@ -151,7 +151,7 @@ fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refus
         what: "the command line cannot be passed on (execve)",
         reason: Errno::EINVAL,
     })?;
-    Ok((Box::leak(Box::new(desk)), program))
+    Ok((desk.for_ever(), program))
 }
 
 /// What a reactor does that is not the first.

@@ -187,7 +187,7 @@ impl Reactor {
         let desk = match guard {
             Some(desk) => desk,
             // There is one reactor in a process, and it lives as long.
-            None => Box::leak(Box::new(patiently(Desk::private)?)),
+            None => patiently(Desk::private)?.for_ever(),
         };
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
         // Where there is no other way it is tried for a while, whatever the reason.
