@@ -423,7 +423,7 @@ fn whole(kind: libc::c_int) -> libc::flock {
 }
 
 /// Nobody has the file any more who writes it, although it may be open, or mapped, here and elsewhere.
-pub fn unlock(descriptor: &OwnedFd) {
+pub fn nobody_writes(descriptor: &OwnedFd) {
     // It only lets go.
     let _ = fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK)));
 }
@@ -454,6 +454,10 @@ pub enum LeftBehind {
 /// # Errors
 /// Why it cannot be looked at.
 pub fn left_behind(path: &Path) -> Result<LeftBehind, Errno> {
+    // Without a descriptor, should there be none left: then nothing is in the way.
+    if lstat(path) == Err(nix::errno::Errno::ENOENT) {
+        return Ok(LeftBehind::Nothing);
+    }
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let descriptor = match open(path, flags, Mode::empty()).map_err(Errno::from) {
         Ok(descriptor) => descriptor,

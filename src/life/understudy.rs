@@ -73,7 +73,7 @@ pub fn stand_by(desk: &Desk, order: Order) -> Result<Stands, Errno> {
                 // As long as the other one is locked it is somebody's, and so is its name. To close it is not
                 // enough: it is mapped here.
                 if let Some(given) = ledgers.given {
-                    memory::unlock(&given);
+                    memory::nobody_writes(&given);
                 }
                 drop(desk.ledger().map(descriptors::adopt));
                 desk.set_ledger(Some(copy.into_raw_fd()));
@@ -95,14 +95,23 @@ pub fn dismiss(pid: i32) {
     if !clone::is_child(pid) {
         return;
     }
-    clone::signal(pid, POKE);
+    tell(pid, POKE);
     let until = Moment::now().plus_ms(ENDS_MS);
     while clone::is_child(pid) {
         if Moment::now() >= until {
-            clone::signal(pid, Signal::SIGKILL);
+            tell(pid, Signal::SIGKILL);
             return clone::wait_for_end(pid);
         }
         clone::pause(BRIEFLY);
+    }
+}
+
+/// Signals it in one way or the other: it would take this process for one that does not serve.
+fn tell(pid: i32, signal: Signal) {
+    if !clone::signal(pid, signal)
+        && let Ok(understudy) = Process::open_any(pid)
+    {
+        let _ = understudy.signal(signal);
     }
 }
 

@@ -90,8 +90,8 @@ def confine(number, errno):
         # Flags with MAP_SHARED, and a file.
         test = [(0x15, 0, 5, number), load(40), (0x45, 0, 3, 1), load(48), (0x15, 1, 0, 0xffffffff)]
     elif number == @FORK@:
-        # Nothing but the signal of its end.
-        test = [(0x15, 0, 3, @CLONE@), load(16), (0x15, 0, 1, 17)]
+        # A table of descriptors of its own.
+        test = [(0x15, 0, 3, @CLONE@), load(16), (0x45, 1, 0, 0x400)]
     else:
         test = [(0x15, 0, 1, number)]
     code = b''.join(struct.pack('HBBI', *one) for one in [load(0), *test, refuse, allow])

@@ -390,7 +390,7 @@ pub const ESSENTIAL: &[(Role, &[&str])] = &[
             "write",
         ],
     ),
-    (Role::Understudy, &["memfd_create", "poll"]),
+    (Role::Understudy, &["poll"]),
 ];
 
 /// The system calls that are not made to fail, and why.

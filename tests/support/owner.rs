@@ -102,12 +102,18 @@ impl Owner {
     /// Sends a message, whatever it is, and takes the reply to it.
     #[track_caller]
     pub fn exchange(&mut self, message: &[u8]) -> Reply {
+        self.exchange_behind(message, message)
+    }
+
+    /// The same where the reply to one before is still to come: that one.
+    #[track_caller]
+    pub fn exchange_behind(&mut self, message: &[u8], earlier: &[u8]) -> Reply {
         self.order(&format!("call {}", to_hex(message)));
         let answer = self.answer();
         let hex = answer
             .strip_prefix("reply ")
             .unwrap_or_else(|| panic!("no reply: {answer}"));
-        reply_to(message, hex)
+        reply_to(earlier, hex)
     }
 
     /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
