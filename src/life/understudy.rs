@@ -201,7 +201,10 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledgers: &Ledgers) -> Fa
             Order::Libvirt => signs.of_libvirts(desk, since),
         };
         if serves && !successor.is_dead() {
-            remove_file(desk);
+            // Unless it could not be executed, and this daemon goes on.
+            if desk.ordered() == Some(order) {
+                remove_file(desk);
+            }
             clone::leave(0);
         }
         if waited >= SERVES && !is_late {
