@@ -265,13 +265,18 @@ impl<Decide: FnMut(&At) -> Act> Looker<Decide> {
 
     fn born(&mut self, parent: Pid, child: Pid, is_thread: bool) {
         let role = self.members.get(&parent).map(|it| it.role);
-        let flags = ptrace::getregs(parent).map_or(0, |it| it.rdi);
+        let registers = ptrace::getregs(parent).ok();
+        let flags = registers.map_or(0, |it| it.rdi);
+        // A check is started as another program, and shares memory until it is one.
+        let is_copy = registers.is_some_and(|it| it.orig_rax == libc::SYS_clone as u64)
+            && flags & libc::CLONE_VM as u64 == 0;
         let shares = flags & libc::CLONE_FILES as u64 != 0;
         let role = match role {
             // libvirt's daemon has some.
             _ if is_thread => return let_go(child),
             Some(Role::Guardian) if shares => Role::Reactor,
             Some(Role::Guardian | Role::Understudy) => Role::Understudy,
+            Some(Role::Reactor) if is_copy => Role::Understudy,
             Some(Role::Reactor) => Role::Check,
             // What a check starts is nobody's.
             _ => return let_go(child),
