@@ -338,6 +338,9 @@ fn a_daemon_that_is_killed_leaves_no_successor_behind_nor_what_that_one_started(
         scene.host.install_script("sleep 1000 & sleep 1000; exit");
         scene.daemon.signal(Signal::SIGUSR1);
         let successors = group(&scene.daemon, 3);
+        // The group exists, and all that is in it may run, before the daemon comes to tie it to itself: that is
+        // the next thing that it does.
+        scene.daemon.wait_until_asleep();
         scene.daemon.signal(how);
         wait_until(DEADLINE, "the successor to be dead", || {
             !successors.iter().any(|pid| support::owner::runs(*pid))
