@@ -8,7 +8,8 @@
 //! the time a rival tries to lock the same files without the daemon, and another host takes and
 //! removes the one that is made and removed with its lock ([`outside`]). Everything is written down
 //! with the time, and afterwards a judge ([`record`]) looks for an instant with two exclusive owners,
-//! or one in which a granted lock was free.
+//! or one in which a granted lock was free. A history that has not shown everything yet when its time is
+//! over goes on for a while, and fails if it still has not then.
 //!
 //! `VIRTLOCKD_HISTORY_SECONDS` makes it longer, `VIRTLOCKD_HISTORY_SEED` draws the same numbers
 //! again: not the same history, which depends on who is faster.
