@@ -349,11 +349,16 @@ impl Server {
         // guardian makes no other process that serves.
         let signal = |pid, signal| _ = kill(Pid::from_raw(pid), signal);
         signal(self.pid, Signal::SIGSTOP);
-        if let Ok(Some(child)) = probe::youngest_child(self.pid) {
+        let serving = probe::youngest_child(self.pid).ok().flatten();
+        if let Some(child) = serving {
             signal(child, Signal::SIGKILL);
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // Until the last of them is gone, its socket answers and its locks are held.
+        while serving.is_some_and(probe::is_alive) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 }
 

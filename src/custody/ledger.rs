@@ -4,8 +4,8 @@
 //! says all that whoever goes on must know; replaying it gives the [`State`]. When it has grown to a
 //! multiple of the live state it is written anew: beside the events that count, in the same file, whose
 //! descriptor stays the same for its life; then one word says that the new ones count. Whatever
-//! interrupts that, one of the two is whole. This module is the only one that knows the encoding
-//! (bincode through serde); the fixtures under `tests/restart/ledgers/` must load for ever.
+//! interrupts that, one of the two is whole. How an event is written is told in [`super::encoding`]; the
+//! fixtures under `tests/restart/ledgers/` must load for ever.
 //!
 //! The file has a name in the run directory where it can ([`Ledger::move_to_name`]), so that a start which
 //! finds it and nobody's lock on it can take every lock again that it tells of. Such a file must never say
@@ -34,13 +34,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
-use bincode::error::EncodeError;
 
 use super::descriptor::Saved;
-use super::event::{Event, OwnerRecord, ResourceName};
+use super::encoding::{self, Unwritten, encode};
+use super::event::Event;
 use super::since::Since;
 use super::state::{Numbers, State};
-use crate::host::file::FileIdentity;
 use crate::host::memory::{self, Adopted, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
@@ -113,74 +112,6 @@ impl std::fmt::Display for Unreadable {
             }
         }
     }
-}
-
-/// The limit of one event when it is read, bytes: bincode takes a length's word for it and asks for
-/// as much memory. The longest event holds what a client sent and what it has not read, of which
-/// the server keeps less than half as much.
-const LONGEST_EVENT: usize = 128 * 1024 * 1024;
-
-fn configuration() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<LONGEST_EVENT>()
-}
-
-/// Writes an event to the front of `place`, and says how many bytes that took.
-///
-/// A lock that is granted and one that is given back are written field by field, as serde would have them
-/// written (a test compares the two): it writes each byte of a uuid for itself, and takes twice as long.
-/// Every lock pays for it.
-#[inline]
-fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
-    /// The variants' places in [`Event`].
-    const GRANTED: u8 = 6;
-    const RELEASED_BY: u8 = 20;
-    match event {
-        Event::Granted {
-            owner,
-            resource,
-            descriptor,
-            identity,
-            mode,
-            autocreate,
-            created,
-            kind,
-        } => {
-            let OwnerRecord {
-                pid,
-                id,
-                name,
-                uuid,
-            } = owner;
-            let owner = (pid, id, name, uuid);
-            let ResourceName { lockspace, name } = resource;
-            let FileIdentity { device, inode } = identity;
-            let file = (descriptor.0, device, inode);
-            let flags = [
-                *mode as u8,
-                (*autocreate).into(),
-                (*created).into(),
-                *kind as u8,
-            ];
-            let fields = (GRANTED, owner, lockspace, name, file, flags);
-            bincode::encode_into_slice(fields, place, configuration())
-        }
-        Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {
-            let fields = (RELEASED_BY, pid, uuid, lockspace, name);
-            bincode::encode_into_slice(fields, place, configuration())
-        }
-        _ => encode_by_serde(event, place),
-    }
-}
-
-fn encode_by_serde(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
-    bincode::serde::encode_into_slice(event, place, configuration())
-}
-
-/// Writes an event behind what is there.
-pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
-    let bytes = bincode::serde::encode_to_vec(event, configuration());
-    content.extend(bytes.map_err(|_| Errno::EINVAL)?);
-    Ok(())
 }
 
 /// What a ledger says, the ledger, and what happened behind a mark.
@@ -536,7 +467,7 @@ impl Ledger {
             let place = self.memory.bytes_mut().get_mut(at..end).unwrap_or_default();
             match encode(event, place) {
                 Ok(written) => return Ok(written),
-                Err(EncodeError::UnexpectedEnd) => self.grow()?,
+                Err(Unwritten::NoRoom) => self.grow()?,
                 Err(_) => return Err(Errno::EINVAL),
             }
         }
@@ -570,7 +501,7 @@ impl Ledger {
     /// In front of what counts, if they fit there.
     fn write_before<'a>(
         &mut self,
-        events: impl Iterator<Item = Event<'a>>,
+        mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Option<Range<usize>>, Errno> {
         let room = HEADER..self.live.start;
         if room.len() < self.compact {
@@ -581,27 +512,29 @@ impl Ledger {
             self.memory.fill(room.clone())?;
             self.has_hole = false;
         }
-        let mut end = room.start;
-        for event in events {
+        // Not a loop: a chain of thirteen parts would look at each of them for every event.
+        let written = events.try_fold(room.start, |end, event| {
             let place = self.memory.bytes_mut().get_mut(end..room.end);
-            match encode(&event, place.unwrap_or_default()) {
-                Ok(written) => end = end.saturating_add(written),
-                Err(EncodeError::UnexpectedEnd) => return Ok(None),
-                Err(_) => return Err(Errno::EINVAL),
-            }
-        }
+            let written = encode(&event, place.unwrap_or_default())?;
+            Ok(end.saturating_add(written))
+        });
+        let end = match written {
+            Ok(end) => end,
+            Err(Unwritten::NoRoom) => return Ok(None),
+            Err(Unwritten::Unfit) => return Err(Errno::EINVAL),
+        };
         Ok(Some(room.start..end))
     }
 
     fn write_behind<'a>(
         &mut self,
-        events: impl Iterator<Item = Event<'a>>,
+        mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Range<usize>, Errno> {
         let start = self.live.end.next_multiple_of(WORD);
-        let mut end = start;
-        for event in events {
-            end = end.saturating_add(self.write(end, 0, &event)?);
-        }
+        let end = events.try_fold(start, |end, event| {
+            let written = self.write(end, 0, &event)?;
+            Ok::<_, Errno>(end.saturating_add(written))
+        })?;
         Ok(start..end)
     }
 
@@ -848,7 +781,7 @@ fn read_since(
     let mut numbers = Numbers::default();
     state.reserve(events.len());
     while !events.is_empty() {
-        let (event, used) = bincode::serde::borrow_decode_from_slice(events, configuration())
+        let (event, used) = encoding::decode(events)
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
         let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
         let is_release = matches!(event, Event::ReleasedBy(..));
@@ -876,10 +809,7 @@ fn read_since(
 
 #[cfg(test)]
 mod tests {
-    use super::super::descriptor::Number;
-    use super::super::event::KindRecord;
     use super::*;
-    use crate::locks::table::Mode;
 
     #[test]
     fn one_that_cannot_be_mapped_stays_open_until_another_one_says_the_same() {
@@ -895,55 +825,5 @@ mod tests {
         assert_eq!(state.settings().idle_timeout_s, 7);
         let is_open = || crate::host::descriptors::open_numbers().contains(&number);
         assert!(matches!(&read, Read::Old(_)) && is_open());
-    }
-
-    #[test]
-    fn what_is_written_field_by_field_is_what_serde_writes() {
-        let resource = ResourceName {
-            lockspace: b"/var/lib/libvirt/lockd/files",
-            name: &[b'n'; 300],
-        };
-        let numbers = [0, 1, -1, 250, 251, 65_535, 65_536, i32::MAX, i32::MIN];
-        let modes = [Mode::Exclusive, Mode::Shared];
-        let kinds = [
-            KindRecord::OpenFile,
-            KindRecord::Process,
-            KindRecord::Unknown,
-        ];
-        let mut events = Vec::new();
-        for (pid, mode, kind) in numbers
-            .into_iter()
-            .flat_map(|pid| modes.map(|mode| (pid, mode)))
-            .flat_map(|(pid, mode)| kinds.map(|kind| (pid, mode, kind)))
-        {
-            let uuid = [0xfe; 16];
-            events.push(Event::ReleasedBy(pid, uuid, resource));
-            events.push(Event::Granted {
-                owner: OwnerRecord {
-                    pid,
-                    id: pid.cast_unsigned(),
-                    name: b"guest",
-                    uuid,
-                },
-                resource,
-                descriptor: Number(pid),
-                identity: FileIdentity {
-                    device: u64::MAX,
-                    inode: u64::from(pid.cast_unsigned()),
-                },
-                mode,
-                autocreate: pid > 0,
-                created: pid < 0,
-                kind,
-            });
-        }
-        for event in events {
-            let [mut one, mut other] = [[0; 1024]; 2];
-            let length = encode(&event, &mut one).unwrap();
-            assert_eq!(encode_by_serde(&event, &mut other).unwrap(), length);
-            assert_eq!(one, other, "{event:?}");
-            let cut = encode(&event, &mut one[..length - 1]);
-            assert!(matches!(cut, Err(EncodeError::UnexpectedEnd)), "{cut:?}");
-        }
     }
 }

@@ -12,6 +12,7 @@ pub mod clients;
 pub mod cold;
 pub mod descriptor;
 pub mod earlier;
+mod encoding;
 mod entries;
 pub mod event;
 pub mod fences;
