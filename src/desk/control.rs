@@ -32,6 +32,7 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const POLL: usize = 160;
 const DOES_WITHOUT: usize = 168;
 const ENDING: usize = 176;
 const UNDER_WAY: usize = 184;
@@ -283,6 +284,16 @@ impl Desk {
     /// The ledger's descriptor.
     pub fn ledger(&self) -> Option<RawFd> {
         self.number(LEDGER)
+    }
+
+    /// The descriptor of the poll in which the reactor watches what it serves.
+    pub fn poll(&self) -> Option<RawFd> {
+        self.number(POLL)
+    }
+
+    /// It watches in this one from now on.
+    pub fn set_poll(&self, number: RawFd) {
+        self.set_number(POLL, Some(number));
     }
 
     /// The ledger has this descriptor, or none that can be gone on from.

@@ -2,8 +2,6 @@
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use super::errno::Errno;
 use super::file::{self, FileIdentity};
 
@@ -48,64 +46,69 @@ pub fn adopt_file(number: RawFd, file: FileIdentity) -> Option<OwnedFd> {
     })
 }
 
+/// Some numbers of open descriptors. None is greater than the limit of open files.
+#[derive(Debug, Default)]
+pub struct Marked {
+    is_marked: Vec<bool>,
+}
+
+impl Marked {
+    /// These; negative ones are none.
+    pub fn of(numbers: &[RawFd]) -> Marked {
+        let places = || {
+            numbers
+                .iter()
+                .filter_map(|number| usize::try_from(*number).ok())
+        };
+        let mut is_marked = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
+        for place in places() {
+            if let Some(is_marked) = is_marked.get_mut(place) {
+                *is_marked = true;
+            }
+        }
+        Marked { is_marked }
+    }
+
+    /// Whether this is one of them.
+    pub fn has(&self, number: RawFd) -> bool {
+        let place = usize::try_from(number).ok();
+        let is_marked = place.and_then(|place| self.is_marked.get(place));
+        is_marked.is_some_and(|is_marked| *is_marked)
+    }
+
+    /// It is none of them from now on; whether it was.
+    fn forget(&mut self, number: RawFd) -> bool {
+        let place = usize::try_from(number).ok();
+        let is_marked = place.and_then(|place| self.is_marked.get_mut(place));
+        is_marked.is_some_and(std::mem::take)
+    }
+}
+
 /// The descriptors that the previous image of this process left open, each to be taken once.
 ///
 /// They stay open in the next exec, too, unless [`keep_on_exec`] says otherwise: to say so for each
 /// at once would keep thousands of clients waiting.
 #[derive(Debug)]
 pub struct Inherited {
-    /// Whether the number is one of these and has not been taken.
-    is_left: Vec<bool>,
+    /// Those that have not been taken.
+    is_left: Marked,
 }
 
 impl Inherited {
-    /// The descriptors with these numbers; the first number that is not open, if there is one.
-    pub fn of(numbers: &[RawFd]) -> Result<Inherited, RawFd> {
-        for some in numbers.chunks(LOOKED_AT) {
-            if let Some(number) = some.iter().find(|number| **number < 0) {
-                return Err(*number);
-            }
-            let mut looked_at: Vec<PollFd<'_>> = some
-                .iter()
-                .map(|number| {
-                    // SAFETY: it is not -1. It may not be open, which is what poll(2) is asked.
-                    let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
-                    PollFd::new(descriptor, PollFlags::empty())
-                })
-                .collect();
-            let is_closed = |polled: &PollFd<'_>| {
-                let found = polled.revents();
-                found.is_some_and(|found| found.contains(PollFlags::POLLNVAL))
-            };
-            let closed = match poll(&mut looked_at, PollTimeout::ZERO) {
-                Ok(0) => None,
-                Ok(_) => looked_at.iter().position(is_closed),
-                Err(_) => some.iter().position(|number| !is_open(*number)),
-            };
-            if let Some(number) = closed.and_then(|position| some.get(position)) {
-                return Err(*number);
-            }
+    /// The descriptors with these numbers, of all that are `open`; the first number that is not, if there is
+    /// one.
+    pub fn of(numbers: &[RawFd], open: &[RawFd]) -> Result<Inherited, RawFd> {
+        let is_open = Marked::of(open);
+        if let Some(number) = numbers.iter().find(|number| !is_open.has(**number)) {
+            return Err(*number);
         }
-        // All are open, so none is greater than the limit of open files.
-        let places = || {
-            numbers
-                .iter()
-                .filter_map(|number| usize::try_from(*number).ok())
-        };
-        let mut is_left = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
-        for place in places() {
-            if let Some(is_left) = is_left.get_mut(place) {
-                *is_left = true;
-            }
-        }
+        let is_left = Marked::of(numbers);
         Ok(Inherited { is_left })
     }
 
     /// Takes over the descriptor with this number. EBADF if it is not one of these, or not any more.
     pub fn take(&mut self, number: RawFd) -> Result<OwnedFd, Errno> {
-        let place = usize::try_from(number).map_err(|_| Errno::EBADF)?;
-        let is_left = self.is_left.get_mut(place).ok_or(Errno::EBADF)?;
-        if !std::mem::take(is_left) {
+        if !self.is_left.forget(number) {
             return Err(Errno::EBADF);
         }
         // SAFETY: it was open when this began, belongs to nobody else in this young process, and is
@@ -122,6 +125,12 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     // SAFETY: it is not -1, and fstat(2) says so if it is not open.
     let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
     super::file::identity(descriptor).ok()
+}
+
+/// Whether a number is an open descriptor of a poll (epoll(7)).
+pub fn is_poll(number: RawFd) -> bool {
+    let what = std::fs::read_link(format!("/proc/self/fd/{number}"));
+    what.is_ok_and(|what| what.as_os_str() == "anon_inode:[eventpoll]")
 }
 
 /// Whether a descriptor may be of a disk or of a lock file: it is not of a directory, of a socket, or of what
@@ -162,6 +171,17 @@ pub fn open_numbers() -> Vec<RawFd> {
         ));
     }
     open
+}
+
+/// Makes room for descriptors with numbers below this, or below the limit of open files. A table that
+/// several processes share has whoever outgrows it wait for all processors (RCU, some 10 ms), each time that it
+/// becomes twice as large. Where the room cannot be had now, it comes like that.
+pub fn make_room(end: RawFd) {
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    let limit = limit.map_or(0, |(soft, _)| RawFd::try_from(soft).unwrap_or(RawFd::MAX));
+    let last = end.min(limit).saturating_sub(1);
+    let copy = nix::fcntl::fcntl(stderr(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(last));
+    drop(copy.map(adopt));
 }
 
 /// Above all numbers of open descriptors (FDSize in `/proc/self/status`, which the kernel only makes
@@ -252,7 +272,7 @@ mod tests {
     #[test]
     fn each_descriptor_is_taken_over_once() {
         let numbers = [open(), open()];
-        let mut inherited = Inherited::of(&numbers).unwrap();
+        let mut inherited = Inherited::of(&numbers, &open_numbers()).unwrap();
         let first = inherited.take(numbers[0]).unwrap();
         assert_eq!(first.as_raw_fd(), numbers[0]);
         assert_eq!(inherited.take(numbers[0]).err(), Some(Errno::EBADF));
@@ -277,8 +297,9 @@ mod tests {
         let number = open();
         // Far above what this process uses.
         let closed = 19_999;
-        assert_eq!(Inherited::of(&[number, closed]).err(), Some(closed));
-        assert_eq!(Inherited::of(&[number, -1]).err(), Some(-1));
+        let of = |numbers: &[RawFd]| Inherited::of(numbers, &open_numbers());
+        assert_eq!(of(&[number, closed]).err(), Some(closed));
+        assert_eq!(of(&[number, -1]).err(), Some(-1));
         adopt(number).unwrap();
         assert_eq!(adopt(closed).err(), Some(Errno::EBADF));
     }

@@ -180,6 +180,7 @@ fn go_on(
             state,
             ledger: None,
             since: Since::default(),
+            poll: None,
             left: &mut Vec::new(),
         })
         .map_err(refused)?;

@@ -80,9 +80,10 @@ pub fn resume(
             };
         }
     };
+    let open = descriptors::open_numbers();
     let mut before = desk
         .ok()
-        .and_then(|desk| look_back(desk, &mut state, number, &since));
+        .and_then(|desk| look_back(desk, &mut state, number, &open, &since));
     log::install(Settings::initial())?;
     let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
@@ -102,7 +103,7 @@ pub fn resume(
         let run_directory = Paths::of_this_process().run_directory;
         let _ = patiently(|| ledger::find_orphan(&run_directory).map(drop));
     }
-    let mut inherited = inherit(&state).map_err(give_up)?;
+    let mut inherited = inherit(&state, &open).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {
         None => None,
         Some((descriptor, path)) => {
@@ -145,6 +146,7 @@ pub fn resume(
         ledger: Some(ledger),
         since,
         idle_timeout_s: Some(idle_timeout_s),
+        poll: before.as_ref().and_then(|before| before.poll),
         left: match &mut before {
             Some(before) => &mut before.swept.left,
             None => &mut nothing,
@@ -233,6 +235,8 @@ struct Before {
     death: Option<(Death, u64)>,
     failed: Option<(Order, Failure)>,
     swept: Swept,
+    /// In which the reactor that died watched what it served.
+    poll: Option<RawFd>,
 }
 
 /// If there was another reactor before, what became of it, and of what it left open.
@@ -240,14 +244,19 @@ fn look_back(
     desk: &Desk,
     state: &mut State<Saved>,
     ledger: RawFd,
+    open: &[RawFd],
     since: &Since,
 ) -> Option<Before> {
     let (death, failed) = (desk.take_death(), desk.failed_order());
     if death.is_none() && failed.is_none() {
-        sweep::respect_strangers(state, ledger, desk);
+        sweep::respect_strangers(state, ledger, open, desk);
         return None;
     }
-    let known: Vec<RawFd> = since.descriptors().collect();
+    // Whatever became of a successor, it may have another idea of what is in it.
+    let poll = desk
+        .poll()
+        .filter(|number| failed.is_none() && descriptors::is_poll(*number));
+    let known: Vec<RawFd> = since.descriptors().chain(poll).collect();
     if let Some((_, Failure::Ended | Failure::Late)) = failed {
         // The successor has taken out of it what it closed.
         state.forget_poll();
@@ -261,7 +270,8 @@ fn look_back(
     Some(Before {
         death,
         failed,
-        swept: sweep::sweep(state, ledger, &known, desk),
+        swept: sweep::sweep(state, ledger, (open, &known), desk),
+        poll,
     })
 }
 
@@ -329,7 +339,8 @@ pub fn say_death((death, in_a_row): (Death, u64)) {
 pub fn clear_up(desk: &Desk, state: &State<Saved>) -> Option<(Death, u64)> {
     let death = desk.take_death()?;
     let run_directory = Paths::of_this_process().run_directory;
-    for left in sweep::sweep(state, NO_LEDGER, &[], desk).left {
+    let open = descriptors::open_numbers();
+    for left in sweep::sweep(state, NO_LEDGER, (&open, &[]), desk).left {
         // With any other file a POSIX lock might go: nobody has said yet which files are locked.
         if !ledger::is_in(&run_directory, &left) {
             std::mem::forget(left);
@@ -375,13 +386,14 @@ pub fn resume_started(
     let state = state.with(events).map_err(|why| back(unusable(&why)))?;
     let (reactor, limits) = open_reactor(plan, pid_file.as_ref(), desk).map_err(back)?;
     let mut reactor = ManuallyDrop::new(reactor);
-    let mut inherited = inherit(&state).map_err(back)?;
+    let mut inherited = inherit(&state, &descriptors::open_numbers()).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
     let theirs = Theirs {
         state,
         ledger: None,
         since: Since::default(),
         idle_timeout_s: None,
+        poll: None,
         left: &mut Vec::new(),
     };
     set_up(&mut reactor, theirs, &mut inherited, Some(limits)).map_err(back)?;
@@ -401,11 +413,11 @@ pub fn resume_started(
     serve::run(reactor, pid_file, desk)
 }
 
-/// The descriptors that the state speaks of.
-fn inherit(state: &State<Saved>) -> Result<Inherited, StartError> {
+/// The descriptors that the state speaks of, of all that are open.
+fn inherit(state: &State<Saved>, open: &[RawFd]) -> Result<Inherited, StartError> {
     state.check_descriptors().map_err(|why| unusable(&why))?;
     let numbers: Vec<i32> = state.descriptors().map(|number| number.0).collect();
-    Inherited::of(&numbers).map_err(|number| {
+    Inherited::of(&numbers, open).map_err(|number| {
         let kind = state.meaning(Number(number));
         unusable(&format!(
             "descriptor {number}, which should be {kind}, is not open"
@@ -432,6 +444,7 @@ struct Theirs<'a> {
     since: Since,
     /// libvirt's document does not say it: the option does.
     idle_timeout_s: Option<u32>,
+    poll: Option<RawFd>,
     left: &'a mut Vec<OwnedFd>,
 }
 
@@ -449,6 +462,7 @@ fn set_up(
         ledger,
         since,
         idle_timeout_s,
+        poll,
         left,
     } = theirs;
     let settings = reactor.custody().state().settings().clone();
@@ -462,6 +476,7 @@ fn set_up(
         state,
         ledger,
         since,
+        poll,
         left,
     };
     reactor.go_on(from).map_err(refused)?;

@@ -21,7 +21,7 @@ use crate::host::process::Process;
 use crate::host::program::{Environment, Program};
 use crate::host::refusal::Refusal;
 use crate::host::signals::{self, POKE};
-use crate::host::{pid_file, process};
+use crate::host::{descriptors, limits, pid_file, process};
 use crate::log;
 use crate::restart::handover::{HANDOVER_VARIABLE, UNDERSTUDY_VARIABLE};
 
@@ -44,6 +44,10 @@ const LONGEST_PAUSE_MS: u64 = 10_000;
 const DISOWNED_MS: u64 = 90_000;
 /// How long the reactor of a successor that died waits for the end of the understudy, milliseconds.
 const UNDERSTUDY_ENDS_MS: u16 = 800;
+
+/// Descriptors for which there is room from the start: ten thousand guests with two disks each. It is 256 KiB
+/// of the kernel's memory.
+const DESCRIPTORS: i32 = 32 * 1024;
 
 /// How the reactor's process ends, where it does of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +114,9 @@ impl Guardian {
         understudy: Option<i32>,
     ) -> Guardian {
         signals::hear_of_children();
+        // The reactor says what is wrong with it.
+        let _ = limits::raise_open_files();
+        descriptors::make_room(DESCRIPTORS);
         // What is open here is the reactor's as well.
         clone::end_at_once_on_panic();
         let herald = Herald::open();

@@ -11,7 +11,7 @@
 //! The reactor owns what passes, piece by piece, and lends it side by side; what lasts is
 //! [`Custody`]'s. Nobody in this room imports the reactor: what others want of it they return.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use mio::{Events, Poll};
@@ -162,6 +162,17 @@ pub struct Reactor {
     making: Option<Making>,
 }
 
+/// Whether the poll has the connections that are gone on with.
+#[derive(Clone, Copy)]
+enum Watched {
+    /// Those of an earlier image of this process, which had done what it had heard of.
+    Already,
+    /// Most of them, from a reactor that died in the middle of it.
+    Unheard,
+    /// None of them.
+    Not,
+}
+
 /// What a reactor goes on from.
 #[derive(Debug)]
 pub struct GoesOn<'a> {
@@ -171,6 +182,8 @@ pub struct GoesOn<'a> {
     pub ledger: Option<Read>,
     /// What happened behind the mark that [`step::ledger_before`] finds on the desk, if somebody died there.
     pub since: Since,
+    /// The poll of a reactor that died: what that one had heard of and not done is said once more.
+    pub poll: Option<RawFd>,
     /// What a reactor that died left open and nobody knows: closed, before anybody is served. A file that it
     /// was about to lock may have to be removed again.
     pub left: &'a mut Vec<OwnedFd>,
@@ -335,6 +348,7 @@ impl Reactor {
             state,
             ledger,
             mut since,
+            poll,
             left,
         } = from;
         match ledger {
@@ -348,10 +362,14 @@ impl Reactor {
         if let Some(Number(old_poll)) = self.custody.take_old_poll() {
             drop(descriptors::adopt(old_poll));
         }
-        let is_watched = match self.custody.take_poll() {
-            Some(poll) => self.inherit(poll)?,
-            None => false,
+        let watched = match (self.custody.take_poll(), poll) {
+            (Some(Number(poll)), _) if self.inherit(poll)? => Watched::Already,
+            (None, Some(poll)) if self.inherit(poll)? => Watched::Unheard,
+            _ => Watched::Not,
         };
+        if let Some(desk) = self.guard {
+            desk.set_poll(self.poll.as_raw_fd());
+        }
         let doors: Vec<(Service, i32)> = self
             .custody
             .state()
@@ -372,11 +390,13 @@ impl Reactor {
             .collect();
         let mut interrupted = None;
         for (id, is_refused, is_over) in clients {
-            if !is_watched {
-                let watched = || self.watch.add(Source::Connection(id), id.0);
-                patiently(watched)
-                    .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
-            }
+            let source = Source::Connection(id);
+            patiently(|| match watched {
+                Watched::Already => Ok(()),
+                Watched::Unheard => self.watch.add_again(source, id.0),
+                Watched::Not => self.watch.add(source, id.0),
+            })
+            .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             let (connection, of_turn) = self.find_traffic(id, &mut since);
             let has_traffic = !connection.is_quiet();
             // Its number is its socket's, of which there is one.
@@ -510,8 +530,8 @@ impl Reactor {
     /// Goes on with the poll of an earlier image of this process, which watches the connections
     /// already: to take thousands out of one poll and into another would keep all of them waiting.
     /// False if that cannot be done, and everything is to be watched anew.
-    fn inherit(&mut self, poll: Number) -> Result<bool, Refusal> {
-        let Ok(poll) = descriptors::adopt(poll.0) else {
+    fn inherit(&mut self, poll: RawFd) -> Result<bool, Refusal> {
+        let Ok(poll) = descriptors::adopt(poll) else {
             return Ok(false);
         };
         if patiently(|| descriptors::put_in_place(&poll, self.watch.descriptor())).is_err() {

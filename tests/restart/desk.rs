@@ -338,7 +338,8 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         let file = descriptors::adopt(ledger).unwrap();
         let (state, ledger, since) = Ledger::take_over_since(file, mark).unwrap();
         let numbers: Vec<RawFd> = state.descriptors().map(|number| number.0).collect();
-        let mut inherited = Inherited::of(&numbers).expect("they are open");
+        let mut inherited =
+            Inherited::of(&numbers, &descriptors::open_numbers()).expect("they are open");
         let spared: BTreeSet<RawFd> = numbers.into_iter().chain(since.descriptors()).collect();
         let state = state.adopt(&mut inherited).unwrap();
         let reload = Box::new(|| Err("there is no configuration".to_owned()));
@@ -353,6 +354,7 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
             state,
             ledger: Some(ledger),
             since,
+            poll: None,
             left: &mut left,
         };
         reactor.go_on(from).unwrap();
