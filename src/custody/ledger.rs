@@ -70,8 +70,9 @@ const KEPT: usize = 3 * STEP;
 const RESERVE: usize = 16 * 1024;
 /// What [`Ledger::make_room`] sees to, bytes: an owner with a name of libvirt's usual length many times over.
 const ROOM: usize = 4 * 1024;
-/// It is written anew when it has grown to this multiple of its size when it was last.
-const GROWTH: usize = 4;
+/// It is written anew when it has grown to this multiple of its size when it was last. Everybody waits for it to be
+/// read when a reactor has died.
+const GROWTH: usize = 2;
 /// [`STEP`], as a size.
 const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
     Some(size) => size,
@@ -296,10 +297,16 @@ impl Ledger {
             Adopted::Mapped(memory) if found.version == VERSION => memory,
             old => return Ok((state, Read::Old(old), since)),
         };
+        // One that was closed was written anew before. How long the other would be nobody knows: it is written
+        // anew as soon as somebody has time.
+        let compact = match found.is_closed {
+            true => found.events.len(),
+            false => 0,
+        };
         let mut ledger = Ledger {
             memory,
             which: found.which,
-            compact: found.events.len(),
+            compact,
             live: found.events,
             // Whoever wrote it may have given it back.
             has_hole: true,
@@ -506,7 +513,7 @@ impl Ledger {
         mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Option<Range<usize>>, Errno> {
         let room = HEADER..self.live.start;
-        if room.len() < self.compact {
+        if room.len() < self.compact.max(1) {
             return Ok(None);
         }
         // A page that cannot be had is a signal, not an error.

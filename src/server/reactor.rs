@@ -229,8 +229,10 @@ impl Reactor {
         // Before the reserve takes what descriptors there are.
         let gate = Gate::new();
         let mut custody = Custody::new(ledger);
-        if guard.is_some() {
+        if let Some(desk) = guard {
             custody.is_read_after_death();
+            // It keeps its number where another one is put in its place.
+            desk.set_poll(poll.as_raw_fd());
         }
         let mut reserve = Reserve::default();
         reserve.refill();
@@ -367,9 +369,6 @@ impl Reactor {
             (None, Some(poll)) if self.inherit(poll)? => Watched::Unheard,
             _ => Watched::Not,
         };
-        if let Some(desk) = self.guard {
-            desk.set_poll(self.poll.as_raw_fd());
-        }
         let doors: Vec<(Service, i32)> = self
             .custody
             .state()
