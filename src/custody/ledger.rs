@@ -209,9 +209,7 @@ pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
         LeftBehind::Nothing => Ok(None),
         LeftBehind::InUse => Err(Errno::EAGAIN),
         LeftBehind::Free(held) => {
-            let content = held.try_clone().map_err(|error| errno::of(&error));
-            let content = content.and_then(Memory::adopt);
-            let content = content.map_err(Unreadable::System);
+            let content = Memory::adopt_copy(&held).map_err(Unreadable::System);
             let found = content.and_then(|content| Ok((find(content.bytes())?, content)));
             let is_stale = found.as_ref().is_ok_and(|(found, _)| found.is_stale);
             let state = found.and_then(|(found, content)| read(content.bytes(), &found));

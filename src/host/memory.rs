@@ -144,6 +144,27 @@ impl Memory {
         }
     }
 
+    /// The same with a copy of the descriptor, of which nothing stays open if it fails; what fails once is not
+    /// tried again.
+    ///
+    /// # Errors
+    /// Why it can neither be mapped nor read.
+    pub fn adopt_copy(descriptor: &OwnedFd) -> Result<Adopted, Errno> {
+        let descriptor = descriptor.try_clone().map_err(|error| errno::of(&error))?;
+        let length = usize::try_from(fstat(&descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
+        let Some(size) = NonZeroUsize::new(length) else {
+            return Ok(Adopted::OnlyRead(Vec::new(), descriptor));
+        };
+        Ok(match map(&descriptor, size, MapFlags::MAP_POPULATE) {
+            Ok(start) => Adopted::Mapped(Memory(Place::File(File {
+                descriptor,
+                start,
+                size,
+            }))),
+            Err(_) => Adopted::OnlyRead(read(&descriptor)?, descriptor),
+        })
+    }
+
     /// Makes it larger.
     pub fn grow(&mut self, size: NonZeroUsize) -> Result<(), Errno> {
         let refusal = match &mut self.0 {

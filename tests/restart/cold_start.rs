@@ -504,7 +504,7 @@ fn a_ledger_that_there_is_no_memory_to_read_is_read_when_there_is() {
     let mut owner = scene.owner("owner", &[("", &disk, 0)]);
     scene.kill();
     let start = |scene: &mut Scene, error: &str, when: &str| {
-        let inject = format!("inject=pread64:error={error}:when={when}");
+        let inject = format!("inject=mmap,pread64:error={error}:when={when}");
         let ledger = "/run/libvirt/virtlockd-ledger";
         let words = ["-f", "-qq", "-o", "/dev/null", "-P", ledger, "-e", &inject];
         scene.daemon = Daemon::spawn(
