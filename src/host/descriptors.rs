@@ -5,9 +5,9 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use super::errno::Errno;
 use super::file::{self, FileIdentity};
 
-/// How many descriptors are looked at with one call: far fewer than any limit of open files, which
-/// is what poll(2) allows.
-const LOOKED_AT: usize = 256;
+/// How many descriptors are looked at with one call. poll(2) refuses more than the limit of open files: below
+/// this one each is asked for by itself.
+const LOOKED_AT: usize = 1024;
 
 /// Whether the descriptor with this number stays open when this process, or a child of it, executes
 /// a program. EBADF if it is not open.
@@ -144,9 +144,26 @@ pub fn may_be_of_lock(descriptor: &OwnedFd) -> bool {
 /// All descriptors that are open. They are asked for by their numbers: a list of thousands in /proc takes
 /// longer, and a descriptor.
 pub fn open_numbers() -> Vec<RawFd> {
+    let end = end_of_table();
+    with_paths(polled(end), end)
+}
+
+/// The same where there is room for many more than are open. One that only stands for a path (O_PATH) is not
+/// found if it is far above all others: nothing that is opened gets such a number.
+pub fn open_numbers_of_many() -> Vec<RawFd> {
+    let end = end_of_table();
+    let open = polled(end);
+    let last = open.last().map_or(0, |last| last.saturating_add(ABOVE));
+    with_paths(open, end.min(last))
+}
+
+/// How far above all others one is looked for that only stands for a path.
+const ABOVE: RawFd = 16;
+
+/// The open descriptors below this number that can be polled.
+fn polled(end: RawFd) -> Vec<RawFd> {
     let mut open = Vec::new();
     let mut looked_at: Vec<libc::pollfd> = Vec::with_capacity(LOOKED_AT);
-    let end = end_of_table();
     let mut next = 0;
     while next < end {
         let some = next..end.min(next.saturating_add(LOOKED_AT as RawFd));
@@ -162,14 +179,26 @@ pub fn open_numbers() -> Vec<RawFd> {
         // open, which is what poll(2) is asked.
         let result = unsafe { libc::poll(looked_at.as_mut_ptr(), count, 0) };
         let has_answer = result >= 0;
-        open.extend(looked_at.iter().map(|it| (it.fd, it.revents)).filter_map(
-            |(number, found)| {
-                // One that only stands for a path (O_PATH) cannot be polled.
-                let is_open = has_answer && found & libc::POLLNVAL == 0 || is_open(number);
-                is_open.then_some(number)
-            },
-        ));
+        let is_open = |it: &&libc::pollfd| match has_answer {
+            true => it.revents & libc::POLLNVAL == 0,
+            false => is_open(it.fd),
+        };
+        open.extend(looked_at.iter().filter(is_open).map(|it| it.fd));
     }
+    open
+}
+
+/// Those, and all others below this number that are open and cannot be polled: they only stand for a path.
+fn with_paths(polled: Vec<RawFd>, end: RawFd) -> Vec<RawFd> {
+    let is_polled = Marked::of(&polled);
+    let paths = (0..end).filter(|number| !is_polled.has(*number) && is_open(*number));
+    let paths: Vec<RawFd> = paths.collect();
+    if paths.is_empty() {
+        return polled;
+    }
+    let mut open = polled;
+    open.extend(paths);
+    open.sort_unstable();
     open
 }
 
@@ -290,6 +319,10 @@ mod tests {
         let all = [number, far, path.as_raw_fd()];
         assert!(all.iter().all(|number| found.contains(number)));
         assert!(found.is_sorted());
+        make_room(16 * 1024);
+        let found = open_numbers_of_many();
+        assert!(all.iter().all(|number| found.contains(number)));
+        assert!(end_of_table() >= 16 * 1024 && found.is_sorted());
     }
 
     #[test]
