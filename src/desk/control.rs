@@ -465,8 +465,9 @@ impl Desk {
         self.memory.text(PATH, PATH_SIZE)
     }
 
-    /// What was ordered could not be done.
+    /// What was ordered could not be done. It is told so, and not tried again before it is asked for.
     pub fn order_failed(&self, failure: Failure) {
+        self.end(Signal::SIGUSR1);
         let order = self.memory.load(ORDER);
         self.memory.store(FAILURE, failure.word());
         self.memory.store(FAILED, order);
@@ -586,6 +587,11 @@ mod tests {
         assert_eq!((desk.failed_order(), desk.failed_order()), (failed, failed));
         desk.forget_failed_order();
         assert_eq!(desk.failed_order(), None);
+        let usr1 = Signal::SIGUSR1;
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && desk.order(Order::Ours, c"/x", None));
+        desk.order_failed(Failure::NoUnderstudy(Errno::ENOMEM));
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
         desk.died(Death::Signal(9), 3);
         assert_eq!(desk.take_death(), Some((Death::Signal(9), 3)));
         assert_eq!(desk.take_death(), None);
