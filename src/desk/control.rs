@@ -537,10 +537,68 @@ impl Desk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::desk::layout::CONTROL;
     use std::num::NonZeroUsize;
+    use std::ops::Range;
 
     fn desk() -> Desk {
         Desk::new(NonZeroUsize::new(64 * 1024).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_control_word_has_its_place_to_itself_and_all_of_them_are_in_their_room() {
+        const WORD: usize = size_of::<u64>();
+        let words = [
+            ASKED,
+            TOLD,
+            PHASE,
+            LEDGER,
+            AWAY_SINCE,
+            TURNS,
+            IS_ASLEEP,
+            GUARDIAN,
+            ORDER,
+            ORDER_LEDGER,
+            FAILED,
+            FAILURE,
+            DEATH,
+            DEATHS,
+            PID_FILE,
+            HERALD,
+            UNDERSTUDY,
+            DOES_WITHOUT,
+            ENDING,
+            UNDER_WAY,
+            BEGUN_AGAIN,
+            STANDS_IN_SINCE,
+            LEAVES,
+            NO_STDERR,
+        ];
+        let (last, _) = stranger(RawFd::try_from(STRANGERS_COUNT - 1).unwrap()).unwrap();
+        assert_eq!(stranger(RawFd::try_from(STRANGERS_COUNT).unwrap()), None);
+        let longer = [
+            STRANGERS..last + WORD,
+            PATH..PATH + PATH_SIZE,
+            DOCUMENT..DOCUMENT + PATH_SIZE,
+        ];
+        let mut all: Vec<Range<usize>> = words.map(|at| at..at + WORD).into();
+        all.extend(MOVED.map(|at| at..at + WORD));
+        all.extend(longer.clone());
+        all.sort_by_key(|range| range.start);
+        for pair in all.windows(2) {
+            assert!(pair[0].end <= pair[1].start, "{pair:?}");
+        }
+        for range in all {
+            assert!(range.start.is_multiple_of(WORD), "{range:?}");
+            assert!(
+                CONTROL.contains(&range.start) && range.end <= CONTROL.end,
+                "{range:?}"
+            );
+        }
+        // None is missing above: beside the places there are two sizes, and MOVED is one of them.
+        let source = include_str!("control.rs");
+        let places = source.lines().filter(|line| line.starts_with("const "));
+        assert_eq!(places.count(), words.len() + longer.len() + 1 + 2);
     }
 
     #[test]
