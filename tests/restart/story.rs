@@ -388,8 +388,8 @@ impl Story {
         wait_until(DEADLINE, "the end of the daemon", || {
             !is_alive(main) && !is_alive(self.main())
         });
-        // Between a guardian's death and the moment that another process has written itself down, the file names
-        // the dead one, and the end is not over.
+        // The file names a guardian that was killed until somebody has taken its place, or has brought the end
+        // about without.
         wait_until(DEADLINE, "the pid file to be removed", || {
             !self.host.path("/run/virtlockd.pid").exists()
         });
