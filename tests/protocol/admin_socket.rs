@@ -363,7 +363,8 @@ fn replies_that_admin_clients_do_not_read_are_bounded() {
     scene.client_in();
     drop(lazy);
     let mut admin = scene.daemon.admin_client();
-    // What those who left had counts as long as they are not cleared away.
+    // Those who left count until the daemon has seen it; and a process that another test is just starting has
+    // copies of their sockets until its exec.
     wait_until(DEADLINE, "those who left to be cleared away", || {
         clients_of(&mut admin, "admin") == 1
     });
