@@ -476,8 +476,9 @@ impl Desk {
         self.memory.text(PATH, PATH_SIZE)
     }
 
-    /// What was ordered could not be done.
+    /// What was ordered could not be done. It is told so, and not tried again before it is asked for.
     pub fn order_failed(&self, failure: Failure) {
+        self.end(Signal::SIGUSR1);
         let order = self.memory.load(ORDER);
         self.memory.store(FAILURE, failure.word());
         self.memory.store(FAILED, order);
@@ -547,10 +548,68 @@ impl Desk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::desk::layout::CONTROL;
     use std::num::NonZeroUsize;
+    use std::ops::Range;
 
     fn desk() -> Desk {
         Desk::new(NonZeroUsize::new(64 * 1024).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_control_word_has_its_place_to_itself_and_all_of_them_are_in_their_room() {
+        const WORD: usize = size_of::<u64>();
+        let words = [
+            ASKED,
+            TOLD,
+            PHASE,
+            LEDGER,
+            AWAY_SINCE,
+            TURNS,
+            IS_ASLEEP,
+            GUARDIAN,
+            ORDER,
+            ORDER_LEDGER,
+            FAILED,
+            FAILURE,
+            DEATH,
+            DEATHS,
+            PID_FILE,
+            HERALD,
+            UNDERSTUDY,
+            DOES_WITHOUT,
+            ENDING,
+            UNDER_WAY,
+            BEGUN_AGAIN,
+            STANDS_IN_SINCE,
+            LEAVES,
+            NO_STDERR,
+        ];
+        let (last, _) = stranger(RawFd::try_from(STRANGERS_COUNT - 1).unwrap()).unwrap();
+        assert_eq!(stranger(RawFd::try_from(STRANGERS_COUNT).unwrap()), None);
+        let longer = [
+            STRANGERS..last + WORD,
+            PATH..PATH + PATH_SIZE,
+            DOCUMENT..DOCUMENT + PATH_SIZE,
+        ];
+        let mut all: Vec<Range<usize>> = words.map(|at| at..at + WORD).into();
+        all.extend(MOVED.map(|at| at..at + WORD));
+        all.extend(longer.clone());
+        all.sort_by_key(|range| range.start);
+        for pair in all.windows(2) {
+            assert!(pair[0].end <= pair[1].start, "{pair:?}");
+        }
+        for range in all {
+            assert!(range.start.is_multiple_of(WORD), "{range:?}");
+            assert!(
+                CONTROL.contains(&range.start) && range.end <= CONTROL.end,
+                "{range:?}"
+            );
+        }
+        // None is missing above: beside the places there are two sizes, and MOVED is one of them.
+        let source = include_str!("control.rs");
+        let places = source.lines().filter(|line| line.starts_with("const "));
+        assert_eq!(places.count(), words.len() + longer.len() + 1 + 2);
     }
 
     #[test]
@@ -597,6 +656,11 @@ mod tests {
         assert_eq!((desk.failed_order(), desk.failed_order()), (failed, failed));
         desk.forget_failed_order();
         assert_eq!(desk.failed_order(), None);
+        let usr1 = Signal::SIGUSR1;
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && desk.order(Order::Ours, c"/x", None));
+        desk.order_failed(Failure::NoUnderstudy(Errno::ENOMEM));
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
         desk.died(Death::Signal(9), 3);
         assert_eq!(desk.take_death(), Some((Death::Signal(9), 3)));
         assert_eq!(desk.take_death(), None);

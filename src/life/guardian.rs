@@ -466,7 +466,6 @@ impl Guardian {
         let Some(order) = self.desk.ordered() else {
             return;
         };
-        self.desk.end(Signal::SIGUSR1);
         let is_there = match order {
             Order::WayBack => true,
             _ if self.desk.is_without_understudy() => true,

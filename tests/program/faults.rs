@@ -160,10 +160,13 @@ fn jobs(censuses: &[Census]) -> Vec<Job<'_>> {
     for Failing { name, errors, .. } in FAILING {
         let errors: Vec<&'static str> = errors.split(' ').collect();
         for role in Role::ALL {
-            let chosen = *random.pick(&errors);
+            let chosen = chosen(&mut random, &errors, |error| {
+                let mut censuses = censuses.iter();
+                censuses.any(|census| census.has_one_for(role, name, error))
+            });
             for error in &errors {
                 let numbers: Vec<(usize, usize)> = match wanted.as_str() {
-                    "" if *error == chosen => vec![(1, usize::MAX)],
+                    "" if Some(*error) == chosen => vec![(1, usize::MAX)],
                     "" => Vec::new(),
                     "all" => vec![(1, usize::MAX)],
                     list => list
@@ -192,6 +195,20 @@ fn jobs(censuses: &[Census]) -> Vec<Job<'_>> {
         "VIRTLOCKD_FAULTS={wanted}: nothing to try"
     );
     jobs
+}
+
+/// One of the errors that the kernel would give for a call that was seen: with another one none would fail.
+/// Where it would give none of them a number is used up as well, so that a seed chooses the same for the rest.
+fn chosen(
+    random: &mut Random,
+    errors: &[&'static str],
+    would_be_given: impl Fn(&'static str) -> bool,
+) -> Option<&'static str> {
+    let mut possible = errors.to_vec();
+    possible.retain(|error| would_be_given(error));
+    let number = random.next();
+    let at = number.checked_rem(possible.len() as u64)?;
+    possible.get(at as usize).copied()
 }
 
 /// Which failures are asked for; nothing for one error of each call.
@@ -248,13 +265,18 @@ fn next(jobs: &Mutex<Vec<Job<'_>>>) -> Option<Fault> {
             .get(&(role, call.to_owned()))
             .and_then(|lines| lines.get(nth - 1))
         {
-            Some(line) if faults::cannot_fail(line) || faults::is_untrue(&fault, line) => (),
-            // The rest is as on this kernel.
-            Some(line) if kernel != Kernel::This && !faults::is_about_processes(line) => (),
+            Some(line) if !is_to_fail(&fault, line) => (),
             None if kernel != Kernel::This => job.last = nth,
             _ => return Some(fault),
         }
     }
+}
+
+/// Whether this call of an undisturbed run is worth a run in which it fails so.
+fn is_to_fail(fault: &Fault, line: &str) -> bool {
+    // On a kernel that names no peers the rest is as on this one.
+    let is_another = fault.kernel == Kernel::This || faults::is_about_processes(line);
+    is_another && !faults::cannot_fail(line) && !faults::is_untrue(fault, line)
 }
 
 /// There were not as many calls: no further one is tried.
@@ -272,6 +294,21 @@ struct Census {
     kernel: Kernel,
     /// By role and name, each with its lines.
     calls: BTreeMap<(Role, String), Vec<String>>,
+}
+
+impl Census {
+    /// Whether there is a call for which the kernel would give this error.
+    fn has_one_for(&self, role: Role, call: &'static str, error: &'static str) -> bool {
+        let fault = Fault {
+            role,
+            call,
+            error,
+            nth: 1,
+            kernel: self.kernel,
+        };
+        let lines = self.calls.get(&(role, call.to_owned()));
+        lines.is_some_and(|lines| lines.iter().any(|line| is_to_fail(&fault, line)))
+    }
 }
 
 /// Plays the story once undisturbed. A system call that is in neither list is a failure: somebody
@@ -344,7 +381,7 @@ fn play(fault: &Fault) -> (End, Option<String>) {
 #[derive(Default)]
 struct Outcomes {
     runs: usize,
-    /// How often each call failed.
+    /// How often each call failed as the kernel would let it fail.
     injected: BTreeMap<(Role, String), usize>,
     untrue: usize,
     wrong: Vec<String>,
@@ -360,12 +397,12 @@ impl Outcomes {
             }
             return;
         };
-        let call = (fault.role, fault.call.to_owned());
-        *self.injected.entry(call).or_default() += 1;
         if faults::is_untrue(fault, line) {
             self.untrue += 1;
             return;
         }
+        let call = (fault.role, fault.call.to_owned());
+        *self.injected.entry(call).or_default() += 1;
         let mut ended = |how: &str, text: String| {
             self.ended
                 .entry(format!("{how}: {text}"))
@@ -407,8 +444,8 @@ impl Outcomes {
         }
         let injected: usize = injected.values().sum();
         eprintln!(
-            "{runs} runs, {injected} of them with a call that failed ({untrue} in a way that the \
-             kernel would not); the daemon ended and said why in {ends}"
+            "{runs} runs, {injected} of them with a call that failed, {untrue} with one that failed as the \
+             kernel would not let it; the daemon ended and said why in {ends}"
         );
         assert!(
             wrong.is_empty(),

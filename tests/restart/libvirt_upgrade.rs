@@ -541,7 +541,8 @@ numbers = {int(a): int(b) for a, b in (pair.split('=') for pair in sys.argv[4].s
 def keep(number, what):
     os.dup2(what, numbers.get(number, number))
     os.close(what)
-for number, path in [(10, sys.argv[2]), (11, sys.argv[3])]:
+# The lock socket last: whoever gets through to it finds the other one, too.
+for number, path in [(11, sys.argv[3]), (10, sys.argv[2])]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(5)

@@ -272,6 +272,10 @@ fn an_upgrade_waits_for_somebody_who_could_go_on_unless_the_host_refuses_that_fo
     upgrade(&scene.daemon);
     scene.serves();
     assert_eq!((told(&scene), scene.refusals().len()), (2, 2));
+    // What was refused is not tried again without being asked for, but for those that go without an understudy.
+    let log = scene.daemon.stderr();
+    let tries = log.matches("hands over to its successor").count();
+    assert_eq!(tries, 2 + 2 * 2 + 1, "{log}");
 }
 
 #[test]

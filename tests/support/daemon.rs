@@ -158,12 +158,14 @@ impl Daemon {
         Client::connect(&self.lock_socket)
     }
 
-    /// A new connection to the admin socket, which a daemon makes after the lock socket.
+    /// A new connection to the admin socket, which a daemon makes after the lock socket. It has its name before
+    /// anybody listens there.
+    #[track_caller]
     pub fn admin_client(&self) -> Client {
-        wait_until(DEADLINE, "the admin socket to be there", || {
-            self.admin_socket.exists()
+        let stream = wait_for(DEADLINE, "the admin socket to be there", || {
+            UnixStream::connect(&self.admin_socket).ok()
         });
-        Client::connect(&self.admin_socket)
+        Client::over(stream)
     }
 
     /// Sends a signal to the daemon.

@@ -505,7 +505,7 @@ pub fn is_about_processes(line: &str) -> bool {
 pub fn is_untrue(fault: &Fault, line: &str) -> bool {
     let is_about = |words: &[&str]| words.iter().any(|word| line.contains(word));
     match (fault.call, fault.error) {
-        // It always has a child when it asks.
+        // It has a child while it has a reactor, and where it has none it is told so by the kernel.
         ("wait4", "ECHILD") => fault.role == Role::Guardian,
         ("fcntl", "EMFILE") => !is_about(&["F_DUPFD"]),
         ("fcntl", _) => is_about(&["F_DUPFD"]) || cannot_fail(line),

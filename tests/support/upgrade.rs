@@ -386,15 +386,16 @@ impl Disturbed {
     /// With an injection into these system calls, which are counted from now on. It is at work when
     /// this returns.
     pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
+        let processes = [daemon.pid(), daemon.reactor()];
         let strace = Command::new("strace")
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{injection}")])
-            .args(["-p", &daemon.pid().to_string()])
-            .args(["-p", &daemon.reactor().to_string()])
+            .args(["-p", &processes[0].to_string()])
+            .args(["-p", &processes[1].to_string()])
             .stderr(Stdio::null())
             .spawn()
             .expect("start strace");
-        for process in [daemon.pid(), daemon.reactor()] {
+        for process in processes {
             let status = format!("/proc/{process}/status");
             wait_until(DEADLINE, "strace to be attached", || {
                 let status = std::fs::read_to_string(&status).expect("the daemon's status");
