@@ -577,6 +577,7 @@ mod tests {
             PID_FILE,
             HERALD,
             UNDERSTUDY,
+            POLL,
             DOES_WITHOUT,
             ENDING,
             UNDER_WAY,
