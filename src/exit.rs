@@ -89,7 +89,7 @@ pub fn unusable(reason: &str) -> StartError {
     StartError::new(ExitCode::Initialisation, message)
 }
 
-/// The error of a reactor that the host refuses something for which there is no other way.
+/// The error of a daemon that the host refuses something for which there is no other way.
 pub fn refused(refusal: Refusal) -> StartError {
     let message = format!("The daemon cannot serve: {refusal}");
     StartError::new(ExitCode::Initialisation, message)

@@ -76,6 +76,7 @@
 //!   state.rs              all that lasts, as one value that events change
 //!   event.rs              every change, as data
 //!   entries.rs            a state as the fewest events that say it
+//!   encoding.rs           an event as bytes, and back
 //!   ledger.rs             the events in a memory file
 //!   earlier.rs            the same for a program of before today's format
 //!   cold.rs               the state of a daemon that was killed whole, taken again by name

@@ -9,6 +9,7 @@
 
 use std::num::NonZeroUsize;
 
+use super::encoding;
 use super::event::Event;
 use super::ledger::{
     self, CHECKSUM_AT, EXTENTS_AT, HEADER, MAGIC, OLD_HEADER, VERSION, VERSION_AT,
@@ -42,7 +43,7 @@ pub fn write<'a>(version: u32, events: impl Iterator<Item = Event<'a>>) -> Resul
     let header = if is_like_ours { HEADER } else { OLD_HEADER };
     let mut content = vec![0; header];
     for event in events.filter(|event| was_known(version, event)) {
-        ledger::encode_behind(&event, &mut content)?;
+        encoding::encode_behind(&event, &mut content)?;
     }
     let events = content.get(header..).unwrap_or_default();
     let (length, checksum) = (events.len() as u64, ledger::checksum(events));

@@ -400,6 +400,12 @@ impl Given {
         }
     }
 
+    /// Whether a descriptor is one that this daemon had put into the manager's store.
+    pub fn has_stored(&self, number: RawFd) -> bool {
+        let mut stored = self.stored.iter();
+        stored.any(|(_, stored)| stored.as_raw_fd() == number)
+    }
+
     /// Takes the descriptors that LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES announce, and removes
     /// these variables, which mean nothing to a child or a successor.
     ///

@@ -3,16 +3,18 @@
 //! about to serve: whatever makes a start fail before that, the next one finds what this one found.
 
 use std::ffi::OsString;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use foldhash::HashMap;
 
+use super::cold_start;
 use super::guardian::Guarded;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger;
+use crate::custody::ledger::{self, OldFile};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::since::Since;
 use crate::custody::state::State;
@@ -20,11 +22,10 @@ use crate::desk::Desk;
 use crate::exit::{ExitCode, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::listen::{Listener, Listeners};
-use crate::host::{errno, file};
-use crate::host::{memory, stream};
+use crate::host::{errno, file, stream};
 use crate::log::Printable;
 use crate::restart::bag::{self, Contents};
-use crate::server::reactor::{Limits, Reactor};
+use crate::server::reactor::{GoesOn, Limits, Reactor};
 
 /// What a stop has left.
 pub struct Kept {
@@ -57,9 +58,7 @@ pub fn find(
             descriptors,
         } = contents;
         let state = ledger::load(&ledger);
-        let mut state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
-        // It may tell of the one that an upgrade handed over before.
-        state.forget_poll();
+        let state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
         let kept = Kept {
             bag,
             ledger,
@@ -68,7 +67,7 @@ pub fn find(
         };
         match kept.check() {
             Ok(()) => found = Some(kept),
-            Err(reason) if memory::is_at(&ledger::file_in(run_directory), &kept.ledger) => {
+            Err(reason) if ledger::is_in(run_directory, &kept.ledger) => {
                 give_up(kept, &name, &reason)?;
             }
             Err(reason) => return Err(refuse(&name, &reason)),
@@ -170,7 +169,7 @@ impl Kept {
             .and_then(|state| state.renumbered(|before| numbers.get(&before).copied()))
             .map_err(damaged)?;
         let now: Vec<RawFd> = numbers.into_values().collect();
-        let mut inherited = Inherited::of(&now)
+        let mut inherited = Inherited::of(&now, &descriptors::open_numbers_of_many())
             .map_err(|number| damaged(format!("descriptor {number} is not open")))?;
         let state = state
             .with([Event::Process(Box::new(settings))])
@@ -178,7 +177,13 @@ impl Kept {
             .map_err(damaged)?;
         let (clients, locks) = (state.client_count(), state.table().len());
         reactor
-            .go_on(state, None, Since::default())
+            .go_on(GoesOn {
+                state,
+                ledger: None,
+                since: Since::default(),
+                poll: None,
+                left: &mut Vec::new(),
+            })
             .map_err(refused)?;
         reactor.configure_if_changed(limits);
         tracing::info!(
@@ -205,7 +210,13 @@ pub struct Left {
 impl Left {
     /// This daemon serves from here on: from here on everything is its own, and its ledger says so. Clients that
     /// came to a socket that is not listened at any more are served.
-    pub fn settle(self, reactor: &mut Reactor, sockets: Listeners, desk: Guarded) {
+    pub fn settle(
+        self,
+        reactor: &mut Reactor,
+        sockets: Listeners,
+        run_directory: &Path,
+        desk: Guarded,
+    ) {
         let Left { bag, ledger } = self;
         match desk {
             Ok(desk) => {
@@ -217,8 +228,17 @@ impl Left {
             }
             Err(_) => empty_bag(&bag),
         }
+        let old = match ledger::is_in(run_directory, &ledger) {
+            true => OldFile::IsReplaced,
+            false => OldFile::IsKept,
+        };
         // With it goes the lock of the file in the run directory.
         drop(ledger);
+        let named = reactor.custody_mut().keep_in(run_directory, old);
+        named.unwrap_or_else(cold_start::say_that_it_has_no_name);
+        if let Ok(desk) = desk {
+            forget(desk);
+        }
         let lock = sockets.lock.into_iter().map(|it| (it, Service::Lock));
         let admin = sockets.admin.into_iter().map(|it| (it, Service::Admin));
         for (listener, service) in lock.chain(admin) {
@@ -229,15 +249,23 @@ impl Left {
     }
 }
 
-/// Empties the bag from which this daemon goes on, if a reactor before has not done it.
-pub fn empty(desk: &Desk) {
-    let Some(number) = desk.taken() else {
-        return;
+/// Empties the bag from which this daemon goes on, if a reactor before may not have done it. Whether there is
+/// one: then the ledger of the daemon before has the name of this one's still, perhaps.
+pub fn empty(desk: &Desk) -> bool {
+    let bag = desk.taken().map(descriptors::adopt);
+    let Some(Ok(bag)) = bag.map(|bag| bag.map(ManuallyDrop::new)) else {
+        return false;
     };
-    if let Ok(bag) = descriptors::adopt(number) {
-        empty_bag(&bag);
-    }
+    empty_bag(&bag);
+    true
+}
+
+/// Nothing is left of it.
+pub fn forget(desk: &Desk) {
+    let bag = desk.taken();
+    // Closed first it might be somebody else's number.
     desk.set_taken(None);
+    drop(bag.map(descriptors::adopt));
 }
 
 fn empty_bag(bag: &OwnedFd) {

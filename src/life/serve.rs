@@ -10,7 +10,6 @@ use super::kept;
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
-use crate::desk::control::Message;
 use crate::exit::{ExitCode, Failed, StartError, refused};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
@@ -72,12 +71,10 @@ fn open_for_clients(
         let opened = Listeners::open_again(activation, &paths, before);
         let (listeners, old) = opened.map_err(network)?;
         listen_at(&mut reactor, listeners)?;
-        left.settle(&mut reactor, old, desk);
-        reactor.custody_mut().keep_in(&paths.run_directory);
+        left.settle(&mut reactor, old, &paths.run_directory, desk);
         return Ok(reactor);
     }
-    let left =
-        cold_start::take_again(&mut reactor, &paths.run_directory, limits).map_err(refused)?;
+    let left = cold_start::take_again(&mut reactor, &paths.run_directory, limits)?;
     let listeners = Listeners::open(activation, &paths).map_err(network)?;
     left.settle(&mut reactor);
     let sockets = listeners.paths();
@@ -157,20 +154,22 @@ pub fn run(
         Ok(desk) => {
             desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
             desk.serves();
-            desk.tell(Message::Ready);
-            desk.wake_guardian();
-            guardian::outlive_understudy(desk);
+            guardian::begin_to_serve(desk);
         }
         Err(_) => notify::ready(),
     }
     let ran = reactor.run();
     match (&ran, desk) {
-        (Ok(Ended::Stopped), _) | (Err(_), Err(_)) => {
+        // Should this process die before it has ended, the next one finds everything open and ends.
+        (Ok(Ended::Stopped | Ended::Kept), Ok(_)) => {
+            if let Some(pid_file) = &*pid_file {
+                pid_file.remove();
+            }
+        }
+        (Ok(Ended::Stopped) | Err(_), Err(_)) => {
             remove(ManuallyDrop::into_inner(pid_file));
             drop(ManuallyDrop::into_inner(reactor));
         }
-        // Whatever is open ends with the process, all at once.
-        (Ok(Ended::Kept), _) => remove(ManuallyDrop::into_inner(pid_file)),
         _ => (),
     }
     match ran {
@@ -178,6 +177,8 @@ pub fn run(
         Ok(Ended::Kept) => Ok(End::Kept),
         Ok(Ended::Ordered) => Ok(End::Ordered),
         Ok(Ended::Orphaned) => Ok(End::Orphaned),
+        // As if it was killed: nothing is closed or removed.
+        Ok(Ended::Left) => Ok(End::Over(ExitCode::Success)),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())

@@ -2,12 +2,13 @@
 //! daemon starts, empty, and filled when it ends: so nobody has to be asked then, and whether it is there is
 //! known before. The guardian sees to it that there is one, and that none is left that nobody needs.
 
-use std::os::fd::IntoRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 
 use crate::desk::Desk;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::notify::{self, Herald};
+use crate::host::patience::patiently;
 use crate::restart::bag::Bag;
 
 /// What bags are called there. One is full while the next daemon starts, and that has another one.
@@ -42,32 +43,42 @@ impl Store {
         }
     }
 
-    /// Puts an empty bag there, if there is none of this daemon's, and a store that outlives its end.
+    /// Puts an empty bag there, if there is a store that outlives the end of this daemon.
     pub fn prepare(&self, desk: &Desk, herald: Option<&Herald>) {
-        let Some(herald) = herald.filter(|_| notify::has_lasting_store()) else {
-            return;
-        };
-        if let Some(mouth) = desk.mouth() {
-            // Of one that is not there any more. Nobody else uses it at this moment.
-            desk.set_mouth(None);
-            drop(descriptors::adopt(mouth));
-        }
-        match self.put(herald) {
-            Ok(mouth) => desk.set_mouth(Some(mouth)),
-            Err(reason) => tracing::error!(
-                "The service manager cannot be told to keep anything: {}. A stop would fence every owner of a \
-                 lock",
-                errno::text(reason)
-            ),
+        if let Some(mouth) = self.try_put(herald) {
+            desk.set_mouth(Some(mouth.into_raw_fd()));
         }
     }
 
-    fn put(&self, herald: &Herald) -> Result<i32, Errno> {
+    /// Puts another one there, in the place of one that was given up. Its mouth keeps the number: an understudy,
+    /// whose table is another one, knows no other. There is no reactor at this moment.
+    pub fn renew(&self, desk: &Desk, herald: Option<&Herald>) {
+        if let Some(number) = desk.mouth()
+            && let Some(mouth) = self.try_put(herald)
+        {
+            // Refused, a stop finds that nothing can be kept.
+            let _ = patiently(|| descriptors::put_in_place(&mouth, number));
+        }
+    }
+
+    fn try_put(&self, herald: Option<&Herald>) -> Option<OwnedFd> {
+        let herald = herald.filter(|_| notify::has_lasting_store())?;
+        let put = self.put(herald).inspect_err(|reason| {
+            tracing::error!(
+                "The service manager cannot be told to keep anything: {}. A stop would fence every owner of a \
+                 lock",
+                errno::text(*reason)
+            );
+        });
+        put.ok()
+    }
+
+    fn put(&self, herald: &Herald) -> Result<OwnedFd, Errno> {
         let bag = Bag::new()?;
         // One that a daemon left which did not get far.
         herald.forget(self.name);
         herald.store(self.name, &bag.whole)?;
-        Ok(bag.mouth.into_raw_fd())
+        Ok(bag.mouth)
     }
 
     /// The bag of this daemon is not needed: it is empty, and stays so.

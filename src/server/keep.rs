@@ -45,9 +45,11 @@ impl Going<'_> {
     /// # Errors
     /// Why nothing is in the bag. The ledger is to be opened again.
     pub fn pack(&mut self, mouth: RawFd) -> Result<(), String> {
+        let no_room = Refusal::of("the state cannot be written");
+        let closed = while_it_may_pass(|| self.close_ledger(None).map_err(&no_room));
+        closed.map_err(|refusal| cannot_write(refusal.reason))?;
         let ledger = self.custody.ledger().map(AsRawFd::as_raw_fd);
         let ledger = ledger.map_err(handover::nothing_to_pass_on)?;
-        self.close_ledger(None).map_err(cannot_write)?;
         let state = self.custody.state();
         // The next daemon has a pid file of its own.
         let pid_file = state.settings().pid_file.as_ref();

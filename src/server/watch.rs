@@ -99,6 +99,19 @@ impl Watch {
         }
     }
 
+    /// The same of one that most likely is watched already.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn add_again(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
+        match self.change(source, descriptor, false) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.add(source, descriptor)
+            }
+            result => result,
+        }
+    }
+
     /// Asks to be told, or no longer to be told, when a descriptor takes bytes.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 mod support;
 
 mod guests;
+mod guests_crash;
 mod guests_stop;
 mod guests_upgrade;
 

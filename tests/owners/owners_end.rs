@@ -578,9 +578,8 @@ fn the_locks_of_an_owner_whose_number_a_fenced_one_had_stay() {
         scene.daemon.signal(Signal::SIGCONT);
         sent.join().expect("the second owner's calls");
     });
-    // What comes now is the reply to the one before.
     second
-        .exchange(&register_as("second", pid).frame(3))
+        .exchange_behind(&register_as("second", pid).frame(3), &calls[1])
         .expect_ok();
     wait_until(DEADLINE, "what the others had to be handled", || {
         scene.logged(&["a later one of the same number"]) > 0

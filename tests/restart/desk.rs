@@ -32,7 +32,7 @@ use virtlockd::desk::{self, Desk};
 use virtlockd::host::descriptors::{self, Inherited};
 use virtlockd::host::stream::Peer;
 use virtlockd::server::clients::turn::whose;
-use virtlockd::server::reactor::Reactor;
+use virtlockd::server::reactor::{GoesOn, Reactor};
 
 /// How long nothing may come of a call.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -338,7 +338,8 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         let file = descriptors::adopt(ledger).unwrap();
         let (state, ledger, since) = Ledger::take_over_since(file, mark).unwrap();
         let numbers: Vec<RawFd> = state.descriptors().map(|number| number.0).collect();
-        let mut inherited = Inherited::of(&numbers).expect("they are open");
+        let mut inherited =
+            Inherited::of(&numbers, &descriptors::open_numbers()).expect("they are open");
         let spared: BTreeSet<RawFd> = numbers.into_iter().chain(since.descriptors()).collect();
         let state = state.adopt(&mut inherited).unwrap();
         let reload = Box::new(|| Err("there is no configuration".to_owned()));
@@ -346,15 +347,17 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         // The test is its guardian, and does not listen to it.
         desk.set_guardian(std::os::unix::process::parent_id());
         let mut reactor = Reactor::new(reload, Some(desk)).unwrap();
-        reactor.go_on(state, ledger, since).unwrap();
-        for number in before {
-            if !known.contains(&number)
-                && !spared.contains(&number)
-                && let Ok(left) = descriptors::adopt(number)
-            {
-                reactor.close_left(left);
-            }
-        }
+        let is_left = |number: &RawFd| !known.contains(number) && !spared.contains(number);
+        let left = before.into_iter().filter(is_left);
+        let mut left = left.flat_map(descriptors::adopt).collect();
+        let from = GoesOn {
+            state,
+            ledger: Some(ledger),
+            since,
+            poll: None,
+            left: &mut left,
+        };
+        reactor.go_on(from).unwrap();
         // A word that nobody uses otherwise.
         reactor.desk().memory().store(serving_at, 1);
         reactor.run().unwrap();
@@ -604,7 +607,7 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     turn::none(memory);
     assert!(turn::settle(
         memory,
-        &mut Places::find(memory),
+        &mut Places::find(memory, None),
         client.whose,
         &once
     ));

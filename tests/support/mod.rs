@@ -7,6 +7,7 @@
 #![allow(dead_code)]
 
 pub mod client;
+pub mod company;
 pub mod daemon;
 pub mod faults;
 pub mod fuse;

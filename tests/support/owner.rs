@@ -37,6 +37,10 @@ pub struct Owner {
     outside: i32,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
+    /// Of the next call.
+    serial: u32,
+    /// The call whose reply was not waited for.
+    begun: Vec<u8>,
 }
 
 impl Owner {
@@ -75,6 +79,8 @@ impl Owner {
             outside: pid,
             orders,
             answers,
+            serial: 0,
+            begun: Vec::new(),
         };
         assert_eq!(
             owner.answer(),
@@ -121,42 +127,63 @@ impl Owner {
     /// A call over the owner's own connection.
     #[track_caller]
     pub fn call(&mut self, call: &Call) -> Reply {
-        self.exchange(&call.frame(0))
+        let message = self.next_frame(call);
+        self.exchange(&message)
+    }
+
+    fn next_frame(&mut self, call: &Call) -> Vec<u8> {
+        self.serial += 1;
+        call.frame(self.serial)
     }
 
     /// Sends a message, whatever it is, and takes the reply to it.
     #[track_caller]
     pub fn exchange(&mut self, message: &[u8]) -> Reply {
+        self.exchange_behind(message, message)
+    }
+
+    /// The same where the reply to one before is still to come: that one.
+    #[track_caller]
+    pub fn exchange_behind(&mut self, message: &[u8], earlier: &[u8]) -> Reply {
         self.send(message);
-        self.reply()
+        self.reply_to(earlier)
     }
 
     /// Sends a call, and does not wait for the reply.
     pub fn begin(&mut self, call: &Call) {
-        self.send(&call.frame(0));
+        let message = self.next_frame(call);
+        self.send(&message);
+        self.begun = message;
+    }
+
+    /// The reply to the call that was begun.
+    #[track_caller]
+    pub fn reply(&mut self) -> Reply {
+        let message = std::mem::take(&mut self.begun);
+        self.reply_to(&message)
     }
 
     fn send(&mut self, message: &[u8]) {
         self.order(&format!("call {}", to_hex(message)));
     }
 
-    /// The reply to what was sent.
     #[track_caller]
-    pub fn reply(&mut self) -> Reply {
+    fn reply_to(&mut self, message: &[u8]) -> Reply {
         let answer = self.answer();
         let hex = answer
             .strip_prefix("reply ")
             .unwrap_or_else(|| panic!("no reply: {answer}"));
-        Reply::parse(&from_hex(hex))
+        reply_to(message, hex)
     }
 
     /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
     /// there is no reply. The process lives on.
     pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
-        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let message = self.next_frame(call);
+        self.order(&format!("call {}", to_hex(&message)));
         let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
         match answer.strip_prefix("reply ") {
-            Some(hex) => Ok(Reply::parse(&from_hex(hex))),
+            Some(hex) => Ok(reply_to(&message, hex)),
             None => Err(answer),
         }
     }
@@ -267,6 +294,19 @@ impl Owner {
             }
         }
     }
+}
+
+/// A reply, which has to carry the serial of the message that it answers.
+#[track_caller]
+fn reply_to(message: &[u8], hex: &str) -> Reply {
+    let reply = from_hex(hex);
+    let serial = at::SERIAL..at::SERIAL + 4;
+    assert_eq!(
+        reply.get(serial.clone()),
+        message.get(serial),
+        "serial of the reply"
+    );
+    Reply::parse(&reply)
 }
 
 impl Drop for Owner {

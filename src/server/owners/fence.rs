@@ -23,10 +23,10 @@ use crate::server::deadlines::Deadline;
 use crate::server::reserve::Reserve;
 use crate::server::watch::Source;
 
-/// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
-const GRACE_MS: u64 = 1600;
-/// How long after SIGKILL an owner that lives on is worth a line in the log, milliseconds.
-const OVERDUE_MS: u64 = 30_000;
+/// How long an owner has between SIGTERM and SIGKILL.
+const GRACE_MS: u64 = Stage::Asked.lasts_ms();
+/// How long after SIGKILL an owner that lives on is worth a line in the log.
+const OVERDUE_MS: u64 = Stage::Killed.lasts_ms();
 /// How long until SIGKILL is tried again that could not be sent, milliseconds.
 const KILL_AGAIN_MS: u64 = 10_000;
 
@@ -323,14 +323,14 @@ impl Owners<'_> {
         if self.is_fenced_and_dead(pid) != Some(true) {
             return;
         }
+        // First of all: should this process die, the next one knows of the death by the fence alone.
+        self.free_unless_succeeded(pid, None);
         let Some(process) = self.custody.fenced(pid) else {
             return;
         };
         self.deadlines.unset(Deadline::Kill(pid));
         self.deadlines.unset(Deadline::StillAlive(pid));
         self.watch.remove(process.as_raw_fd());
-        drop(process);
-        self.free_unless_succeeded(pid, None);
     }
 }
 
