@@ -21,8 +21,10 @@ use crate::custody::state::State;
 use crate::desk::Desk;
 use crate::exit::{ExitCode, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
+use crate::host::errno::{self, Errno};
 use crate::host::listen::{Listener, Listeners};
-use crate::host::{errno, file, stream};
+use crate::host::refusal::Refusal;
+use crate::host::{file, stream};
 use crate::log::Printable;
 use crate::restart::bag::{self, Contents};
 use crate::server::reactor::{GoesOn, Limits, Reactor};
@@ -185,6 +187,13 @@ impl Kept {
                 left: &mut Vec::new(),
             })
             .map_err(refused)?;
+        if reactor.custody().is_behind() {
+            // Whoever went on from a ledger that lacks something would not know what it has.
+            return Err(refused(Refusal {
+                what: "there is no memory for a ledger",
+                reason: Errno::ENOMEM,
+            }));
+        }
         reactor.configure_if_changed(limits);
         tracing::info!(
             "Took over {clients} connections and {locks} locks from the service manager's store"

@@ -33,7 +33,7 @@ fn number_from(variable: &str, otherwise: usize) -> usize {
 }
 
 /// Every how many system calls there is a try: all of them with `VIRTLOCKD_EVERY_CALL=1`.
-fn step(otherwise: usize) -> usize {
+pub fn step(otherwise: usize) -> usize {
     number_from("VIRTLOCKD_EVERY_CALL", otherwise)
 }
 
@@ -47,7 +47,7 @@ fn count(part: impl Fn(&mut Story)) -> Counts {
 
 /// Has a try for every `step`th of so many places, two at a time. Fails with all that failed.
 #[track_caller]
-fn at_each(what: &str, places: usize, step: usize, a_try: impl Fn(usize) + Sync) {
+pub fn at_each(what: &str, places: usize, step: usize, a_try: impl Fn(usize) + Sync) {
     let start = std::time::Instant::now();
     let next = AtomicUsize::new(1);
     let failures = Mutex::new(Vec::new());
@@ -85,7 +85,7 @@ fn at_each(what: &str, places: usize, step: usize, a_try: impl Fn(usize) + Sync)
 }
 
 /// Kills whoever makes the nth call in this role.
-fn at_nth(role: Role, nth: usize) -> impl FnMut(&At) -> Act + Send + 'static {
+pub fn at_nth(role: Role, nth: usize) -> impl FnMut(&At) -> Act + Send + 'static {
     move |at| match at.role == role && at.nth == nth {
         true => Act::KillAndLeave,
         false => Act::GoOn,

@@ -3,6 +3,8 @@
 
 #![allow(unsafe_code)]
 
+mod killed;
+
 use crate::support;
 use crate::support::client::{
     AUTOCREATE, Reply, SHARED, acquire, create_resource, new_lockspace, register_as, release,

@@ -425,6 +425,7 @@ fn a_process_that_is_killed_for_want_of_memory_does_not_end_the_unit() {
     wait_until(DEADLINE, "the process that serves to be killed", || {
         !runs(reactor)
     });
+    host.systemd.feed();
     wait_until(DEADLINE, "another process that serves", || {
         ![reactor, main].contains(&reactor_of(main))
     });

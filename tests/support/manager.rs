@@ -97,6 +97,14 @@ impl Manager {
         store[0].1.try_clone().expect("copy a descriptor")
     }
 
+    /// One more descriptor of everything that is stored.
+    pub fn all(&self) -> Vec<OwnedFd> {
+        let store = self.store.lock().expect("the store");
+        let copy = |(_, descriptor): &(String, OwnedFd)| descriptor.try_clone();
+        let copies: std::io::Result<Vec<OwnedFd>> = store.iter().map(copy).collect();
+        copies.expect("copy descriptors")
+    }
+
     /// One more descriptor of the one thing that is stored.
     #[track_caller]
     pub fn bag(&self) -> OwnedFd {

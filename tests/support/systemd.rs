@@ -15,6 +15,9 @@ pub const SOCKETS: [&str; 2] = ["virtlockd.socket", "virtlockd-admin.socket"];
 /// The oldest systemd whose store outlives a stop.
 const OLDEST: u32 = 254;
 
+/// How long systemd may take for what it is asked for, seconds: more than it gives the daemon for a start.
+const LONGEST: &str = "120";
+
 /// Whose units the daemon is started by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Units {
@@ -144,7 +147,9 @@ impl Systemd {
 
     /// Runs systemctl inside.
     pub fn systemctl(&self, arguments: &[&str]) -> Output {
-        let mut command = self.command("systemctl");
+        // It waits for ever for a systemd that has crashed.
+        let mut command = self.command("timeout");
+        command.args(["--kill-after=5", LONGEST, "systemctl"]);
         let output = command.args(arguments).stdin(Stdio::null()).output();
         output.expect("run systemctl")
     }
@@ -229,6 +234,14 @@ impl Systemd {
         };
         write("memory.limit_in_bytes", "65536")?;
         write("cgroup.procs", &pid.to_string())
+    }
+
+    /// There is memory again for all of the daemon's processes.
+    pub fn feed(&self) {
+        let limit = self.group.join("system.slice/virtlockd.service/memory.max");
+        if limit.exists() {
+            std::fs::write(limit, "max").expect("lift the limit of memory");
+        }
     }
 
     /// What the daemon has logged.

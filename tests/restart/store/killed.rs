@@ -1,0 +1,253 @@
+//! The daemon's processes are killed at any system call of a stop that keeps everything and of the start that goes
+//! on from it, or told to end anywhere in an upgrade: whoever is left keeps everything, and where nobody is left
+//! the next start has the locks. Nobody is fenced for it.
+//!
+//! Of all places a sample is tried, as in `killed_anywhere`.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::super::killed_anywhere::{at_each, at_nth, step};
+use super::{DISK, Scene, look};
+use crate::support::client::{acquire, release};
+use crate::support::company::{Act, Company, Counts, Role};
+use crate::support::owner::runs;
+use crate::support::upgrade::upgrade;
+use crate::support::{DEADLINE, require_root, wait_until};
+
+impl Scene {
+    /// The daemon's processes that can still do something.
+    fn processes(&self) -> Vec<i32> {
+        let own = namespace(self.manager.host.namespace.holder());
+        let numbers = std::fs::read_dir("/proc").expect("list processes");
+        let numbers = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let is_daemon = |pid: &i32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.trim() == "virtlockd") && namespace(*pid) == own
+        };
+        numbers.filter(|pid| is_daemon(pid) && runs(*pid)).collect()
+    }
+
+    /// The process that is the daemon now.
+    fn main(&self) -> i32 {
+        let text = std::fs::read_to_string(self.manager.host.path("/run/virtlockd.pid"));
+        let number = text.ok().and_then(|text| text.trim().parse().ok());
+        number.unwrap_or(self.daemon.pid())
+    }
+
+    /// The daemon was told to end, and does. Whoever took the place of one that was killed may not have heard it: it
+    /// is told, too, as systemd tells every process.
+    #[track_caller]
+    fn await_end(&mut self) {
+        let first = self.daemon.pid();
+        wait_until(DEADLINE, "the end of all the daemon's processes", || {
+            let left = self.processes();
+            let main = self.main();
+            if main != first && left.contains(&main) {
+                let _ = kill(Pid::from_raw(main), Signal::SIGTERM);
+            }
+            left.is_empty()
+        });
+        let _ = self.daemon.ended();
+    }
+
+    /// Whether everything is in the bag.
+    fn is_kept(&self) -> bool {
+        self.manager.settle();
+        self.manager.all().iter().any(|bag| !look(bag).is_empty())
+    }
+
+    /// Nothing is kept: the next start takes the locks again.
+    #[track_caller]
+    fn takes_again(&mut self) {
+        wait_until(DEADLINE, "whoever got the lock to let go of it", || {
+            !self.is_held(DISK)
+        });
+        self.start();
+        let log = self.daemon.stderr();
+        assert!(log.contains("were taken again"), "{log}");
+        assert!(self.guest.is_alive());
+        self.guest.connect_again();
+        self.guest.register_as("guest");
+        self.serves();
+    }
+
+    /// What is written down from here on is what a start behind the death of all believes.
+    #[track_caller]
+    fn believes_its_ledger(&mut self) {
+        self.serves();
+        let other = self.manager.host.disk("other");
+        self.guest.call(&release("", DISK)).expect_ok();
+        self.guest.call(&acquire("", &other, 0)).expect_ok();
+        self.daemon.kill();
+        self.start();
+        assert!(!self.is_held(DISK), "{}", self.daemon.stderr());
+        assert!(self.is_held(&other), "{}", self.daemon.stderr());
+        assert!(self.guest.is_alive());
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        // The daemon that was started may have another process in its place.
+        for pid in self.processes() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+fn namespace(pid: i32) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()
+}
+
+/// How many calls each role makes in a part of a scene.
+fn count(begin: impl Fn() -> Option<Scene>, part: impl Fn(&mut Scene)) -> Option<Counts> {
+    let mut scene = begin()?;
+    let company = Company::of(scene.daemon.pid(), |_| Act::GoOn);
+    part(&mut scene);
+    Some(company.leave().counts)
+}
+
+/// A daemon that has replaced itself: its ledger tells of more than its own life.
+fn upgraded() -> Option<Scene> {
+    let scene = Scene::new()?;
+    upgrade(&scene.daemon);
+    Some(scene)
+}
+
+fn killed_in_a_stop(role: Role, otherwise: usize) {
+    let Some(counts) = count(upgraded, Scene::stop) else {
+        return;
+    };
+    let what = format!("{role:?} killed in a stop that keeps");
+    let cold = AtomicUsize::new(0);
+    at_each(&what, counts[&role], step(otherwise), |nth| {
+        let Some(mut scene) = upgraded() else {
+            return;
+        };
+        let rival = scene.rival();
+        let company = Company::of(scene.daemon.pid(), at_nth(role, nth));
+        scene.daemon.signal(Signal::SIGTERM);
+        scene.await_end();
+        let seen = company.leave();
+        if scene.is_kept() {
+            assert!(scene.is_held(DISK), "{:?}", seen.last);
+            scene.start();
+            rival.never_succeeded();
+            scene.serves();
+        } else {
+            eprintln!("{what}: all are dead at {nth}, {:?}", seen.last);
+            cold.fetch_add(1, Ordering::Relaxed);
+            drop(rival);
+            scene.takes_again();
+        }
+    });
+    let cold = cold.into_inner();
+    // Between the end of a reactor and what its guardian does then there is nobody else.
+    let limit = if role == Role::Reactor { 0 } else { 4 };
+    assert!(cold <= limit, "{cold} times nothing was kept");
+}
+
+#[test]
+fn a_reactor_that_is_killed_anywhere_in_a_stop_is_followed_by_one_that_keeps_everything() {
+    killed_in_a_stop(Role::Reactor, 12);
+}
+
+#[test]
+fn a_guardian_that_is_killed_in_a_stop_is_not_missed() {
+    killed_in_a_stop(Role::Guardian, 1);
+}
+
+/// A start from a bag, during which the reactor that makes the nth call is killed. How many calls there were.
+fn disturbed_start(nth: usize) -> usize {
+    let Some(mut scene) = Scene::new() else {
+        return 0;
+    };
+    let rival = scene.rival();
+    scene.stop();
+    let serving = scene.manager.heard("READY=1");
+    scene.daemon = scene.manager.spawn(&[]);
+    let company = Company::of(scene.daemon.pid(), at_nth(Role::Reactor, nth));
+    // One that is killed before it has promised anything to anybody is the end of this start.
+    wait_until(DEADLINE, "the daemon to serve, or to be over", || {
+        scene.manager.heard("READY=1") > serving || scene.daemon.ended().is_some()
+    });
+    let seen = company.leave();
+    if scene.daemon.ended().is_some() {
+        assert!(scene.is_kept() && scene.is_held(DISK), "{:?}", seen.last);
+        scene.start();
+    }
+    rival.never_succeeded();
+    scene.believes_its_ledger();
+    seen.counts.get(&Role::Reactor).copied().unwrap_or(0)
+}
+
+#[test]
+fn a_reactor_that_is_killed_anywhere_in_a_start_is_followed_by_one_that_goes_on_or_the_next_start_is()
+ {
+    if !require_root() {
+        return;
+    }
+    let places = disturbed_start(usize::MAX);
+    let what = "Reactor killed in a start that goes on";
+    at_each(what, places, step(9), |nth| {
+        disturbed_start(nth);
+    });
+}
+
+/// The daemon is told to replace itself, and at somebody's nth call to end.
+fn ended_in_an_upgrade(role: Role, otherwise: usize) {
+    let Some(counts) = count(Scene::new, |scene| upgrade(&scene.daemon)) else {
+        return;
+    };
+    let places = counts.get(&role).copied().unwrap_or(0);
+    let what = format!("an end at a call of the {role:?} in an upgrade");
+    at_each(&what, places, step(otherwise), |nth| {
+        let Some(mut scene) = Scene::new() else {
+            return;
+        };
+        let rival = scene.rival();
+        let company = Company::of(scene.daemon.pid(), move |at| {
+            match at.role == role && at.nth == nth {
+                true => Act::TellAndLeave(Signal::SIGTERM),
+                false => Act::GoOn,
+            }
+        });
+        scene.daemon.signal(Signal::SIGUSR1);
+        scene.await_end_or_tell();
+        company.leave();
+        assert!(scene.is_kept(), "{}", scene.daemon.stderr());
+        assert!(scene.is_held(DISK));
+        scene.start();
+        rival.never_succeeded();
+        scene.serves();
+    });
+}
+
+impl Scene {
+    /// As [`Scene::await_end`], where the place at which the daemon is to be told may not come.
+    #[track_caller]
+    fn await_end_or_tell(&mut self) {
+        let begun = Instant::now();
+        wait_until(
+            DEADLINE,
+            "the daemon to be told to end, or to be over",
+            || self.processes().is_empty() || begun.elapsed().as_secs() >= 2,
+        );
+        if !self.processes().is_empty() {
+            let _ = kill(Pid::from_raw(self.main()), Signal::SIGTERM);
+        }
+        self.await_end();
+    }
+}
+
+#[test]
+fn an_end_that_is_asked_for_anywhere_in_an_upgrade_keeps_everything() {
+    ended_in_an_upgrade(Role::Reactor, 40);
+    ended_in_an_upgrade(Role::Guardian, 12);
+    ended_in_an_upgrade(Role::Understudy, 6);
+}
