@@ -142,15 +142,9 @@ pub fn may_be_of_lock(descriptor: &OwnedFd) -> bool {
 }
 
 /// All descriptors that are open. They are asked for by their numbers: a list of thousands in /proc takes
-/// longer, and a descriptor.
+/// longer, and a descriptor. One that only stands for a path (O_PATH) is not found if it is far above all
+/// others: nothing that is opened gets such a number, and there is room for many more than are open.
 pub fn open_numbers() -> Vec<RawFd> {
-    let end = end_of_table();
-    with_paths(polled(end), end)
-}
-
-/// The same where there is room for many more than are open. One that only stands for a path (O_PATH) is not
-/// found if it is far above all others: nothing that is opened gets such a number.
-pub fn open_numbers_of_many() -> Vec<RawFd> {
     let end = end_of_table();
     let open = polled(end);
     let last = open.last().map_or(0, |last| last.saturating_add(ABOVE));
@@ -320,7 +314,7 @@ mod tests {
         assert!(all.iter().all(|number| found.contains(number)));
         assert!(found.is_sorted());
         make_room(16 * 1024);
-        let found = open_numbers_of_many();
+        let found = open_numbers();
         assert!(all.iter().all(|number| found.contains(number)));
         assert!(end_of_table() >= 16 * 1024 && found.is_sorted());
     }

@@ -82,7 +82,7 @@ pub fn resume(
             };
         }
     };
-    let open = descriptors::open_numbers_of_many();
+    let open = descriptors::open_numbers();
     let mut before = desk
         .ok()
         .and_then(|desk| look_back(desk, &mut state, number, &open, &since));
@@ -342,7 +342,7 @@ pub fn say_death((death, in_a_row): (Death, u64)) {
 pub fn clear_up(desk: &Desk, state: &State<Saved>) -> Option<(Death, u64)> {
     let death = desk.take_death()?;
     let run_directory = Paths::of_this_process().run_directory;
-    let open = descriptors::open_numbers_of_many();
+    let open = descriptors::open_numbers();
     for left in sweep::sweep(state, NO_LEDGER, (&open, &[]), desk).left {
         // With any other file a POSIX lock might go: nobody has said yet which files are locked.
         if !ledger::is_in(&run_directory, &left) {
@@ -389,7 +389,7 @@ pub fn resume_started(
     let state = state.with(events).map_err(|why| back(unusable(&why)))?;
     let (reactor, limits) = open_reactor(plan, pid_file.as_ref(), desk).map_err(back)?;
     let mut reactor = ManuallyDrop::new(reactor);
-    let mut inherited = inherit(&state, &descriptors::open_numbers_of_many()).map_err(back)?;
+    let mut inherited = inherit(&state, &descriptors::open_numbers()).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
     let theirs = Theirs {
         state,

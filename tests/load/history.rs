@@ -275,6 +275,10 @@ impl<'a> Life<'a> {
                 while !self.held.is_empty() && !self.is_cut_off {
                     self.give_back(0);
                 }
+                if self.is_cut_off {
+                    // What it still has it has until it is dead.
+                    self.outlive_its_connections();
+                }
             }
             End::Killed => self.kill(),
             End::KilledInACall => self.kill_in_a_call(),
