@@ -171,7 +171,7 @@ impl Kept {
             .and_then(|state| state.renumbered(|before| numbers.get(&before).copied()))
             .map_err(damaged)?;
         let now: Vec<RawFd> = numbers.into_values().collect();
-        let mut inherited = Inherited::of(&now, &descriptors::open_numbers_of_many())
+        let mut inherited = Inherited::of(&now, &descriptors::open_numbers())
             .map_err(|number| damaged(format!("descriptor {number} is not open")))?;
         let state = state
             .with([Event::Process(Box::new(settings))])
