@@ -213,6 +213,13 @@ impl<Decide: FnMut(&At) -> Act> Looker<Decide> {
             {
                 return WaitStatus::Exited(pid, 0);
             }
+            // It may end here.
+            let stops = WaitPidFlag::WSTOPPED | now;
+            return match waitid(Id::Pid(pid), stops) {
+                Ok(WaitStatus::PtraceEvent(pid, signal, 0)) => WaitStatus::Stopped(pid, signal),
+                Ok(status) => status,
+                Err(_) => WaitStatus::StillAlive,
+            };
         }
         waitpid(pid, Some(now)).unwrap_or(WaitStatus::Exited(pid, 0))
     }
