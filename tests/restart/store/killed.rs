@@ -15,6 +15,7 @@ use super::super::killed_anywhere::{at_each, at_nth, step};
 use super::{DISK, Scene, look};
 use crate::support::client::{acquire, release};
 use crate::support::company::{Act, Company, Counts, Role};
+use crate::support::daemon::{program, reactor_of};
 use crate::support::owner::runs;
 use crate::support::upgrade::upgrade;
 use crate::support::{DEADLINE, require_root, wait_until};
@@ -258,4 +259,33 @@ fn an_end_that_is_asked_for_anywhere_in_an_upgrade_keeps_everything() {
     ended_in_an_upgrade(Role::Reactor, 20);
     ended_in_an_upgrade(Role::Guardian, 2);
     ended_in_an_upgrade(Role::Understudy, 3);
+}
+
+#[test]
+fn a_stop_behind_a_successor_that_did_not_serve_keeps_everything() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = scene.rival();
+    for _ in 0..2 {
+        let (before, host) = (scene.main(), &scene.manager.host);
+        host.install_script(
+            "if [ \"$1\" = --version ]; then echo 'x (virtlockd-rs) 0.0.1'; \
+             echo 'ledger readable: 1 connections, 1 locks; its understudy is dismissed'; exit 0; fi; exit 1",
+        );
+        let _ = kill(Pid::from_raw(before), Signal::SIGUSR1);
+        wait_until(DEADLINE, "the understudy to be the daemon", || {
+            let now = scene.main();
+            now != before && reactor_of(now) != now
+        });
+        host.install(&program());
+    }
+    scene.manager_has_one_bag();
+    let _ = kill(Pid::from_raw(scene.main()), Signal::SIGTERM);
+    scene.await_end();
+    assert!(scene.is_kept() && scene.is_held(DISK));
+    let _ = scene.daemon.ended();
+    scene.start();
+    rival.never_succeeded();
+    scene.serves();
 }
