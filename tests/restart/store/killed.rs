@@ -1,11 +1,9 @@
 //! The daemon's processes are killed at any system call of a stop that keeps everything and of the start that goes
-//! on from it, or told to end anywhere in an upgrade: whoever is left keeps everything, and where nobody is left
-//! the next start has the locks. Nobody is fenced for it.
+//! on from it, or told to end anywhere in an upgrade: whoever is left keeps everything. Nobody is fenced for it.
 //!
 //! Of all places a sample is tried, as in `killed_anywhere`.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
@@ -15,7 +13,7 @@ use super::super::killed_anywhere::{at_each, at_nth, step};
 use super::{DISK, Scene, look};
 use crate::support::client::{acquire, release};
 use crate::support::company::{Act, Company, Counts, Role};
-use crate::support::daemon::{program, reactor_of};
+use crate::support::daemon::{kill_all, program, reactor_of};
 use crate::support::owner::runs;
 use crate::support::upgrade::upgrade;
 use crate::support::{DEADLINE, require_root, wait_until};
@@ -69,21 +67,6 @@ impl Scene {
         self.manager.all().iter().any(|bag| !look(bag).is_empty())
     }
 
-    /// Nothing is kept: the next start takes the locks again.
-    #[track_caller]
-    fn takes_again(&mut self) {
-        wait_until(DEADLINE, "whoever got the lock to let go of it", || {
-            !self.is_held(DISK)
-        });
-        self.start();
-        let log = self.daemon.stderr();
-        assert!(log.contains("were taken again"), "{log}");
-        assert!(self.guest.is_alive());
-        self.guest.connect_again();
-        self.guest.register_as("guest");
-        self.serves();
-    }
-
     /// What is written down from here on is what a start behind the death of all believes.
     #[track_caller]
     fn believes_its_ledger(&mut self) {
@@ -91,6 +74,7 @@ impl Scene {
         let other = self.manager.host.disk("other");
         self.guest.call(&release("", DISK)).expect_ok();
         self.guest.call(&acquire("", &other, 0)).expect_ok();
+        kill_all(self.main());
         self.daemon.kill();
         self.start();
         assert!(!self.is_held(DISK), "{}", self.daemon.stderr());
@@ -134,7 +118,6 @@ fn killed_in_a_stop(role: Role, otherwise: usize) {
         return;
     };
     let what = format!("{role:?} killed in a stop that keeps");
-    let cold = AtomicUsize::new(0);
     at_each(&what, counts[&role], step(otherwise), |nth| {
         let Some(mut scene) = upgraded() else {
             return;
@@ -144,22 +127,11 @@ fn killed_in_a_stop(role: Role, otherwise: usize) {
         scene.daemon.signal(Signal::SIGTERM);
         scene.await_end();
         let seen = company.leave();
-        if scene.is_kept() {
-            assert!(scene.is_held(DISK), "{:?}", seen.last);
-            scene.start();
-            rival.never_succeeded();
-            scene.serves();
-        } else {
-            eprintln!("{what}: all are dead at {nth}, {:?}", seen.last);
-            cold.fetch_add(1, Ordering::Relaxed);
-            drop(rival);
-            scene.takes_again();
-        }
+        assert!(scene.is_kept() && scene.is_held(DISK), "{:?}", seen.last);
+        scene.start();
+        rival.never_succeeded();
+        scene.serves();
     });
-    let cold = cold.into_inner();
-    // Between the end of a reactor and what its guardian does then there is nobody else.
-    let limit = if role == Role::Reactor { 0 } else { 4 };
-    assert!(cold <= limit, "{cold} times nothing was kept");
 }
 
 #[test]
@@ -172,8 +144,8 @@ fn a_guardian_that_is_killed_in_a_stop_is_not_missed() {
     killed_in_a_stop(Role::Guardian, 1);
 }
 
-/// A start from a bag, during which the reactor that makes the nth call is killed. How many calls there were.
-fn disturbed_start(nth: usize) -> usize {
+/// A start from a bag, during which whoever makes the nth call in this role is killed. How many calls there were.
+fn disturbed_start(role: Role, nth: usize) -> usize {
     let Some(mut scene) = Scene::new() else {
         return 0;
     };
@@ -181,33 +153,45 @@ fn disturbed_start(nth: usize) -> usize {
     scene.stop();
     let serving = scene.manager.heard("READY=1");
     scene.daemon = scene.manager.spawn(&[]);
-    let company = Company::of(scene.daemon.pid(), at_nth(Role::Reactor, nth));
+    let company = Company::of(scene.daemon.pid(), at_nth(role, nth));
     // One that is killed before it has promised anything to anybody is the end of this start.
+    let is_over = || !runs(scene.daemon.pid()) && scene.processes().is_empty();
     wait_until(DEADLINE, "the daemon to serve, or to be over", || {
-        scene.manager.heard("READY=1") > serving || !runs(scene.daemon.pid())
+        scene.manager.heard("READY=1") > serving || is_over()
     });
+    let is_over = is_over();
     let seen = company.leave();
-    if !runs(scene.daemon.pid()) {
+    if is_over {
         let _ = scene.daemon.ended();
         assert!(scene.is_kept() && scene.is_held(DISK), "{:?}", seen.last);
         scene.start();
     }
     rival.never_succeeded();
     scene.believes_its_ledger();
-    seen.counts.get(&Role::Reactor).copied().unwrap_or(0)
+    seen.counts.get(&role).copied().unwrap_or(0)
+}
+
+fn killed_in_a_start(role: Role, otherwise: usize) {
+    if !require_root() {
+        return;
+    }
+    let places = disturbed_start(role, usize::MAX);
+    let what = format!("{role:?} killed in a start that goes on");
+    at_each(&what, places, step(otherwise), |nth| {
+        disturbed_start(role, nth);
+    });
 }
 
 #[test]
 fn a_reactor_that_is_killed_anywhere_in_a_start_is_followed_by_one_that_goes_on_or_the_next_start_is()
  {
-    if !require_root() {
-        return;
-    }
-    let places = disturbed_start(usize::MAX);
-    let what = "Reactor killed in a start that goes on";
-    at_each(what, places, step(14), |nth| {
-        disturbed_start(nth);
-    });
+    killed_in_a_start(Role::Reactor, 14);
+}
+
+#[test]
+fn a_guardian_that_is_killed_anywhere_in_a_start_leaves_everything_to_its_reactor_or_the_next_start()
+ {
+    killed_in_a_start(Role::Guardian, 1);
 }
 
 /// The daemon is told to replace itself, and at somebody's nth call to end.
