@@ -21,7 +21,7 @@ use crate::support::client::{
 };
 use crate::support::company::{Act, At, Company, Counts, Role};
 use crate::support::daemon::{c_daemon, program, reactor_of};
-use crate::support::owner::{OnTerm, Owner};
+use crate::support::owner::{OnTerm, Owner, runs};
 use crate::support::random::Random;
 use crate::support::tracer::{Seen, Tracer};
 use crate::support::upgrade::{helper_client, image};
@@ -394,6 +394,10 @@ fn both_killed(first: Role, nth: usize) -> bool {
     let seen = company.leave();
     match told {
         Ok(()) => {
+            // Its reactor may have answered before it took the place of a guardian that was killed.
+            wait_until(DEADLINE, "somebody to be the guardian", || {
+                runs(story.main())
+            });
             assert_eq!(story.upgrade(), Asked::Done);
             story.holds();
             false
