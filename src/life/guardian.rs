@@ -362,7 +362,13 @@ impl Guardian {
         let stands_in = self.desk.stands_in_since();
         let is_disowned = self.herald.is_some()
             && stands_in.is_some_and(|since| now.ms_since(since) < DISOWNED_MS);
-        if is_disowned && ENDS.contains(&signal) && self.desk.asked_to_end().is_none() {
+        // Where a stop keeps everything the others are somebody's who wants it otherwise.
+        let may_be_managers = signal == Signal::SIGTERM || self.desk.mouth().is_none();
+        if is_disowned
+            && may_be_managers
+            && ENDS.contains(&signal)
+            && self.desk.asked_to_end().is_none()
+        {
             self.desk.leaves();
         } else {
             self.desk.ask(signal);

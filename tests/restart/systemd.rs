@@ -582,16 +582,26 @@ fn what_systemd_drops_while_nobody_runs_is_taken_again_from_the_ledger() {
 
 #[test]
 fn int_to_the_main_process_stops_and_fences_and_is_not_undone_by_a_restart() {
-    let Some(mut host) = Host::start(Units::Ours) else {
-        return;
-    };
-    host.ctl(&["kill", "--kill-whom=main", "-s", "INT", SERVICE]);
-    host.all_are_fenced();
-    wait_until(DEADLINE, "the service to be over", || {
-        host.systemd.property("ActiveState") == "inactive"
-    });
-    assert_eq!(host.systemd.stored(), 0);
-    assert_eq!(host.systemd.property("NRestarts"), "0");
+    for is_another in [false, true] {
+        let Some(mut host) = Host::start(Units::Ours) else {
+            return;
+        };
+        if is_another {
+            let before = host.systemd.main_pid();
+            send(before, Signal::SIGKILL);
+            wait_until(DEADLINE, "systemd to know of another main process", || {
+                ![0, before].contains(&host.systemd.main_pid())
+            });
+            host.all_is_well();
+        }
+        host.ctl(&["kill", "--kill-whom=main", "-s", "INT", SERVICE]);
+        host.all_are_fenced();
+        wait_until(DEADLINE, "the service to be over", || {
+            host.systemd.property("ActiveState") == "inactive"
+        });
+        assert_eq!(host.systemd.stored(), 0);
+        assert_eq!(host.systemd.property("NRestarts"), "0");
+    }
 }
 
 #[test]
