@@ -249,7 +249,7 @@ impl Ledger {
             let _ = std::fs::remove_file(trial);
             ledger = Ledger::in_memory(memory);
         }
-        let grown = ledger.grow();
+        let grown = ledger.grow(true);
         grown.map_err(Refusal::of("there is no memory for a ledger that grows"))?;
         ledger.descriptor().map(drop)
     }
@@ -448,7 +448,7 @@ impl Ledger {
         if self.is_stale {
             return Err(Errno::ENOMEM);
         }
-        let written = self.write(self.live.end, rest, event)?;
+        let written = self.write(self.live.end, rest, event, true)?;
         self.live.end = self.live.end.saturating_add(written);
         // The event first, then the word that makes it count.
         self.write_length(self.which, self.live.len());
@@ -461,20 +461,26 @@ impl Ledger {
         let end = self.live.end.saturating_add(RESERVE).saturating_add(ROOM);
         match end <= self.memory.bytes().len() {
             true => Ok(()),
-            false => self.grow(),
+            false => self.grow(true),
         }
     }
 
     /// Writes an event at a place behind which nothing counts, and leaves so much room behind it; how many
     /// bytes it took.
     #[inline]
-    fn write(&mut self, at: usize, rest: usize, event: &Event<'_>) -> Result<usize, Errno> {
+    fn write(
+        &mut self,
+        at: usize,
+        rest: usize,
+        event: &Event<'_>,
+        may_lose_name: bool,
+    ) -> Result<usize, Errno> {
         loop {
             let end = self.memory.bytes().len().saturating_sub(rest);
             let place = self.memory.bytes_mut().get_mut(at..end).unwrap_or_default();
             match encode(event, place) {
                 Ok(written) => return Ok(written),
-                Err(Unwritten::NoRoom) => self.grow()?,
+                Err(Unwritten::NoRoom) => self.grow(may_lose_name)?,
                 Err(_) => return Err(Errno::EINVAL),
             }
         }
@@ -538,8 +544,11 @@ impl Ledger {
         mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Range<usize>, Errno> {
         let start = self.live.end.next_multiple_of(WORD);
+        // The name is only worth giving up for what must be written down. What is only to be shorter can wait for
+        // room.
+        let may_lose_name = self.is_stale;
         let end = events.try_fold(start, |end, event| {
-            let written = self.write(end, 0, &event)?;
+            let written = self.write(end, 0, &event, may_lose_name)?;
             Ok::<_, Errno>(end.saturating_add(written))
         })?;
         Ok(start..end)
@@ -582,7 +591,8 @@ impl Ledger {
         self.compact = self.live.len();
     }
 
-    fn grow(&mut self) -> Result<(), Errno> {
+    /// Makes room. Where the run directory has none, it goes on without its name if it may.
+    fn grow(&mut self, may_lose_name: bool) -> Result<(), Errno> {
         let size = self.memory.bytes().len();
         // Large ledgers grow in larger steps, so that writing one anew does not crawl.
         let step = (size / 4).next_multiple_of(STEP).max(STEP);
@@ -592,7 +602,9 @@ impl Ledger {
             .ok_or(Errno::EFBIG)?;
         let could = self.descriptor().is_ok();
         match self.memory.grow(size) {
-            Err(reason) if self.is_named => self.grow_without_name(size, reason)?,
+            Err(reason) if self.is_named && may_lose_name => {
+                self.grow_without_name(size, reason)?
+            }
             grown => grown?,
         }
         if could && let Err(refusal) = self.descriptor() {

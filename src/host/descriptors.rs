@@ -46,19 +46,21 @@ pub fn adopt_file(number: RawFd, file: FileIdentity) -> Option<OwnedFd> {
     })
 }
 
-/// Some numbers of open descriptors. None is greater than the limit of open files.
+/// Above any number that a descriptor has on a common host: eight times what `fs.nr_open` is there.
+const NUMBERS: usize = 8 << 20;
+
+/// Some numbers of descriptors.
 #[derive(Debug, Default)]
 pub struct Marked {
     is_marked: Vec<bool>,
 }
 
 impl Marked {
-    /// These; negative ones are none.
+    /// These; those that no descriptor has are left out.
     pub fn of(numbers: &[RawFd]) -> Marked {
         let places = || {
-            numbers
-                .iter()
-                .filter_map(|number| usize::try_from(*number).ok())
+            let places = numbers.iter().filter_map(|it| usize::try_from(*it).ok());
+            places.filter(|place| *place < NUMBERS)
         };
         let mut is_marked = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
         for place in places() {
@@ -98,8 +100,9 @@ impl Inherited {
     /// The descriptors with these numbers, of all that are `open`; the first number that is not, if there is
     /// one.
     pub fn of(numbers: &[RawFd], open: &[RawFd]) -> Result<Inherited, RawFd> {
-        let is_open = Marked::of(open);
-        if let Some(number) = numbers.iter().find(|number| !is_open.has(**number)) {
+        let are_open = Marked::of(open);
+        let is_closed = |number: &&RawFd| !are_open.has(**number) && !is_open(**number);
+        if let Some(number) = numbers.iter().find(is_closed) {
             return Err(*number);
         }
         let is_left = Marked::of(numbers);
@@ -180,6 +183,26 @@ fn polled(end: RawFd) -> Vec<RawFd> {
         open.extend(looked_at.iter().filter(is_open).map(|it| it.fd));
     }
     open
+}
+
+/// Those of these sockets whose other end is closed.
+pub fn hung_up(sockets: &[RawFd]) -> Vec<RawFd> {
+    let mut found = Vec::new();
+    for some in sockets.chunks(LOOKED_AT) {
+        let nothing = |fd: &RawFd| libc::pollfd {
+            fd: *fd,
+            events: 0,
+            revents: 0,
+        };
+        let mut looked_at: Vec<libc::pollfd> = some.iter().map(nothing).collect();
+        let count = looked_at.len() as libc::nfds_t;
+        // SAFETY: the list lives over the call and is as long as is said. Where the call is refused, nothing was
+        // found.
+        unsafe { libc::poll(looked_at.as_mut_ptr(), count, 0) };
+        let has_hung_up = |it: &&libc::pollfd| it.revents & libc::POLLHUP != 0;
+        found.extend(looked_at.iter().filter(has_hung_up).map(|it| it.fd));
+    }
+    found
 }
 
 /// Those, and all others below this number that are open and cannot be polled: they only stand for a path.

@@ -22,7 +22,7 @@ use crate::host::process::Process;
 use crate::host::program::{Environment, Program};
 use crate::host::refusal::Refusal;
 use crate::host::signals::{self, POKE};
-use crate::host::{descriptors, limits, pid_file, process};
+use crate::host::{descriptors, pid_file, process};
 use crate::log;
 use crate::restart::handover::{HANDOVER_VARIABLE, UNDERSTUDY_VARIABLE};
 
@@ -121,8 +121,6 @@ impl Guardian {
         (understudy, given): (Option<i32>, store::Given),
     ) -> Guardian {
         signals::hear_of_children();
-        // The reactor says what is wrong with it.
-        let _ = limits::raise_open_files();
         descriptors::make_room(DESCRIPTORS);
         // What is open here is the reactor's as well.
         clone::end_at_once_on_panic();

@@ -690,6 +690,48 @@ fn a_run_directory_that_is_full_keeps_nobody_from_a_lock_and_leaves_no_ledger_th
 }
 
 #[test]
+fn a_ledger_that_could_only_be_shorter_keeps_its_name_where_there_is_no_room() {
+    let Some(scene) = Scene::new() else {
+        return;
+    };
+    drop(scene);
+    let host = Host::new();
+    let status = host
+        .namespace
+        .command("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs", "/run/libvirt"])
+        .status();
+    assert!(status.expect("run mount").success());
+    let mut daemon = host.start(&[], &[]);
+    let ledger = host.path(LEDGER);
+    let disk = host.disk("disk");
+    let mut owner = Owner::register(daemon.lock_socket(), "owner", OnTerm::Die);
+    // Each holding is an event of its own, however often the ledger is written anew: until it has been once,
+    // and then until there is no room to do it again, neither in front of what counts nor behind it.
+    let mut acquire_one = || owner.call(&acquire("", &disk, SHARED)).expect_ok();
+    while std::fs::metadata(&ledger).map_or(0, |it| it.len()) <= 128 << 10 {
+        acquire_one();
+    }
+    (0..800).for_each(|_| acquire_one());
+    let _ = std::fs::write(host.path("/run/libvirt/filler"), vec![1; 1 << 20]);
+    let reactor = daemon.reactor();
+    let signalled = nix::unistd::Pid::from_raw(reactor);
+    nix::sys::signal::kill(signalled, Signal::SIGKILL).expect("kill the process that serves");
+    wait_until(DEADLINE, "another process that serves", || {
+        ![reactor, daemon.pid()].contains(&daemon.reactor())
+    });
+    // There is room for this: nothing is written behind it.
+    owner.call(&release("", &disk)).expect_ok();
+    daemon.wait_until_asleep();
+    assert!(ledger.exists(), "{}", daemon.stderr());
+    daemon.kill();
+    let daemon = host.start(&[], &[]);
+    assert!(daemon.stderr().contains(AGAIN), "{}", daemon.stderr());
+    assert!(owner.is_alive());
+    assert!(lock_probe(&host.path(&disk)).is_some());
+}
+
+#[test]
 fn an_upgrade_goes_on_with_the_same_ledger_and_the_next_cold_start_knows_what_came_after() {
     let Some(mut scene) = Scene::new() else {
         return;

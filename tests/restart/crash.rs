@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -390,6 +391,100 @@ fn a_process_that_does_not_come_back_from_a_call_is_killed_and_followed() {
     rival.never_succeeded();
     scene.serves();
     assert_eq!(scene.logged("did not come back from what it was doing"), 1);
+}
+
+/// Whether a thread reads from anything but standard input.
+fn waits_for_a_reply(thread: &Path) -> bool {
+    let call = std::fs::read_to_string(thread.join("syscall")).unwrap_or_default();
+    let mut words = call.split(' ');
+    let number = words.next().and_then(|word| word.parse().ok());
+    let reads = [libc::SYS_read, libc::SYS_recvfrom].map(Some);
+    reads.contains(&number) && words.next() != Some("0x0")
+}
+
+/// What becomes of a reactor for which two things wait: the end of one connection of an owner, and a call of
+/// another.
+#[derive(Clone, Copy, Debug)]
+enum Meanwhile {
+    /// It goes on.
+    GoesOn,
+    /// It dies.
+    Dies,
+    /// It has been told that there is something, and dies before it looks. Whoever goes on asks by the numbers
+    /// of the connections, in which the call comes first.
+    DiesHavingHeard,
+}
+
+#[test]
+fn an_owner_that_gave_up_a_connection_before_it_took_a_lock_with_another_is_no_owner_that_leaves() {
+    let Some(scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let all = [
+        Meanwhile::GoesOn,
+        Meanwhile::Dies,
+        Meanwhile::DiesHavingHeard,
+    ];
+    for meanwhile in all {
+        let disk = scene.host.disk(&format!("{meanwhile:?}"));
+        let mut owner = Owner::register(scene.daemon.lock_socket(), "owner", OnTerm::Die);
+        owner.connect_again();
+        owner.call(&register_as("owner", owner.pid())).expect_ok();
+        let mut bystander = scene.daemon.client();
+        bystander.call(&register_as("bystander", 4242)).expect_ok();
+        let descriptors = scene.daemon.descriptors();
+        let reactor = scene.daemon.reactor();
+        send(reactor, Signal::SIGSTOP);
+        wait_until(DEADLINE, "the process to be stopped", || {
+            matches!(process_state(reactor), Some('T'))
+        });
+        // It is looked at first.
+        bystander.post(&acquire("", "/run/none", 0));
+        owner.close_connection();
+        owner.use_connection(0);
+        let threads = format!("/proc/{}/task", owner.pid());
+        std::thread::scope(|scope| {
+            let calling = scope.spawn(|| owner.call(&acquire("", &disk, 0)));
+            wait_until(DEADLINE, "the call to be sent", || {
+                let mut threads = std::fs::read_dir(&threads).expect("the owner's threads");
+                threads.any(|thread| waits_for_a_reply(&thread.expect("a thread").path()))
+            });
+            match meanwhile {
+                Meanwhile::GoesOn => send(reactor, Signal::SIGCONT),
+                Meanwhile::Dies => send(reactor, Signal::SIGKILL),
+                Meanwhile::DiesHavingHeard => {
+                    let slowed = Slowed::of(reactor, "recvmmsg", "delay_enter=300000000");
+                    send(reactor, Signal::SIGCONT);
+                    let calls = format!("/proc/{reactor}/syscall");
+                    let reads = format!("{} ", libc::SYS_recvmmsg);
+                    wait_until(DEADLINE, "the process to look", || {
+                        let call = std::fs::read_to_string(&calls).expect("the call that it makes");
+                        call.starts_with(&reads)
+                    });
+                    send(reactor, Signal::SIGSTOP);
+                    drop(slowed);
+                    send(reactor, Signal::SIGKILL);
+                }
+            }
+            calling.join().expect("the call").expect_ok();
+        });
+        wait_until(DEADLINE, "the connection to be closed", || {
+            // One less, and the disk.
+            scene.daemon.descriptors() == descriptors
+        });
+        scene.daemon.wait_until_asleep();
+        assert_eq!(
+            scene.logged("closed its connection while it holds"),
+            0,
+            "{meanwhile:?}"
+        );
+        assert!(owner.is_alive());
+        scene.host.assert_held(&disk);
+    }
+    assert_eq!(scene.logged("was killed by SIGKILL"), 2);
 }
 
 #[test]
