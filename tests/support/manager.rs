@@ -108,6 +108,7 @@ impl Manager {
     /// One more descriptor of the one thing that is stored.
     #[track_caller]
     pub fn bag(&self) -> OwnedFd {
+        self.settle();
         let store = self.store.lock().expect("the store");
         assert_eq!(store.len(), 1, "one thing is stored: {store:?}");
         store[0].1.try_clone().expect("copy a descriptor")
@@ -115,6 +116,7 @@ impl Manager {
 
     /// Stores this in the place of what is there. What was there.
     pub fn exchange(&self, bag: OwnedFd) -> OwnedFd {
+        self.settle();
         let mut store = self.store.lock().expect("the store");
         assert_eq!(store.len(), 1, "one thing is stored: {store:?}");
         std::mem::replace(&mut store[0].1, bag)
