@@ -426,8 +426,9 @@ impl Guardian {
 
     fn pass_on_messages(&mut self) {
         if self.desk.take_told(Message::Ready) {
-            // The number of one that has died may be anybody's.
-            if self.has_understudy() {
+            let understudy = self.desk.understudy();
+            // One of an order that was laid down since is needed. The number of one that has died may be anybody's.
+            if understudy.is_some() && self.desk.ordered().is_none() && self.has_understudy() {
                 self.dismiss_understudy();
             }
             match self.in_a_row {
