@@ -185,26 +185,6 @@ fn polled(end: RawFd) -> Vec<RawFd> {
     open
 }
 
-/// Those of these sockets whose other end is closed.
-pub fn hung_up(sockets: &[RawFd]) -> Vec<RawFd> {
-    let mut found = Vec::new();
-    for some in sockets.chunks(LOOKED_AT) {
-        let nothing = |fd: &RawFd| libc::pollfd {
-            fd: *fd,
-            events: 0,
-            revents: 0,
-        };
-        let mut looked_at: Vec<libc::pollfd> = some.iter().map(nothing).collect();
-        let count = looked_at.len() as libc::nfds_t;
-        // SAFETY: the list lives over the call and is as long as is said. Where the call is refused, nothing was
-        // found.
-        unsafe { libc::poll(looked_at.as_mut_ptr(), count, 0) };
-        let has_hung_up = |it: &&libc::pollfd| it.revents & libc::POLLHUP != 0;
-        found.extend(looked_at.iter().filter(has_hung_up).map(|it| it.fd));
-    }
-    found
-}
-
 /// Those, and all others below this number that are open and cannot be polled: they only stand for a path.
 fn with_paths(polled: Vec<RawFd>, end: RawFd) -> Vec<RawFd> {
     let is_polled = Marked::of(&polled);

@@ -170,7 +170,10 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledgers: &Ledgers) -> Fa
     let mut last = Moment::now();
     let mut waited = Duration::ZERO;
     let mut is_late = false;
-    let mut signs = Signs::default();
+    let mut signs = Signs {
+        document: document(desk),
+        ..Signs::default()
+    };
     loop {
         let is_dead = successor.is_dead();
         // What it had to say it has said by then.
@@ -227,9 +230,21 @@ fn between_looks(last: Moment, now: Moment) -> Duration {
     Duration::from_nanos(now.0.saturating_sub(last.0)).min(LONGEST_LOOK)
 }
 
-/// How long there has been a sign that a successor serves.
+/// Signs that a successor serves.
 #[derive(Default)]
-struct Signs(Duration);
+struct Signs {
+    /// For how long there has been one.
+    seen: Duration,
+    /// The document that libvirt's daemon is to go on from.
+    document: Option<u64>,
+}
+
+/// Which file is the document.
+fn document(desk: &Desk) -> Option<u64> {
+    nix::sys::stat::stat(desk.document())
+        .ok()
+        .map(|it| it.st_ino)
+}
 
 impl Signs {
     /// It has opened its ledger, and written to it, which it does when it has everything.
@@ -237,22 +252,24 @@ impl Signs {
         let Some(now) = ledgers.header().filter(Header::is_open) else {
             return false;
         };
-        self.0 = self.0.saturating_add(since);
+        self.seen = self.seen.saturating_add(since);
         let before = ledgers.before.as_ref();
-        before.is_some_and(|before| before.events() != now.events()) || self.0 >= SEEN
+        before.is_some_and(|before| before.events() != now.events()) || self.seen >= SEEN
     }
 
     /// libvirt's daemon removes its document when it has read it, then looks whether it can use it, and only
-    /// then comes to its loop. It lets go of nothing before.
+    /// then comes to its loop. It lets go of nothing before. If there is another document, it has served, and
+    /// wrote that one for whoever follows it.
     fn of_libvirts(&mut self, desk: &Desk, since: Duration) -> bool {
         if access(desk.document(), AccessFlags::F_OK) != Err(nix::errno::Errno::ENOENT) {
-            return false;
+            let found = document(desk);
+            return self.document.is_some() && found.is_some() && found != self.document;
         }
-        self.0 = self.0.saturating_add(since);
+        self.seen = self.seen.saturating_add(since);
         match process::waits_for_events(desk.guardian()) {
             Ok(true) => true,
-            Ok(false) => self.0 >= SEEN,
-            Err(_) => self.0 >= UNSEEN,
+            Ok(false) => self.seen >= SEEN,
+            Err(_) => self.seen >= UNSEEN,
         }
     }
 }

@@ -455,28 +455,7 @@ impl Reactor {
             self.enqueue(id);
         }
         step::none(self.desk.memory());
-        if !matches!(found, Watched::Already) {
-            self.hear_first_who_left();
-        }
         Ok(())
-    }
-
-    /// A reactor that died has taken with it in which order things happened. Whoever has hung up is heard
-    /// before others: what an owner asks for with its next connection does not make it one that leaves with
-    /// locks.
-    fn hear_first_who_left(&mut self) {
-        for id in std::mem::take(&mut self.lines.endings) {
-            self.lines.endings.push_back(id);
-            self.clear_away_if_nothing_is_held(id);
-        }
-        let sockets: Vec<RawFd> = self.connections.numbers().collect();
-        for number in descriptors::hung_up(&sockets) {
-            let id = ClientId(number);
-            if let Some(connection) = self.connections.get_mut(number) {
-                connection.appetite = Appetite::Small;
-            }
-            self.enqueue(id);
-        }
     }
 
     /// Should this reactor die, the next one reads the ledger that was written, and not the old one any more,
@@ -808,7 +787,6 @@ impl Reactor {
         }
         if turned == Turned::Over {
             self.end_connection(id);
-            self.clear_away_if_nothing_is_held(id);
         }
         self.count_admin_bytes(id);
         let Some(connection) = self.connections.get_mut(id.0) else {
@@ -964,18 +942,6 @@ impl Reactor {
     fn end_connection(&mut self, id: ClientId) {
         if self.custody.leaves(id) {
             self.lines.endings.push_back(id);
-        }
-    }
-
-    /// Clears away at once a connection that has just come to its end, if its owner holds nothing: what that one
-    /// asks for with another connection comes behind it.
-    fn clear_away_if_nothing_is_held(&mut self, id: ClientId) {
-        let state = self.custody.state();
-        let is_last = self.lines.endings.back() == Some(&id);
-        let holds = |client| state.ends_with(client).is_some();
-        if is_last && !state.client(id).is_some_and(holds) {
-            self.lines.endings.pop_back();
-            self.clear_away(id);
         }
     }
 

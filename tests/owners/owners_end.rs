@@ -300,7 +300,7 @@ fn an_owner_without_locks_may_leave_and_live() {
 }
 
 #[test]
-fn of_two_connections_of_a_process_the_first_end_ends_it() {
+fn an_owner_with_two_connections_has_left_when_both_are_over() {
     let Some(scene) = Scene::new() else { return };
     let disks = [scene.disk("first"), scene.disk("second")];
     let mut owner = scene.owner("guest", OnTerm::Ignore);
@@ -308,6 +308,14 @@ fn of_two_connections_of_a_process_the_first_end_ends_it() {
     owner.connect_again();
     owner.call(&register_as("guest", owner.pid())).expect_ok();
     owner.call(&take(&disks[1])).expect_ok();
+    owner.close_connection();
+    owner.use_connection(0);
+    // It is answered behind what becomes of the end of the other.
+    owner.call(&take(&disks[1])).expect_error(87, 51);
+    scene.daemon.wait_until_asleep();
+    assert!(owner.is_alive());
+    assert!(disks.iter().all(|disk| lock_probe(disk).is_some()));
+    assert_eq!(scene.logged(&["'guest'", "SIGTERM now"]), 0);
     owner.close_connection();
     assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
     for disk in &disks {

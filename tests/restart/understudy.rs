@@ -114,6 +114,9 @@ impl Drop for Scene {
     }
 }
 
+/// What libvirt's daemon goes on from.
+const DOCUMENT: &str = "/run/virtlockd-restart-exec.json";
+
 #[test]
 fn a_successor_that_dies_in_its_first_line_costs_nothing() {
     let Some(mut scene) = Scene::new() else {
@@ -291,7 +294,7 @@ fn libvirts_daemon_that_reads_its_document_and_cannot_use_it_costs_nothing() {
     };
     let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
     let does = format!(
-        "sed -i 's/\"magic\"/\"magik\"/' /run/virtlockd-restart-exec.json; exec {}",
+        "text=$(sed 's/\"magic\"/\"magik\"/' {DOCUMENT}); echo \"$text\" >{DOCUMENT}; exec {}",
         c_daemon.display()
     );
     scene.installs(SAYS_THEIRS, &does);

@@ -18,7 +18,7 @@ use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
 use crate::host::stream;
 use crate::locks::holder;
-use crate::locks::table::{OwnerKey, Pid};
+use crate::locks::table::{Owner, OwnerKey, Pid};
 use crate::server::deadlines::Deadline;
 use crate::server::reserve::Reserve;
 use crate::server::watch::Source;
@@ -68,6 +68,9 @@ impl Owners<'_> {
             self.watch_process(owner.pid);
             return Left::Nothing;
         }
+        if !is_dead && self.stands_for_itself(owner) {
+            return Left::Nothing;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return Left::Nothing;
@@ -80,22 +83,29 @@ impl Owners<'_> {
         state.ends_with(state.client(id)?)
     }
 
+    /// Whether an owner has another connection that it made itself and that goes on: it has not left. In which
+    /// order the end of one and a call of the other are heard says nothing, least of all behind a death.
+    fn stands_for_itself(&mut self, owner: OwnerKey) -> bool {
+        let state = self.custody.state();
+        let has_another = |uuid: [u8; 16]| state.has_own_connection(owner.pid, &uuid);
+        owner.uuid.is_some_and(has_another) && self.lives_by(|other| other.key() == owner)
+    }
+
     /// Whether the process of an owner stands for other domains over connections that it made itself
     /// and that go on.
     pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
-        let state = self.custody.state();
-        if !state.stands_for_others(owner) {
-            return false;
-        }
-        // They may be of an earlier process that had the number, and that is dead while somebody else
-        // keeps them open. All connections are looked through only where there are some of the number.
+        self.custody.state().stands_for_others(owner)
+            && self.lives_by(|other| other.pid == owner.pid && other.key() != owner)
+    }
+
+    /// Whether a process lives that made one of these owners' connections for itself, which goes on. It may be of
+    /// an earlier process that had the number, and that is dead while somebody else keeps it open. All connections
+    /// are looked through: only where there are some.
+    fn lives_by(&mut self, is_one: impl Fn(&Owner) -> bool) -> bool {
         let (names_processes, reserve) = (self.names_processes, &mut *self.reserve);
-        let clients = state.clients().map(|(_, client)| client);
-        let mut others = clients.filter(|client| {
-            let other = client.own_owner();
-            !client.is_over()
-                && other.is_some_and(|other| other.pid == owner.pid && other.key() != owner)
-        });
+        let clients = self.custody.state().clients().map(|(_, client)| client);
+        let mut others =
+            clients.filter(|client| !client.is_over() && client.own_owner().is_some_and(&is_one));
         others.any(|client| {
             let process = process_of(client, names_processes, reserve);
             process.is_ok_and(|process| !process.is_dead())
