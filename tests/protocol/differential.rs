@@ -29,8 +29,8 @@ const SEQUENCES: u64 = 60;
 const CALLS_PER_SEQUENCE: usize = 250;
 const CALLS_BETWEEN_LOOKS: usize = 5;
 const CONNECTIONS: usize = 4;
-/// None of them is the pid of this process, so that closing a connection ends no owner.
-// No process has one of these: when one that has the number of an owner ends, ours frees its locks.
+/// Owners' numbers that no process has (the highest is 4,194,304): closing a connection ends no owner, and no
+/// owner's locks are freed because a process of its number ends.
 const PIDS: [u32; 5] = [1_000_004_242, 1_000_005_555, 1_000_006_666, 0, 0xffff_fffe];
 
 /// A daemon with its files.

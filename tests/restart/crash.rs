@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -272,6 +273,31 @@ fn processes_that_die_in_a_row_are_followed_ever_more_slowly_and_the_next_one_se
     let counts = log.split(" in a row)").filter_map(|it| it.rsplit_once('('));
     let last: Option<u32> = counts.filter_map(|(_, count)| count.parse().ok()).last();
     assert!(last.is_some_and(|count| (2..=6).contains(&count)), "{log}");
+}
+
+#[test]
+fn the_service_manager_is_told_that_the_process_that_serves_died_and_that_another_one_serves() {
+    if !require_root() {
+        return;
+    }
+    let host = Host::new();
+    let manager = UnixDatagram::bind(host.path("/run/notify")).expect("bind the manager's socket");
+    let patience = manager.set_read_timeout(Some(DEADLINE));
+    patience.expect("set how long to wait");
+    let is_told = |text: &str| {
+        let mut bytes = [0; 4096];
+        loop {
+            let count = manager.recv(&mut bytes).expect("a message");
+            if String::from_utf8_lossy(&bytes[..count]).contains(text) {
+                return;
+            }
+        }
+    };
+    let daemon = host.start(&[], &[("NOTIFY_SOCKET", "/run/notify")]);
+    is_told("READY=1");
+    send(daemon.reactor(), Signal::SIGKILL);
+    is_told("STATUS=The reactor died (1 in a row) and is started again; all locks stay");
+    is_told("STATUS=It serves");
 }
 
 #[test]

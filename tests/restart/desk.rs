@@ -319,15 +319,41 @@ fn open_descriptors() -> BTreeSet<RawFd> {
         .collect()
 }
 
-/// A child that shares this process's descriptors: 0 in the child.
-fn clone_sharing_descriptors() -> libc::pid_t {
+/// A reactor. It ends before the test's connections are closed when a check fails: it would fence this
+/// process for them, and nobody would read what failed.
+struct Child(libc::pid_t);
+
+impl Child {
+    fn signal(&self, signal: i32) {
+        // SAFETY: numbers; the child is ours and not reaped yet.
+        unsafe { libc::kill(self.0, signal) };
+    }
+
+    /// Whether it has ended, or stopped, with what.
+    fn wait(&self, options: i32) -> Option<i32> {
+        let mut status = 0;
+        // SAFETY: takes a pointer to a living number.
+        let pid = unsafe { libc::waitpid(self.0, &raw mut status, options) };
+        (pid == self.0).then_some(status)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+        self.wait(0);
+    }
+}
+
+/// A child that shares this process's descriptors: nothing in the child.
+fn clone_sharing_descriptors() -> Option<Child> {
     let flags = libc::CLONE_FILES | libc::SIGCHLD;
     // SAFETY: to ignore a signal runs no code of this program.
     unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
     // SAFETY: a null stack makes it a fork; no other thread of this process works at the moment.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     assert!(pid >= 0);
-    pid as libc::pid_t
+    (pid > 0).then(|| Child(pid as libc::pid_t))
 }
 
 /// What the guardian's reactor does. `known` are descriptors that are not its own.
@@ -505,18 +531,19 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     };
     loop {
         desk.memory().store(SERVING_AT, 0);
-        let pid = clone_sharing_descriptors();
-        if pid == 0 {
+        let Some(child) = clone_sharing_descriptors() else {
             reactor(desk, ledger, &known, SERVING_AT);
-        }
+        };
         let is_last = killed >= kills;
         let begun = Instant::now();
         let dies_in_start = world.random.percent(15);
         let life = Duration::from_micros(world.random.below(1500) as u64);
         let mut served_since = None;
         loop {
+            // Nobody is refused what the last one has before it has it.
+            let is_set_up = scripts.last().is_some_and(|it| it.due.is_empty());
             for script in &mut scripts {
-                let may_begin = !is_last && script.number != 5;
+                let may_begin = is_set_up && !is_last && script.number != 5;
                 script.go(&mut world, may_begin);
             }
             if served_since.is_none() && desk.memory().load(SERVING_AT) == 1 {
@@ -527,10 +554,8 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
                 Some(since) => since.elapsed() >= life,
                 None => dies_in_start && begun.elapsed() >= life,
             };
-            let mut status = 0;
-            // SAFETY: takes a pointer to a living number.
-            let ended = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
-            assert_eq!(ended, 0, "the reactor ended by itself, with {status:#x}");
+            let ended = child.wait(libc::WNOHANG);
+            assert_eq!(ended, None, "the reactor ended by itself");
             if !is_time {
                 continue;
             }
@@ -542,22 +567,14 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
             if is_served || is_last {
                 break;
             }
-            // SAFETY: numbers; the child is ours and not reaped yet.
-            unsafe {
-                libc::kill(pid, libc::SIGSTOP);
-                libc::waitpid(pid, std::ptr::null_mut(), libc::WUNTRACED);
-            }
+            child.signal(libc::SIGSTOP);
+            child.wait(libc::WUNTRACED);
             if desk.memory().load(SERVING_AT) == 0 {
                 break;
             }
-            // SAFETY: as above.
-            unsafe { libc::kill(pid, libc::SIGCONT) };
+            child.signal(libc::SIGCONT);
         }
-        // SAFETY: numbers; the child is ours and not reaped yet.
-        unsafe {
-            libc::kill(pid, libc::SIGKILL);
-            libc::waitpid(pid, std::ptr::null_mut(), 0);
-        }
+        drop(child);
         killed += 1;
         if is_last {
             break;
@@ -613,10 +630,9 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     ));
     turn::begin(memory, client.whose);
     turn::frame_begins(memory, 0, 0);
-    let pid = clone_sharing_descriptors();
-    if pid == 0 {
+    let Some(child) = clone_sharing_descriptors() else {
         reactor(desk, ledger, &known, SERVING_AT);
-    }
+    };
     client.stream.set_nonblocking(false).unwrap();
     client.stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut reply = vec![0; 4];
@@ -628,11 +644,7 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     let mut pong = [0; PONG.len()];
     client.stream.read_exact(&mut pong).unwrap();
     assert_eq!(pong, PONG, "what waits behind it is worked on");
-    // SAFETY: numbers; the child is ours and not reaped yet.
-    unsafe {
-        libc::kill(pid, libc::SIGKILL);
-        libc::waitpid(pid, std::ptr::null_mut(), 0);
-    }
+    drop(child);
     let file = descriptors::adopt(ledger).unwrap();
     let state = ledger::load(&file).unwrap();
     judge(&world.directory, &scripts, &state);
