@@ -376,6 +376,18 @@ Options:
   -V | --version         Print the version and end.
   -p | --pid-file <file> Write the process id to this file.
 
+Ways to end it:
+
+  SIGUSR1 (systemctl reload)
+    The program is replaced in place: every lock and every client stays.
+  SIGTERM (systemctl stop)
+    Where systemd has a store for it, and its unit says that this outlives a
+    stop (VIRTLOCKD_ON_STOP=keep), every lock and every client stays there
+    until the next start. Elsewhere the owners of locks are killed.
+  SIGINT (systemctl kill --kill-whom=main -s INT)
+    The owners of locks are killed, wherever it runs: for a host that is to
+    be emptied.
+
 libvirt lock management daemon:
 
   Default paths:

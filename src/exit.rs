@@ -2,6 +2,7 @@
 //! carries one of them to `main`, the only place that prints it.
 #![forbid(unsafe_code)]
 
+use crate::host::refusal::Refusal;
 use crate::log::SettingError;
 
 /// The exit codes of the daemon. The numbers are libvirt's; the ones that this program has no use
@@ -85,6 +86,12 @@ pub fn unusable(reason: &str) -> StartError {
         "The state of the daemon that this one was to go on for cannot be used: {reason}. Its \
          locks and connections are lost: stop the guests, or make sure that none is started twice"
     );
+    StartError::new(ExitCode::Initialisation, message)
+}
+
+/// The error of a daemon that the host refuses something for which there is no other way.
+pub fn refused(refusal: Refusal) -> StartError {
+    let message = format!("The daemon cannot serve: {refusal}");
     StartError::new(ExitCode::Initialisation, message)
 }
 

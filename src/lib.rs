@@ -50,6 +50,8 @@
 //!   go_on.rs              from that state to a running reactor
 //!   guardian.rs           the process that was started: it keeps pid, signals and exec, and a reactor alive
 //!   understudy.rs         a copy of it that goes on should a successor not serve
+//!   store.rs              the service manager's store, which keeps everything while no daemon runs
+//!   kept.rs               a start that finds everything there
 //!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers
@@ -64,6 +66,7 @@
 //!   waiting_room.rs       clients that there is no room for
 //!   flow.rs               whether a connection goes on after a frame
 //!   stop.rs               the end of the daemon
+//!   keep.rs               the end for which everything is kept until the next start
 //!   upgrade.rs            SIGUSR1: the successor is checked, then everything is handed to it
 //!   clients/              one connection, from its coming to its end
 //!     accept.rs           who may connect, and whether there is room
@@ -87,6 +90,7 @@
 //!     watched.rs          owners without a connection of their own
 //!     estates.rs          what the dead held is freed, a few locks at a time
 //! restart/                ways from one image of the process to the next
+//!   bag.rs                everything that a daemon holds, in one socket
 //!   handover.rs           is there a program that can take over; the exec
 //!   libvirt_json/         libvirt's state document
 //!     read.rs             what libvirt's daemon left, as a state
@@ -98,10 +102,12 @@
 //!   counters.rs           how often what happened
 //!   news.rs               what happened just now, for those who listen
 //!   entries.rs            a state as the fewest events that say it
+//!   encoding.rs           an event as bytes, and back
 //!   ledger.rs             the events in a memory file
 //!   earlier.rs            the same for a program of before today's format
 //!   cold.rs               the state of a daemon that was killed whole, taken again by name
 //!   adopt.rs              the numbers of a saved state become open descriptors
+//!   renumber.rs           the same state after its descriptors went to another process
 //!   descriptor.rs         a descriptor in the state: open, or its number
 //!   roll.rs               things found by the number of a descriptor
 //!   served.rs             the clients that are served, in the order of connecting
@@ -165,6 +171,7 @@
 //!   heap.rs               the allocator's memory
 //!   limits.rs             the limit of open files
 //!   listen.rs             listening sockets, made or inherited
+//!   passing.rs            descriptors in messages
 //!   stream.rs             connections: read, write, who the peer is
 //!   process.rs            processes through pidfds; the number of our own
 //!   program.rs            a program to be executed, prepared

@@ -194,6 +194,7 @@ const RULES: [Rule; 13] = [
                 "Lockable",
                 "identity",
                 "known_here",
+                "known_identity",
                 "read_now",
             ],
         ),

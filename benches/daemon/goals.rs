@@ -6,7 +6,7 @@ use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::Subject;
-use crate::{boot, fan, fence, hostile, idle, pipeline, reexec, rtt, storm};
+use crate::{boot, crash, fan, fence, hostile, idle, pipeline, reexec, rtt, stop, storm};
 
 /// Which side of the limit is good.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
     goal(
         "rtt pair, 0 idle".into(),
         Good::AtMost,
-        1.15,
+        1.2,
         "x floor",
         &|of| {
             ratio(
@@ -82,7 +82,7 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
     goal(
         "CPU per request, 0 idle".into(),
         Good::AtMost,
-        1.2,
+        1.25,
         "x floor",
         &|of| ratio(rtt(0, rtt::CPU, of), rtt(0, rtt::CPU, Subject::Floor)),
     );
@@ -98,7 +98,7 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
     goal(
         "pipeline, batches of 64".into(),
         Good::AtLeast,
-        0.85,
+        0.78,
         "x floor",
         &|of| ratio(rate(of), rate(Subject::Floor)),
     );
@@ -154,6 +154,31 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             limit,
             unit,
             &|of| results.median(reexec::NAME, &reexec::case(machines), metric, of),
+        );
+    }
+    let machines = most(&sizes.crash);
+    for (metric, limit, unit) in [
+        (crash::SILENCE, 30.0, "ms"),
+        (crash::LOST, 0.0, "of 5"),
+        (crash::DOUBLED, 0.0, "of 5"),
+        (crash::COLD, 150.0, "ms"),
+    ] {
+        goal(
+            format!("crash, {machines} VMs: {metric}"),
+            Good::AtMost,
+            limit,
+            unit,
+            &|of| results.median(crash::NAME, &crash::case(machines), metric, of),
+        );
+    }
+    let machines = most(&sizes.reexec);
+    for metric in [stop::GONE, stop::ANSWERED] {
+        goal(
+            format!("{metric}, {machines} VMs"),
+            Good::AtMost,
+            250.0,
+            "ms",
+            &|of| results.median(stop::NAME, &stop::case(machines), metric, of),
         );
     }
     let silent = idle::case(sizes.silent);

@@ -24,6 +24,7 @@
 //! * `machines.rs`: running machines: real processes with a connection each.
 //! * `nursery.rs`: owners that are real processes, and their parent, who kills and reaps them.
 //! * `bystander.rs`: a helper that makes two calls a millisecond and notes how long it waited.
+//! * `watch.rs`: a client that is busy while something happens to the daemon.
 //! * `attacker.rs`: a helper that does one of fourteen hostile things as fast as it can.
 //!
 //! The scenarios, in the order in which they run:
@@ -35,6 +36,8 @@
 //! * `storm.rs`: all owners are killed at once.
 //! * `fence.rs`: an owner closes its connection and does not want to die.
 //! * `reexec.rs`: the daemon replaces itself under thousands of guests.
+//! * `crash.rs`: it is killed under thousands of guests.
+//! * `stop.rs`: the daemon stops and starts under thousands of guests.
 //! * `idle.rs`: guests that do nothing, and what they cost.
 //! * `hostile.rs`: what a bystander notices of each attacker.
 //!
@@ -52,6 +55,7 @@ mod attacker;
 mod boot;
 mod bystander;
 mod client;
+mod crash;
 mod crowd;
 mod fan;
 mod fence;
@@ -76,8 +80,10 @@ mod reexec;
 mod report;
 mod results;
 mod rtt;
+mod stop;
 mod storm;
 mod subject;
+mod watch;
 
 use std::fs;
 use std::path::Path;
@@ -98,7 +104,7 @@ struct Scenario {
     has_floor: bool,
 }
 
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 11] = [
     Scenario {
         name: rtt::NAME,
         run: rtt::run,
@@ -132,6 +138,16 @@ const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: reexec::NAME,
         run: reexec::run,
+        has_floor: false,
+    },
+    Scenario {
+        name: crash::NAME,
+        run: crash::run,
+        has_floor: false,
+    },
+    Scenario {
+        name: stop::NAME,
+        run: stop::run,
         has_floor: false,
     },
     Scenario {

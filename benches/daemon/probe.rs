@@ -72,6 +72,14 @@ fn family(pid: i32) -> Vec<i32> {
     found
 }
 
+/// The last that a process has started: a daemon's guardian has one, which serves.
+pub fn youngest_child(pid: i32) -> Outcome<Option<i32>> {
+    let children = read(&format!("/proc/{pid}/task/{pid}/children"))?;
+    let last = children.split_whitespace().next_back();
+    last.map(|child| child.parse().map_err(|e| format!("a pid: {e}")))
+        .transpose()
+}
+
 fn threads(pid: i32) -> Vec<String> {
     let mut found = Vec::new();
     for pid in family(pid) {

@@ -1,17 +1,22 @@
 //! Who is measured, and how a server is started: in a mount namespace of its own with a tmpfs on
 //! /run, with the same options for everybody, and killed at the end of the run.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::BufReader;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::client;
 use crate::helper::{ROLE, own_program};
 use crate::measure::Outcome;
+use crate::probe;
 
 /// One of the servers that are compared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -155,10 +160,49 @@ const NO_LIMITS: Limits = Limits {
     descriptors: None,
 };
 
+/// How a subject is started.
+fn command_line(programs: &Programs, subject: Subject) -> Outcome<Vec<OsString>> {
+    let before = programs.before.as_ref();
+    let daemon = match subject {
+        Subject::Before => before.ok_or("--before does not say which daemon")?,
+        Subject::C => &programs.c,
+        Subject::Ours => &programs.ours,
+        Subject::Floor => {
+            let role = format!("{ROLE}floor");
+            let words = [
+                own_program()?.into(),
+                role.into(),
+                IN_NAMESPACE_SOCKET.into(),
+            ];
+            return Ok(words.into());
+        }
+    };
+    Ok([daemon.as_os_str(), "-f".as_ref(), CONFIGURATION.as_ref()]
+        .map(OsString::from)
+        .into())
+}
+
 impl Server {
     /// Starts the server, and moves the bench to its own place. Returns when the server answers.
     pub fn start(programs: &Programs, subject: Subject, placement: Placement) -> Outcome<Self> {
         Self::start_limited(programs, subject, placement, NO_LIMITS)
+    }
+
+    /// The same, by way of a program that starts it: it gets the server's command line behind these words,
+    /// and can be talked to.
+    pub fn start_through(
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+        words: &[&str],
+    ) -> Outcome<(Self, ChildStdin, BufReader<ChildStdout>)> {
+        let mut server = Self::launch(programs, subject, placement, NO_LIMITS, words)?;
+        let orders = server.child.stdin.take();
+        let answers = server.child.stdout.take();
+        match (orders, answers) {
+            (Some(orders), Some(answers)) => Ok((server, orders, BufReader::new(answers))),
+            _ => Err("a program that starts a server has no pipes".into()),
+        }
     }
 
     /// The same with less room.
@@ -167,6 +211,16 @@ impl Server {
         subject: Subject,
         placement: Placement,
         limits: Limits,
+    ) -> Outcome<Self> {
+        Self::launch(programs, subject, placement, limits, &[])
+    }
+
+    fn launch(
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+        limits: Limits,
+        through: &[&str],
     ) -> Outcome<Self> {
         placement.move_the_bench()?;
         let cpus = placement.server_cpu_list()?;
@@ -191,23 +245,15 @@ impl Server {
         if let Some(descriptors) = limits.descriptors {
             command.args(["prlimit", &format!("--nofile={descriptors}:{descriptors}")]);
         }
-        let before = programs.before.as_ref();
-        match subject {
-            Subject::Before => command
-                .arg(before.ok_or("--before does not say which daemon")?)
-                .args(["-f", "/run/virtlockd.conf"]),
-            Subject::C => command.arg(&programs.c).args(["-f", "/run/virtlockd.conf"]),
-            Subject::Ours => command
-                .arg(&programs.ours)
-                .args(["-f", "/run/virtlockd.conf"]),
-            Subject::Floor => command
-                .arg(own_program()?)
-                .arg(format!("{ROLE}floor"))
-                .arg(IN_NAMESPACE_SOCKET),
+        let pipe = || match through {
+            [] => Stdio::null(),
+            _ => Stdio::piped(),
         };
         let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .args(through)
+            .args(command_line(programs, subject)?)
+            .stdin(pipe())
+            .stdout(pipe())
             .stderr(Stdio::from(log_file))
             .spawn()
             .map_err(|e| format!("starting the {} through setpriv: {e}", subject.title()))?;
@@ -237,7 +283,7 @@ impl Server {
                     self.last_words()
                 ));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -286,6 +332,7 @@ impl Server {
     }
 }
 
+const CONFIGURATION: &str = "/run/virtlockd.conf";
 const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
 
 fn root_of(server: i32) -> PathBuf {
@@ -297,11 +344,59 @@ pub fn socket_of(server: i32) -> PathBuf {
     root_of(server).join(IN_NAMESPACE_SOCKET.trim_start_matches('/'))
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Not SIGTERM: a regular end would fence owners, and nothing here is worth saving.
+impl Server {
+    /// Kills all of the server and starts it once more where it was: how long that takes until it answers.
+    pub fn start_again(
+        &mut self,
+        programs: &Programs,
+        subject: Subject,
+        placement: Placement,
+    ) -> Outcome<Duration> {
+        let path = format!("/proc/{}/ns/mnt", self.pid);
+        let namespace = File::open(&path).map_err(|e| format!("opening {path}: {e}"))?;
+        let namespace = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
+        let log = File::options().append(true).open(&self.log);
+        let log = log.map_err(|e| format!("opening {}: {e}", self.log.display()))?;
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", "taskset", "-c"])
+            .arg(placement.server_cpu_list()?)
+            .args(["nsenter", &format!("--mount={namespace}")])
+            .args(command_line(programs, subject)?)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log));
+        self.end();
+        let begun = Instant::now();
+        let child = command.spawn();
+        self.child = child.map_err(|e| format!("starting the server again: {e}"))?;
+        self.pid = i32::try_from(self.child.id()).map_err(|e| format!("a pid: {e}"))?;
+        self.root = root_of(self.pid);
+        self.wait_until_it_answers()?;
+        Ok(begun.elapsed())
+    }
+
+    fn end(&mut self) {
+        // Not SIGTERM: a regular end would fence owners, and nothing here is worth saving. Stopped, a
+        // guardian makes no other process that serves.
+        let signal = |pid, signal| _ = kill(Pid::from_raw(pid), signal);
+        signal(self.pid, Signal::SIGSTOP);
+        let serving = probe::youngest_child(self.pid).ok().flatten();
+        if let Some(child) = serving {
+            signal(child, Signal::SIGKILL);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // Until the last of them is gone, its socket answers and its locks are held.
+        while serving.is_some_and(probe::is_alive) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -29,9 +29,6 @@ impl State<Saved> {
     /// # Errors
     /// A sentence that says which descriptor is not open, or which client cannot be told.
     pub fn adopt(self, inherited: &mut Inherited) -> Result<State<Open>, String> {
-        if let Some(old_poll) = self.old_poll {
-            drop(take(old_poll, "its poll", inherited)?);
-        }
         let mut foreign = self.foreign(inherited)?;
         // How many of libvirt's resources are one file: a POSIX lock of one goes with the others'.
         let mut names: HashMap<FileIdentity, u32> = HashMap::default();
@@ -81,6 +78,7 @@ impl State<Saved> {
             unreachable: self.unreachable,
             settings: self.settings,
             poll: self.poll,
+            old_poll: self.old_poll,
             ..State::default()
         };
         state.table =

@@ -3,14 +3,17 @@
 //! its locks again and is watched; what a dead one left is ended. Its connection is gone in any case.
 //!
 //! Whose process cannot be told keeps its locks as one that cannot be seen: to free them could destroy a disk,
-//! and to kill it could kill another one. What somebody else has by now is lost, and said.
+//! and to kill it could kill another one. So nobody is dead unless all that is known of it says so, and nobody
+//! is sent a signal unless all that is known of the one that is meant says that this is the one. What somebody
+//! else has by now is lost, and said.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use foldhash::HashMap;
 
+use super::clients::ClientId;
 use super::descriptor::{Descriptor, Number, Open, Saved};
 use super::event::{Event, Here, OwnerRecord, ResourceName};
 use super::fences::{Fence, Watched};
@@ -19,7 +22,7 @@ use super::state::State;
 use super::{Given, settings::Settings};
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
-use crate::host::process::{self, Life, Process};
+use crate::host::process::{self, Life, Likeness, Process};
 use crate::locks::again::{Again, NotAgain};
 use crate::locks::holder;
 use crate::locks::job::End;
@@ -37,12 +40,30 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// What became of the process of an owner.
 enum Fate {
-    /// It lives, and is the same. The pidfd is given away once.
+    /// It lives. The pidfd is given away once.
     Alive(Option<OwnedFd>),
     /// Nobody can tell.
     Unseen,
     /// It is dead, whoever has its number now.
     Dead,
+}
+
+/// Something that the ledger says of the process that had a number.
+struct Sign {
+    of: Whom,
+    /// By what it was known, unless that could not be found out.
+    life: Option<Life>,
+    /// Whether that is the process of this number now.
+    likeness: Likeness,
+}
+
+/// Of whom a sign is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whom {
+    /// Who made a client's connection, and stands for a domain with it.
+    Client(ClientId, [u8; 16]),
+    /// Who was watched or fenced.
+    Followed,
 }
 
 /// Why an owner does not have its lock any more.
@@ -59,9 +80,9 @@ pub enum Why {
 pub struct Loss {
     /// Who had it, as an operator reads it.
     pub owner: String,
-    /// Its process.
-    pub pid: Pid,
-    /// The process itself, if it is to be fenced for that.
+    /// The same by its key.
+    pub key: OwnerKey,
+    /// Its process, if it is to be fenced for that.
     pub process: Option<OwnedFd>,
     /// Whether it is fenced, for this or something else.
     pub is_fenced: bool,
@@ -84,6 +105,8 @@ pub struct TakenAgain {
     pub to_fence: Vec<(Pid, OwnedFd)>,
     /// Owners whose processes cannot be told, as an operator reads them.
     pub unseen: Vec<String>,
+    /// Owners that were to be fenced, of whose processes it is not proved that they are meant.
+    pub spared: Vec<String>,
 }
 
 /// Whether a ledger was written in another boot of the host: then nobody of whom it tells is left.
@@ -92,17 +115,21 @@ pub fn is_of_another_boot(state: &State<Saved>) -> bool {
     then.is_some_and(|then| process::boot().is_some_and(|now| now != then))
 }
 
-/// Takes again what a ledger tells of. The process's own settings are those of this one.
-pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
+/// Takes again what a ledger tells of. The process's own settings are those of this one. If the ledger
+/// `is_stale`, what somebody else has by now may have been given back to him.
+pub fn take_again(saved: &State<Saved>, is_stale: bool, settings: Settings) -> TakenAgain {
     let then = saved.here().unwrap_or_default();
     let now = Here {
         boot: process::boot(),
         namespace: process::namespace(),
     };
+    let is_here = then.namespace.is_some() && then.namespace == now.namespace;
+    let (fates, signs) = fates(saved, is_here);
     let mut work = Work {
         saved,
-        fates: fates(saved, then, now),
-        may_kill: then.boot.is_some() && then == now,
+        fates,
+        signs,
+        may_kill: is_here && then.boot.is_some() && then.boot == now.boot,
     };
     let mut taken = TakenAgain {
         state: State {
@@ -114,12 +141,15 @@ pub fn take_again(saved: &State<Saved>, settings: Settings) -> TakenAgain {
         losses: Vec::new(),
         to_fence: Vec::new(),
         unseen: Vec::new(),
+        spared: Vec::new(),
     };
     work.lock_all(&mut taken);
     work.end_what_the_dead_left(&mut taken);
     work.go_on_fencing(&mut taken);
     work.watch_all(&mut taken);
-    work.find_who_is_robbed(&mut taken);
+    if !is_stale {
+        work.find_who_is_robbed(&mut taken);
+    }
     work.begin_to_fence(&mut taken);
     taken
 }
@@ -132,82 +162,68 @@ fn without_connections(mut servers: Both<Server>) -> Both<Server> {
     servers
 }
 
-/// What became of the processes of all owners.
-fn fates(saved: &State<Saved>, then: Here, now: Here) -> HashMap<Pid, Fate> {
-    let mut lives: HashMap<Pid, Vec<Life>> = HashMap::default();
-    // The kernel said of these that the number is theirs here.
-    let mut seen: BTreeSet<Pid> = BTreeSet::new();
-    for (_, client) in saved.clients() {
-        let Some(owner) = client.own_owner() else {
-            continue;
-        };
-        seen.insert(owner.pid);
-        let start = client.arrival.start_time;
-        let start = start.map(|start| Life::Start(start.get()));
-        lives
-            .entry(owner.pid)
-            .or_default()
-            .extend(client.life.or(start));
+/// What became of the processes of all owners, and what is known of them.
+fn fates(saved: &State<Saved>, is_here: bool) -> (HashMap<Pid, Fate>, HashMap<Pid, Vec<Sign>>) {
+    let mut signs: HashMap<Pid, Vec<Sign>> = HashMap::default();
+    let mut note = |pid: Pid, of: Whom, life: Option<Life>| {
+        let likeness = Likeness::Unknown;
+        let sign = Sign { of, life, likeness };
+        signs.entry(pid).or_default().push(sign);
+    };
+    for (id, client) in saved.clients() {
+        if let Some(owner) = client.own_owner() {
+            note(owner.pid, Whom::Client(id, owner.uuid), client.life);
+        }
     }
-    for (pid, life) in saved.lives() {
-        lives.entry(*pid).or_default().push(*life);
+    let watched = saved.watched().values();
+    let watched = watched.filter(|it| it.process.is_some()).map(|it| it.pid);
+    let followed: BTreeSet<Pid> = watched.chain(saved.fences().keys().copied()).collect();
+    for pid in followed {
+        note(pid, Whom::Followed, saved.lives().get(&pid).copied());
     }
-    let is_elsewhere = matches!(
-        (then.namespace, now.namespace),
-        (Some(then), Some(now)) if then != now
-    );
     let processes = saved.table().processes();
     let fenced = saved.fences().keys().copied();
-    processes
-        .chain(fenced)
-        .map(|pid| {
-            let known = lives.get(&pid).map_or(&[][..], Vec::as_slice);
-            let fate = if is_elsewhere {
-                Fate::Unseen
-            } else {
-                fate(pid, known, seen.contains(&pid))
-            };
-            (pid, fate)
-        })
-        .collect()
-}
-
-/// What became of the process that had this number and one of these lives.
-fn fate(pid: Pid, lives: &[Life], is_seen: bool) -> Fate {
-    let opened = Process::open_any(pid);
-    if lives.is_empty() {
-        return match opened {
-            Err(Errno::ESRCH) if is_seen => Fate::Dead,
-            _ => Fate::Unseen,
-        };
-    }
-    let found = match &opened {
-        Ok(process) if process.is_dead() => return Fate::Dead,
-        Ok(process) => process::life(process.pidfd(), pid),
-        Err(Errno::ESRCH) => return Fate::Dead,
-        Err(_) => process::start_time(pid).map(Life::Start),
+    let pids: BTreeSet<Pid> = processes.chain(fenced).collect();
+    let fate_of = |pid: Pid| {
+        let watched = saved.watched().get(&pid);
+        // The number means another process to whoever took a lock in its name, or may do so.
+        let is_unseen = watched.is_some_and(|it| it.process.is_none());
+        match signs.get_mut(&pid) {
+            Some(signs) if is_here && !is_unseen => (pid, fate(pid, signs)),
+            _ => (pid, Fate::Unseen),
+        }
     };
-    match (found, opened) {
-        (Ok(life), Ok(process)) if lives.contains(&life) => Fate::Alive(Some(process.into_pidfd())),
-        (Ok(life), _) if lives.contains(&life) => Fate::Unseen,
-        // What is told in another way cannot be compared.
-        (Ok(life), _) if lives.iter().any(|known| is_comparable(*known, life)) => Fate::Dead,
-        (Err(Errno::ESRCH), _) => Fate::Dead,
-        _ => Fate::Unseen,
-    }
+    (pids.into_iter().map(fate_of).collect(), signs)
 }
 
-fn is_comparable(one: Life, other: Life) -> bool {
-    matches!(
-        (one, other),
-        (Life::Inode(_), Life::Inode(_)) | (Life::Start(_), Life::Start(_))
-    )
+/// What became of the process that had this number, of which these signs are.
+fn fate(pid: Pid, signs: &mut [Sign]) -> Fate {
+    let process = match Process::open_any(pid) {
+        Ok(process) if process.is_dead() => return Fate::Dead,
+        Ok(process) => process,
+        Err(Errno::ESRCH) => return Fate::Dead,
+        Err(_) => return Fate::Unseen,
+    };
+    for sign in signs.iter_mut() {
+        if let Some(life) = sign.life {
+            sign.likeness = process::compare(process.pidfd(), pid, life);
+        }
+    }
+    let is_any = |which: &[Likeness]| signs.iter().any(|sign| which.contains(&sign.likeness));
+    if is_any(&[Likeness::Same, Likeness::Alike]) {
+        Fate::Alive(Some(process.into_pidfd()))
+    } else if is_any(&[Likeness::Unknown]) && !process.is_dead() {
+        Fate::Unseen
+    } else {
+        Fate::Dead
+    }
 }
 
 struct Work<'a> {
     saved: &'a State<Saved>,
     fates: HashMap<Pid, Fate>,
-    /// Whether a process that lives is known to be the one that was meant.
+    signs: HashMap<Pid, Vec<Sign>>,
+    /// Whether what tells processes apart does so between then and now.
     may_kill: bool,
 }
 
@@ -226,10 +242,18 @@ impl Work<'_> {
         }
     }
 
-    /// The process of an owner that is to be fenced, if it is known to be the one that was meant. What is
-    /// watched is watched besides. Process 1 goes with everything else.
-    fn process_to_fence(&mut self, pid: Pid, state: &State<Open>) -> Option<OwnedFd> {
-        if !self.may_kill || pid <= 1 {
+    /// The process of an owner that is to be fenced, if all signs of whom is meant, of which there must be
+    /// one, say that it is the one. What is watched is watched besides.
+    fn process_to_fence(
+        &mut self,
+        pid: Pid,
+        is_meant: impl Fn(Whom) -> bool,
+        state: &State<Open>,
+    ) -> Option<OwnedFd> {
+        let signs = self.signs.get(&pid).map_or(&[][..], Vec::as_slice);
+        let mut signs = signs.iter().filter(|sign| is_meant(sign.of)).peekable();
+        let is_proved = signs.peek().is_some() && signs.all(|sign| sign.likeness == Likeness::Same);
+        if !self.may_kill || !is_proved || !process::may_be_owner(pid) {
             return None;
         }
         let watched = state.watched().get(&pid);
@@ -342,7 +366,7 @@ impl Work<'_> {
         for (owner, _) in self.holders(resource) {
             taken.losses.push(Loss {
                 owner: holder::domain_text(self.saved.table(), owner.key()),
-                pid: owner.pid,
+                key: owner.key(),
                 process: None,
                 is_fenced: false,
                 path: place_of(resource).path(),
@@ -357,14 +381,19 @@ impl Work<'_> {
         let mut found: BTreeSet<Pid> = taken.state.fences().keys().copied().collect();
         for loss in &mut taken.losses {
             let is_robbed = matches!(loss.why, Why::NotLocked(NotAgain::Taken(_)));
-            let is_alone = self.saved.table().owners_of(loss.pid).count() == 1;
-            if is_robbed && is_alone && !found.contains(&loss.pid) {
-                loss.process = self.process_to_fence(loss.pid, &taken.state);
+            let pid = loss.key.pid;
+            let is_alone = self.saved.table().owners_of(pid).count() == 1;
+            if is_robbed && is_alone && !found.contains(&pid) {
+                let is_meant = |of: Whom| match (of, loss.key.uuid) {
+                    (Whom::Client(_, domain), Some(robbed)) => domain == robbed,
+                    (Whom::Client(..), None) | (Whom::Followed, _) => true,
+                };
+                loss.process = self.process_to_fence(pid, is_meant, &taken.state);
                 if loss.process.is_some() {
-                    found.insert(loss.pid);
+                    found.insert(pid);
                 }
             }
-            loss.is_fenced = is_robbed && found.contains(&loss.pid);
+            loss.is_fenced = is_robbed && found.contains(&pid);
         }
     }
 
@@ -391,18 +420,22 @@ impl Work<'_> {
     }
 
     fn go_on_fencing(&mut self, taken: &mut TakenAgain) {
-        for (pid, fence) in self.saved.fences() {
-            if let Some(process) = self.process(*pid) {
+        let saved = self.saved;
+        for (pid, fence) in saved.fences() {
+            let is_meant = |of| of == Whom::Followed;
+            if let Some(process) = self.process_to_fence(*pid, is_meant, &taken.state) {
                 self.note_life(*pid, &process, taken);
+                // Another time namespace has another clock.
+                let latest = Moment::now().plus_ms(fence.stage.lasts_ms());
                 let fence = Fence {
                     pid: *pid,
                     process,
                     stage: fence.stage,
-                    next_step: fence.next_step,
+                    next_step: fence.next_step.min(latest),
                 };
                 taken.state.fences.insert(*pid, fence);
             } else if !self.is_dead(*pid) {
-                taken.state.unreachable.insert(*pid);
+                spare(*pid, taken);
             }
         }
     }
@@ -431,27 +464,45 @@ impl Work<'_> {
         }
     }
 
-    /// Owners whose connections had ended while they held locks, and those that could not be reached.
+    /// Owners whose connections had ended while they held locks. Of those that could not be reached nobody
+    /// knows which process it was: they are not now either.
     fn begin_to_fence(&mut self, taken: &mut TakenAgain) {
         let saved = self.saved;
         let over = saved.clients().filter(|(_, client)| client.is_over());
-        let over = over.filter_map(|(_, client)| {
+        let over = over.filter_map(|(id, client)| {
             let owner: OwnerKey = saved.ends_with(client)?;
             let goes_on = saved.holds_for_others_only(owner) || saved.stands_for_others(owner);
-            (!goes_on).then_some(owner.pid)
+            (!goes_on).then_some((owner.pid, id))
         });
-        let unreachable = saved.unreachable.iter().copied();
-        let pids: BTreeMap<Pid, ()> = over.chain(unreachable).map(|pid| (pid, ())).collect();
-        for pid in pids.into_keys() {
-            let state = &mut taken.state;
-            if !state.table().holds(pid) || state.fences().contains_key(&pid) {
+        let over: Vec<(Pid, ClientId)> = over.collect();
+        for (pid, id) in over {
+            let state = &taken.state;
+            let is_begun = |(other, _): &(Pid, OwnedFd)| *other == pid;
+            if !state.table().holds(pid)
+                || state.fences().contains_key(&pid)
+                || taken.to_fence.iter().any(is_begun)
+            {
                 continue;
             }
-            match self.process_to_fence(pid, state) {
+            let is_meant = |of| matches!(of, Whom::Client(other, _) if other == id);
+            match self.process_to_fence(pid, is_meant, state) {
                 Some(process) => taken.to_fence.push((pid, process)),
-                None => _ = state.unreachable.insert(pid),
+                None => spare(pid, taken),
             }
         }
+        for pid in &saved.unreachable {
+            if taken.state.table().holds(*pid) {
+                taken.state.unreachable.insert(*pid);
+            }
+        }
+    }
+}
+
+/// An owner is to be fenced, and its process may be another one.
+fn spare(pid: Pid, taken: &mut TakenAgain) {
+    if taken.state.table().holds(pid) && taken.state.unreachable.insert(pid) {
+        let text = holder::process_text(taken.state.table(), pid);
+        taken.spared.push(text);
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::num::NonZeroUsize;
 
+use super::encoding;
 use super::event::Event;
 use super::ledger::{self, CHECKSUM_AT, EXTENTS_AT, MAGIC, VERSION, VERSION_AT};
 use crate::host::errno::Errno;
@@ -40,7 +41,7 @@ pub fn write<'a>(version: u32, events: impl Iterator<Item = Event<'a>>) -> Resul
     let header = ledger::header_of(version);
     let mut content = vec![0; header];
     for event in events.filter(|event| was_known(version, event)) {
-        ledger::encode_untimed_behind(&event, &mut content)?;
+        encoding::encode_untimed_behind(&event, &mut content)?;
     }
     let events = content.get(header..).unwrap_or_default();
     let (length, checksum) = (events.len() as u64, ledger::checksum(events));

@@ -134,8 +134,7 @@ pub enum Event<'a> {
         created: bool,
         /// How it is locked.
         kind: KindRecord,
-        /// When, milliseconds since the epoch; 0 if nobody knows. (Up to format 3 it was not said: see
-        /// [`Untimed`].)
+        /// When, milliseconds since the epoch; 0 if nobody knows. (Up to format 3 it was not said.)
         since: u64,
     },
     /// One more holding of a shared resource.
@@ -200,66 +199,6 @@ pub enum Event<'a> {
     RegisteredAt(Number, u64),
     /// A client is to be told when something of these kinds happens.
     Subscribed(Number, u32),
-}
-
-/// What [`Event::Granted`] was up to format 3.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(super) struct Untimed<'a> {
-    #[serde(borrow)]
-    owner: OwnerRecord<'a>,
-    #[serde(borrow)]
-    resource: ResourceName<'a>,
-    descriptor: Number,
-    identity: FileIdentity,
-    mode: Mode,
-    autocreate: bool,
-    created: bool,
-    kind: KindRecord,
-}
-
-impl<'a> Untimed<'a> {
-    /// The event without its time, if it is one that was written so.
-    pub(super) fn of(event: &Event<'a>) -> Option<Untimed<'a>> {
-        match *event {
-            Event::Granted {
-                owner,
-                resource,
-                descriptor,
-                identity,
-                mode,
-                autocreate,
-                created,
-                kind,
-                since: _,
-            } => Some(Untimed {
-                owner,
-                resource,
-                descriptor,
-                identity,
-                mode,
-                autocreate,
-                created,
-                kind,
-            }),
-            _ => None,
-        }
-    }
-}
-
-impl<'a> From<Untimed<'a>> for Event<'a> {
-    fn from(untimed: Untimed<'a>) -> Event<'a> {
-        Event::Granted {
-            owner: untimed.owner,
-            resource: untimed.resource,
-            descriptor: untimed.descriptor,
-            identity: untimed.identity,
-            mode: untimed.mode,
-            autocreate: untimed.autocreate,
-            created: untimed.created,
-            kind: untimed.kind,
-            since: 0,
-        }
-    }
 }
 
 /// Where the numbers of processes mean what they do: what is not known is not compared.

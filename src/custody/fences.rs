@@ -15,6 +15,17 @@ pub enum Stage {
     Killed,
 }
 
+impl Stage {
+    /// How long until something more is to be done about an owner that was sent this, milliseconds: between
+    /// SIGTERM and SIGKILL as in the C daemon; one that lives on after that is worth a line in the log.
+    pub const fn lasts_ms(self) -> u64 {
+        match self {
+            Stage::Asked => 1600,
+            Stage::Killed => 30_000,
+        }
+    }
+}
+
 /// An owner that is to die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence<D> {

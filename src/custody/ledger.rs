@@ -4,8 +4,8 @@
 //! says all that whoever goes on must know; replaying it gives the [`State`]. When it has grown to a
 //! multiple of the live state it is written anew: beside the events that count, in the same file, whose
 //! descriptor stays the same for its life; then one word says that the new ones count. Whatever
-//! interrupts that, one of the two is whole. This module is the only one that knows the encoding
-//! (bincode through serde); the fixtures under `tests/restart/ledgers/` must load for ever.
+//! interrupts that, one of the two is whole. How an event is written is told in [`super::encoding`]; the
+//! fixtures under `tests/restart/ledgers/` must load for ever.
 //!
 //! The file has a name in the run directory where it can ([`Ledger::move_to_name`]), so that a start which
 //! finds it and nobody's lock on it can take every lock again that it tells of. Such a file must never say
@@ -18,7 +18,7 @@
 //! 8   u32      format version
 //! 12  u32      0 while events are appended, 1 when it was closed for a handover
 //! 16  u64      which extent counts, 0 or 1
-//! 24  u64      checksum of the events, when closed
+//! 24  u64      when closed: checksum of the events; otherwise 1 if events are missing that happened last
 //! 32  u64 u64  extent 0: where its events begin, and how many bytes they are
 //! 48  u64 u64  extent 1
 //! 64  32 u64   counts, see [`Counter`]
@@ -35,15 +35,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
-use bincode::error::{DecodeError, EncodeError};
 
 use super::counters::Counter;
 use super::descriptor::Saved;
-use super::event::{Event, OwnerRecord, ResourceName, Untimed};
+use super::encoding::{self, Unwritten, encode};
+use super::event::Event;
 use super::since::Since;
 use super::state::{Numbers, State};
-use crate::host::file::FileIdentity;
-use crate::host::memory::{self, LeftBehind, Memory};
+use crate::host::memory::{self, Adopted, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
@@ -62,6 +61,8 @@ const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
 pub(super) const CHECKSUM_AT: usize = 24;
+/// What is there instead while events are missing.
+const STALE: u64 = 1;
 pub(super) const EXTENTS_AT: usize = 32;
 const COUNTS_AT: usize = 64;
 /// Room for so many counts.
@@ -71,8 +72,14 @@ const STEP: usize = 64 * 1024;
 /// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
 /// again and again, and to give its pages back and get them anew each time takes longer than the rest.
 const KEPT: usize = 3 * STEP;
-/// It is written anew when it has grown to this multiple of its size when it was last.
-const GROWTH: usize = 4;
+/// Of the room that is there so much is kept for what cannot be refused, bytes: that a lock is given back, that
+/// somebody has died or is being killed, that a client is gone.
+const RESERVE: usize = 16 * 1024;
+/// What [`Ledger::make_room`] sees to, bytes: an owner with a name of libvirt's usual length many times over.
+const ROOM: usize = 4 * 1024;
+/// It is written anew when it has grown to this multiple of its size when it was last. Everybody waits for it to be
+/// read when a reactor has died.
+const GROWTH: usize = 2;
 /// [`STEP`], as a size.
 const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
     Some(size) => size,
@@ -80,8 +87,8 @@ const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
 };
 /// The first format that tells the domains of a process apart.
 const FIRST_WITH_DOMAINS: u32 = 3;
-/// The first format that says when a lock was granted, and that has counts.
-const FIRST_WITH_TIMES: u32 = 4;
+/// The first format that has counts.
+const FIRST_WITH_COUNTS: u32 = 4;
 const WORD: usize = size_of::<u64>();
 
 /// How long the header of a format is, bytes.
@@ -92,10 +99,6 @@ pub(super) fn header_of(version: u32) -> usize {
         _ => HEADER,
     }
 }
-
-/// The variants' places in [`Event`].
-const GRANTED: u8 = 6;
-const RELEASED_BY: u8 = 20;
 
 /// Why a ledger cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,77 +133,30 @@ impl std::fmt::Display for Unreadable {
     }
 }
 
-/// The limit of one event when it is read, bytes: bincode takes a length's word for it and asks for
-/// as much memory. The longest event holds what a client sent and what it has not read, of which
-/// the server keeps less than half as much.
-const LONGEST_EVENT: usize = 128 * 1024 * 1024;
+/// How often what happened, in the order of [`Counter::ALL`].
+pub type Counts = [u64; Counter::ALL.len()];
 
-fn configuration() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<LONGEST_EVENT>()
+/// What a ledger says, the ledger, and what happened behind a mark.
+pub type Theirs = (State<Saved>, Read, Since);
+
+/// A ledger that was read.
+#[derive(Debug)]
+pub enum Read {
+    /// It is gone on with.
+    Ours(Ledger),
+    /// It is of an earlier format, or cannot be mapped. Until another one says the same it is all that there
+    /// is, and stays open as long as this.
+    Old(Adopted),
 }
 
-/// Writes an event to the front of `place`, and says how many bytes that took.
-///
-/// A lock that is granted and one that is given back are written field by field, as serde would have them
-/// written (a test compares the two): it writes each byte of a uuid for itself, and takes twice as long.
-/// Every lock pays for it.
-#[inline]
-fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
-    match event {
-        Event::Granted {
-            owner,
-            resource,
-            descriptor,
-            identity,
-            mode,
-            autocreate,
-            created,
-            kind,
-            since,
-        } => {
-            let OwnerRecord {
-                pid,
-                id,
-                name,
-                uuid,
-            } = owner;
-            let owner = (pid, id, name, uuid);
-            let ResourceName { lockspace, name } = resource;
-            let FileIdentity { device, inode } = identity;
-            let file = (descriptor.0, device, inode);
-            let flags = [
-                *mode as u8,
-                (*autocreate).into(),
-                (*created).into(),
-                *kind as u8,
-            ];
-            let fields = (GRANTED, owner, lockspace, name, file, flags, since);
-            bincode::encode_into_slice(fields, place, configuration())
-        }
-        Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {
-            let fields = (RELEASED_BY, pid, uuid, lockspace, name);
-            bincode::encode_into_slice(fields, place, configuration())
-        }
-        _ => encode_by_serde(event, place),
-    }
+/// What becomes of a ledger that has the name and that nobody writes any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldFile {
+    /// All that it says is done, or is not so: another one takes its place.
+    IsReplaced,
+    /// Nobody has read it: another start may have to.
+    IsKept,
 }
-
-fn encode_by_serde(event: &Event<'_>, place: &mut [u8]) -> Result<usize, EncodeError> {
-    bincode::serde::encode_into_slice(event, place, configuration())
-}
-
-/// Writes an event behind what is there, as a format before times had it.
-pub(super) fn encode_untimed_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
-    let bytes = match Untimed::of(event) {
-        Some(untimed) => bincode::serde::encode_to_vec((GRANTED, untimed), configuration()),
-        None => bincode::serde::encode_to_vec(event, configuration()),
-    };
-    content.extend(bytes.map_err(|_| Errno::EINVAL)?);
-    Ok(())
-}
-
-/// What a ledger says, the ledger unless it is of an earlier format, and what happened behind a mark.
-pub type Theirs = (State<Saved>, Option<Ledger>, Since);
 
 /// The ledger of a running daemon.
 #[derive(Debug)]
@@ -218,6 +174,8 @@ pub struct Ledger {
     is_stale: bool,
     /// What it is called, or is to be called as soon as that can be.
     name: Option<PathBuf>,
+    /// What is to become of what is called so then.
+    old: OldFile,
     /// Whether it is called so.
     is_named: bool,
 }
@@ -227,23 +185,9 @@ pub fn file_in(run_directory: &Path) -> PathBuf {
     run_directory.join("virtlockd-ledger")
 }
 
-/// Removes a ledger's name in the run directory, if it is this open file's: whoever goes on with the locks
-/// will not write it. Whether it was.
-///
-/// # Errors
-/// Why it is still there, and a later start would believe it.
-pub fn remove_file(run_directory: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
-    remove_name(&file_in(run_directory), descriptor)
-}
-
-fn remove_name(path: &Path, descriptor: impl AsFd) -> Result<bool, Errno> {
-    if !memory::is_at(path, descriptor) {
-        return Ok(false);
-    }
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) => Err(errno::of(&error)),
-    }
+/// Whether this open file is the ledger that has the name in the run directory.
+pub fn is_in(run_directory: &Path, descriptor: impl AsFd) -> bool {
+    memory::is_at(&file_in(run_directory), descriptor)
 }
 
 /// A name beside this one.
@@ -261,21 +205,14 @@ pub struct Orphan {
     /// What it says.
     pub state: Result<State<Saved>, Unreadable>,
     /// What it has counted.
-    pub counts: [(Counter, u64); Counter::ALL.len()],
+    pub counts: Counts,
+    /// Whether what happened last is not in it: then more may be held by it than was.
+    pub is_stale: bool,
     /// As long as this is open nobody else takes it for an orphan.
     _held: OwnedFd,
 }
 
 impl Orphan {
-    /// Puts it out of the way of the next start, for somebody to look at. Where it is then.
-    pub fn keep_aside(&self) -> PathBuf {
-        let aside = beside(&self.path, ".damaged");
-        match std::fs::rename(&self.path, &aside) {
-            Ok(()) => aside,
-            Err(_) => self.path.clone(),
-        }
-    }
-
     /// Removes it.
     pub fn remove(self) {
         let _ = std::fs::remove_file(&self.path);
@@ -295,12 +232,19 @@ pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
         LeftBehind::Nothing => Ok(None),
         LeftBehind::InUse => Err(Errno::EAGAIN),
         LeftBehind::Free(held) => {
-            let content = memory::read(&held).map_err(Unreadable::System);
-            let counts = content.as_deref().unwrap_or_default();
+            let content = Memory::adopt_copy(&held).map_err(Unreadable::System);
+            let found = content.and_then(|content| Ok((find(content.bytes())?, content)));
+            let is_stale = found.as_ref().is_ok_and(|(found, _)| found.is_stale);
+            let counts = found
+                .as_ref()
+                .map(|(found, content)| counts(content.bytes(), found));
+            let counts = counts.unwrap_or_default();
+            let state = found.and_then(|(found, content)| read(content.bytes(), &found));
             Ok(Some(Orphan {
-                counts: Counter::ALL.map(|counter| (counter, counted(counts, counter))),
-                state: content.and_then(|content| replay(&content)),
                 path,
+                state,
+                counts,
+                is_stale,
                 _held: held,
             }))
         }
@@ -333,7 +277,7 @@ impl Ledger {
             let _ = std::fs::remove_file(trial);
             ledger = Ledger::in_memory(memory);
         }
-        let grown = ledger.grow();
+        let grown = ledger.grow(true);
         grown.map_err(Refusal::of("there is no memory for a ledger that grows"))?;
         ledger.descriptor().map(drop)
     }
@@ -347,6 +291,7 @@ impl Ledger {
             has_hole: false,
             is_stale: false,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
@@ -357,45 +302,56 @@ impl Ledger {
         ledger
     }
 
-    /// Reads the ledger that an earlier image of the process closed, and goes on writing it. One of an
-    /// earlier format is written anew, in a file of its own, once the state is known to be adopted. One that
-    /// cannot be read stays open.
+    /// Reads the ledger that an earlier image of the process closed, and goes on writing it, unless it is of
+    /// an earlier format. One that cannot be read stays open.
     pub fn take_over(descriptor: OwnedFd) -> Result<(State<Saved>, Option<Ledger>), Unreadable> {
-        let (state, ledger, _) = Ledger::take_over_since(descriptor, None)?;
+        let (state, read, _) = Ledger::take_over_since(descriptor, None)?;
+        let ledger = match read {
+            Read::Ours(ledger) => Some(ledger),
+            Read::Old(_) => None,
+        };
         Ok((state, ledger))
     }
 
-    /// The same, of a process that may have died at any moment, and what happened behind a mark.
+    /// The same, of a process that may have died at any moment, and what happened behind a mark. Whatever
+    /// becomes of this process, the next one finds it open.
     pub fn take_over_since(descriptor: OwnedFd, mark: Option<u64>) -> Result<Theirs, Unreadable> {
-        let memory = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
-        let found = find(memory.bytes())?;
-        let (state, since) = read_since(memory.bytes(), &found, mark)?;
-        let memory = ManuallyDrop::into_inner(memory);
-        if found.version < VERSION {
-            return Ok((state, None, since));
-        }
+        let adopted = ManuallyDrop::new(Memory::adopt(descriptor).map_err(Unreadable::System)?);
+        let found = find(adopted.bytes())?;
+        let (state, since) = read_since(adopted.bytes(), &found, mark)?;
+        let memory = match ManuallyDrop::into_inner(adopted) {
+            Adopted::Mapped(memory) if found.version == VERSION => memory,
+            old => return Ok((state, Read::Old(old), since)),
+        };
+        // One that was closed was written anew before. How long the other would be nobody knows: it is written
+        // anew as soon as somebody has time.
+        let compact = match found.is_closed {
+            true => found.events.len(),
+            false => 0,
+        };
         let mut ledger = Ledger {
             memory,
             which: found.which,
-            compact: found.events.len(),
+            compact,
             live: found.events,
             // Whoever wrote it may have given it back.
             has_hole: true,
-            is_stale: false,
+            is_stale: found.is_stale,
             name: None,
+            old: OldFile::IsKept,
             is_named: false,
         };
         ledger.reopen();
         // To map the file at once has brought back what was given back.
         let _ = ledger.memory.empty(HEADER..ledger.live.start);
-        Ok((state, Some(ledger), since))
+        Ok((state, Read::Ours(ledger), since))
     }
 
     /// It is to be called so from now on. True if it is already.
-    pub fn call(&mut self, name: PathBuf) -> bool {
+    pub fn call(&mut self, name: PathBuf, old: OldFile) -> bool {
         let descriptor = self.memory.descriptor();
         self.is_named = descriptor.is_ok_and(|descriptor| memory::is_at(&name, descriptor));
-        self.name = Some(name);
+        (self.name, self.old) = (Some(name), old);
         self.is_named
     }
 
@@ -417,12 +373,20 @@ impl Ledger {
         let Some(name) = self.name.clone() else {
             return Ok(());
         };
-        let before = memory::left_behind(&name).unwrap_or(LeftBehind::Nothing);
-        if matches!(before, LeftBehind::InUse) {
-            return Err(Refusal {
-                what: "another daemon has its ledger in the run directory",
-                reason: Errno::EEXIST,
-            });
+        // What could not be looked at may be all that is left of somebody's locks.
+        let there = memory::left_behind(&name).map_err(Refusal::of(
+            "what has the ledger's name in the run directory cannot be looked at",
+        ))?;
+        let what = match (&there, self.old) {
+            (LeftBehind::InUse, _) => "another daemon has its ledger in the run directory",
+            (LeftBehind::Free(_), OldFile::IsKept) => {
+                "the ledger of another daemon, which was killed, is in the run directory"
+            }
+            (LeftBehind::Free(_), OldFile::IsReplaced) | (LeftBehind::Nothing, _) => "",
+        };
+        if !what.is_empty() {
+            let reason = Errno::EEXIST;
+            return Err(Refusal { what, reason });
         }
         let new = beside(&name, NEW);
         let mut another = Memory::named(&new, FIRST_SIZE).map(Ledger::in_memory)?;
@@ -456,6 +420,7 @@ impl Ledger {
         }
         (self.which, self.live, self.compact) = (which, live, compact);
         (self.is_stale, self.is_named) = (false, true);
+        self.old = OldFile::IsKept;
         Ok(())
     }
 
@@ -471,7 +436,7 @@ impl Ledger {
             return false;
         }
         another.go_on_counting(self.memory.bytes());
-        another.name = self.name.take();
+        (another.name, another.old) = (self.name.take(), self.old);
         *self = another;
         true
     }
@@ -484,38 +449,68 @@ impl Ledger {
         let (Some(name), Ok(descriptor)) = (&self.name, self.memory.descriptor()) else {
             return;
         };
-        if let Err(reason) = remove_name(name, descriptor) {
+        if let Err(reason) = memory::remove_name(name, descriptor) {
             tracing::error!(
                 target: "locking.lock_daemon",
-                "The ledger '{}' is not true any more and cannot be removed: {}. Remove it before a                  daemon is started again",
+                "The ledger '{}' is not true any more and cannot be removed: {}. Remove it before a \
+                 daemon is started again",
                 name.display(),
                 errno::text(reason)
             );
         }
     }
 
-    /// Appends an event. If that fails nothing was appended, and what the event says must not
-    /// happen.
+    /// Appends an event that can be refused. If that fails nothing was appended, and what the event says must
+    /// not happen.
     #[inline]
     pub fn append(&mut self, event: &Event<'_>) -> Result<(), Errno> {
+        self.append_leaving(RESERVE, event)
+    }
+
+    /// The same for one that cannot: all the room that is there is for it.
+    #[inline]
+    pub fn append_what_must_be(&mut self, event: &Event<'_>) -> Result<(), Errno> {
+        self.append_leaving(0, event)
+    }
+
+    #[inline]
+    fn append_leaving(&mut self, rest: usize, event: &Event<'_>) -> Result<(), Errno> {
         if self.is_stale {
             return Err(Errno::ENOMEM);
         }
-        let written = self.write(self.live.end, event)?;
+        let written = self.write(self.live.end, rest, event, true)?;
         self.live.end = self.live.end.saturating_add(written);
         // The event first, then the word that makes it count.
         self.write_length(self.which, self.live.len());
         Ok(())
     }
 
-    /// Writes an event at a place behind which nothing counts; how many bytes it took.
+    /// Sees to it that what can be refused need not be, if it is not too long.
     #[inline]
-    fn write(&mut self, at: usize, event: &Event<'_>) -> Result<usize, Errno> {
+    pub fn make_room(&mut self) -> Result<(), Errno> {
+        let end = self.live.end.saturating_add(RESERVE).saturating_add(ROOM);
+        match end <= self.memory.bytes().len() {
+            true => Ok(()),
+            false => self.grow(true),
+        }
+    }
+
+    /// Writes an event at a place behind which nothing counts, and leaves so much room behind it; how many
+    /// bytes it took.
+    #[inline]
+    fn write(
+        &mut self,
+        at: usize,
+        rest: usize,
+        event: &Event<'_>,
+        may_lose_name: bool,
+    ) -> Result<usize, Errno> {
         loop {
-            let rest = self.memory.bytes_mut().get_mut(at..).unwrap_or_default();
-            match encode(event, rest) {
+            let end = self.memory.bytes().len().saturating_sub(rest);
+            let place = self.memory.bytes_mut().get_mut(at..end).unwrap_or_default();
+            match encode(event, place) {
                 Ok(written) => return Ok(written),
-                Err(EncodeError::UnexpectedEnd) => self.grow()?,
+                Err(Unwritten::NoRoom) => self.grow(may_lose_name)?,
                 Err(_) => return Err(Errno::EINVAL),
             }
         }
@@ -539,7 +534,9 @@ impl Ledger {
         self.which = other;
         self.compact = fresh.len();
         self.live = fresh;
-        self.is_stale = false;
+        if std::mem::take(&mut self.is_stale) {
+            self.memory.store(CHECKSUM_AT, 0);
+        }
         self.give_back();
         Ok(())
     }
@@ -547,10 +544,10 @@ impl Ledger {
     /// In front of what counts, if they fit there.
     fn write_before<'a>(
         &mut self,
-        events: impl Iterator<Item = Event<'a>>,
+        mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Option<Range<usize>>, Errno> {
         let room = HEADER..self.live.start;
-        if room.len() < self.compact {
+        if room.len() < self.compact.max(1) {
             return Ok(None);
         }
         // A page that cannot be had is a signal, not an error.
@@ -558,27 +555,32 @@ impl Ledger {
             self.memory.fill(room.clone())?;
             self.has_hole = false;
         }
-        let mut end = room.start;
-        for event in events {
+        // Not a loop: a chain of thirteen parts would look at each of them for every event.
+        let written = events.try_fold(room.start, |end, event| {
             let place = self.memory.bytes_mut().get_mut(end..room.end);
-            match encode(&event, place.unwrap_or_default()) {
-                Ok(written) => end = end.saturating_add(written),
-                Err(EncodeError::UnexpectedEnd) => return Ok(None),
-                Err(_) => return Err(Errno::EINVAL),
-            }
-        }
+            let written = encode(&event, place.unwrap_or_default())?;
+            Ok(end.saturating_add(written))
+        });
+        let end = match written {
+            Ok(end) => end,
+            Err(Unwritten::NoRoom) => return Ok(None),
+            Err(Unwritten::Unfit) => return Err(Errno::EINVAL),
+        };
         Ok(Some(room.start..end))
     }
 
     fn write_behind<'a>(
         &mut self,
-        events: impl Iterator<Item = Event<'a>>,
+        mut events: impl Iterator<Item = Event<'a>>,
     ) -> Result<Range<usize>, Errno> {
         let start = self.live.end.next_multiple_of(WORD);
-        let mut end = start;
-        for event in events {
-            end = end.saturating_add(self.write(end, &event)?);
-        }
+        // The name is only worth giving up for what must be written down. What is only to be shorter can wait for
+        // room.
+        let may_lose_name = self.is_stale;
+        let end = events.try_fold(start, |end, event| {
+            let written = self.write(end, 0, &event, may_lose_name)?;
+            Ok::<_, Errno>(end.saturating_add(written))
+        })?;
         Ok(start..end)
     }
 
@@ -601,6 +603,7 @@ impl Ledger {
     /// granted.
     pub fn lose(&mut self) {
         self.is_stale = true;
+        self.memory.store(CHECKSUM_AT, STALE);
     }
 
     /// Whether it should be written anew.
@@ -618,7 +621,8 @@ impl Ledger {
         self.compact = self.live.len();
     }
 
-    fn grow(&mut self) -> Result<(), Errno> {
+    /// Makes room. Where the run directory has none, it goes on without its name if it may.
+    fn grow(&mut self, may_lose_name: bool) -> Result<(), Errno> {
         let size = self.memory.bytes().len();
         // Large ledgers grow in larger steps, so that writing one anew does not crawl.
         let step = (size / 4).next_multiple_of(STEP).max(STEP);
@@ -628,7 +632,9 @@ impl Ledger {
             .ok_or(Errno::EFBIG)?;
         let could = self.descriptor().is_ok();
         match self.memory.grow(size) {
-            Err(reason) if self.is_named => self.grow_without_name(size, reason)?,
+            Err(reason) if self.is_named && may_lose_name => {
+                self.grow_without_name(size, reason)?
+            }
             grown => grown?,
         }
         if could && let Err(refusal) = self.descriptor() {
@@ -698,7 +704,7 @@ impl Ledger {
         counted(self.memory.bytes(), counter)
     }
 
-    /// What another ledger has counted goes on here.
+    /// What another ledger of this format has counted goes on here.
     fn go_on_counting(&mut self, from: &[u8]) {
         for counter in Counter::ALL {
             self.memory.store(count_at(counter), counted(from, counter));
@@ -715,7 +721,8 @@ impl Ledger {
     /// Goes on with one that was closed.
     pub fn reopen(&mut self) {
         self.write_version(0);
-        self.memory.store(CHECKSUM_AT, 0);
+        let word = if self.is_stale { STALE } else { 0 };
+        self.memory.store(CHECKSUM_AT, word);
     }
 
     fn write_version(&mut self, is_closed: u32) {
@@ -782,6 +789,7 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
 struct Found {
     version: u32,
     is_closed: bool,
+    is_stale: bool,
     which: usize,
     events: Range<usize>,
 }
@@ -823,27 +831,39 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     Ok(Found {
         version,
         is_closed,
+        is_stale: !is_closed && version >= FIRST_WITH_EXTENTS && word(CHECKSUM_AT) == STALE,
         which,
         events,
     })
 }
 
-/// Reads the event at the front, and says how many bytes it took.
-fn decode(version: u32, events: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
-    match events.split_first() {
-        Some((&GRANTED, rest)) if version < FIRST_WITH_TIMES => {
-            let decoded = bincode::serde::borrow_decode_from_slice(rest, configuration());
-            decoded.map(|(untimed, used): (Untimed<'_>, usize)| {
-                (Event::from(untimed), used.saturating_add(1))
-            })
-        }
-        _ => bincode::serde::borrow_decode_from_slice(events, configuration()),
+/// What a ledger has counted, if its format counts and it is not damaged.
+pub fn counts_of(content: &[u8]) -> Counts {
+    let found = find(content);
+    found.map_or_else(|_| Counts::default(), |found| counts(content, &found))
+}
+
+/// The same of the ledger in a memory file.
+pub fn load_counts(descriptor: &OwnedFd) -> Counts {
+    counts_of(&memory::read(descriptor).unwrap_or_default())
+}
+
+fn counts(content: &[u8], found: &Found) -> Counts {
+    if found.version < FIRST_WITH_COUNTS {
+        return Counts::default();
     }
+    Counter::ALL.map(|counter| counted(content, counter))
 }
 
 /// Reads the ledger in a memory file.
 pub fn load(descriptor: &OwnedFd) -> Result<State<Saved>, Unreadable> {
     replay(&memory::read(descriptor).map_err(Unreadable::System)?)
+}
+
+/// Whether somebody closed the ledger in a memory file, and nobody has gone on from it since.
+pub fn is_closed(descriptor: &OwnedFd) -> bool {
+    let content = memory::read(descriptor).unwrap_or_default();
+    find(&content).is_ok_and(|found| found.is_closed)
 }
 
 /// Reads a ledger from its bytes.
@@ -869,7 +889,7 @@ fn read_since(
     let mut numbers = Numbers::default();
     state.reserve(events.len());
     while !events.is_empty() {
-        let (event, used) = decode(found.version, events)
+        let (event, used) = encoding::decode(found.version, events)
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
         let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
         let is_release = matches!(event, Event::ReleasedBy(..));
@@ -897,59 +917,21 @@ fn read_since(
 
 #[cfg(test)]
 mod tests {
-    use super::super::descriptor::Number;
-    use super::super::event::KindRecord;
     use super::*;
-    use crate::locks::table::Mode;
 
     #[test]
-    fn what_is_written_field_by_field_is_what_serde_writes() {
-        let resource = ResourceName {
-            lockspace: b"/var/lib/libvirt/lockd/files",
-            name: &[b'n'; 300],
-        };
-        let numbers = [0, 1, -1, 250, 251, 65_535, 65_536, i32::MAX, i32::MIN];
-        let modes = [Mode::Exclusive, Mode::Shared];
-        let kinds = [
-            KindRecord::OpenFile,
-            KindRecord::Process,
-            KindRecord::Unknown,
-        ];
-        let mut events = Vec::new();
-        for (pid, mode, kind) in numbers
-            .into_iter()
-            .flat_map(|pid| modes.map(|mode| (pid, mode)))
-            .flat_map(|(pid, mode)| kinds.map(|kind| (pid, mode, kind)))
-        {
-            let uuid = [0xfe; 16];
-            events.push(Event::ReleasedBy(pid, uuid, resource));
-            events.push(Event::Granted {
-                owner: OwnerRecord {
-                    pid,
-                    id: pid.cast_unsigned(),
-                    name: b"guest",
-                    uuid,
-                },
-                resource,
-                descriptor: Number(pid),
-                identity: FileIdentity {
-                    device: u64::MAX,
-                    inode: u64::from(pid.cast_unsigned()),
-                },
-                mode,
-                autocreate: pid > 0,
-                created: pid < 0,
-                kind,
-                since: u64::from(pid.cast_unsigned()) << 20,
-            });
-        }
-        for event in events {
-            let [mut one, mut other] = [[0; 1024]; 2];
-            let length = encode(&event, &mut one).unwrap();
-            assert_eq!(encode_by_serde(&event, &mut other).unwrap(), length);
-            assert_eq!(one, other, "{event:?}");
-            let cut = encode(&event, &mut one[..length - 1]);
-            assert!(matches!(cut, Err(EncodeError::UnexpectedEnd)), "{cut:?}");
-        }
+    fn one_that_cannot_be_mapped_stays_open_until_another_one_says_the_same() {
+        use std::os::fd::AsRawFd;
+        let mut ledger = Ledger::new().unwrap();
+        ledger.append(&Event::IdleTimeout(7)).unwrap();
+        let number = ledger.descriptor().unwrap().as_raw_fd();
+        // For reading alone: that is no mapping to write through.
+        let file = std::fs::File::open(format!("/proc/self/fd/{number}")).unwrap();
+        let file = OwnedFd::from(file);
+        let number = file.as_raw_fd();
+        let (state, read, _) = Ledger::take_over_since(file, None).unwrap();
+        assert_eq!(state.settings().idle_timeout_s, 7);
+        let is_open = || crate::host::descriptors::open_numbers().contains(&number);
+        assert!(matches!(&read, Read::Old(_)) && is_open());
     }
 }

@@ -558,6 +558,39 @@ mod tests {
     }
 
     #[test]
+    fn all_descriptors_of_a_file_that_is_to_be_let_go_yet_are_spared_by_others() {
+        let mut ledger = Ledger::new().unwrap();
+        let owner = owner(7);
+        let resource = ResourceName {
+            lockspace: b"",
+            name: b"/disk",
+        };
+        let granted = Event::Granted {
+            owner: (&owner).into(),
+            resource,
+            descriptor: Number(20),
+            identity: FileIdentity {
+                device: 1,
+                inode: 2,
+            },
+            mode: Mode::Exclusive,
+            autocreate: false,
+            created: false,
+            kind: KindRecord::Process,
+            since: 0,
+        };
+        ledger.append(&granted).unwrap();
+        ledger.append(&Event::Parked(resource, Number(21))).unwrap();
+        let mark = Some(ledger.mark());
+        let released = Event::ReleasedBy(owner.pid, owner.uuid, resource);
+        ledger.append(&released).unwrap();
+        let file = ledger.descriptor().unwrap().try_clone().unwrap();
+        let (_, _, since) = Ledger::take_over_since(file, mark).unwrap();
+        let spared: Vec<i32> = since.descriptors().collect();
+        assert_eq!(spared, [20, 21]);
+    }
+
+    #[test]
     fn what_a_dead_owner_left_is_not_opened_and_closed_before_it_is_let_go() {
         use std::os::unix::ffi::OsStrExt;
         let path = std::env::temp_dir().join(format!("virtlockd-left-{}", std::process::id()));

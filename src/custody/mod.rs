@@ -13,6 +13,7 @@ pub mod cold;
 pub mod counters;
 pub mod descriptor;
 pub mod earlier;
+mod encoding;
 mod entries;
 pub mod event;
 pub mod fences;
@@ -20,6 +21,7 @@ pub mod ledger;
 pub mod locking;
 pub mod news;
 pub mod own_connections;
+pub mod renumber;
 pub mod roll;
 pub mod served;
 pub mod servers;
@@ -29,15 +31,17 @@ pub mod state;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::time::Duration;
 
-use crate::host::errno::Errno;
+use crate::host::clone;
+use crate::host::errno::{self, Errno};
 
 use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::counters::Counter;
 use self::descriptor::{Descriptor, Number, Open};
 use self::event::{Event, Here, OwnerRecord, ResourceName};
 use self::fences::{Fence, Stage, Watched};
-use self::ledger::Ledger;
+use self::ledger::{Counts, Ledger, OldFile};
 use self::news::{News, What};
 use self::servers::{Listening, Server, Service};
 use self::settings::{LogSettings, Settings};
@@ -45,7 +49,7 @@ use self::state::{Left, Source, State};
 use crate::host::clock::{self, Moment};
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
-use crate::host::process::{self, Life};
+use crate::host::process::{self, Life, Process};
 use crate::host::refusal::Refusal;
 use crate::host::stream;
 use crate::locks::place::Place;
@@ -55,6 +59,8 @@ use crate::locks::table::{Mode, Owner, Pid, ResourceId};
 const LEDGER_ENTRY: usize = 512;
 /// A ledger up to this size is no waste, bytes.
 const SMALL_LEDGER: usize = 256 * 1024;
+/// How long what must be written down is waited with until it is tried again.
+const BETWEEN_TRIES: Duration = Duration::from_millis(100);
 
 /// All that lasts.
 #[derive(Debug)]
@@ -67,6 +73,8 @@ pub struct Custody {
     own_file: Option<OwnFile>,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
+    /// Somebody goes on from the ledger should this process die.
+    is_read_after_death: bool,
 }
 
 /// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
@@ -124,7 +132,23 @@ impl Custody {
             begun_at: clock::wall_ms(),
             own_file: None,
             ledger_entry: 0,
+            is_read_after_death: false,
         }
+    }
+
+    /// From now on somebody may go on at any moment from what the ledger says: nothing happens any more that it
+    /// does not say.
+    pub fn is_read_after_death(&mut self) {
+        self.is_read_after_death = true;
+    }
+
+    /// Sees to it that what a call changes can be written down.
+    ///
+    /// # Errors
+    /// Those of the memory file.
+    #[inline]
+    pub fn make_room(&mut self) -> Result<(), Errno> {
+        self.ledger.make_room()
     }
 
     /// Goes on with a state that was taken over, and the ledger that says it. Without one, it is written
@@ -132,13 +156,7 @@ impl Custody {
     pub fn go_on(&mut self, state: State<Open>, ledger: Option<Ledger>) {
         self.state = state;
         match ledger {
-            Some(ledger) => {
-                self.ledger = ledger;
-                // One that could not be mapped was read: the next image needs one that can be.
-                if self.ledger.descriptor().is_err() {
-                    self.renew_elsewhere();
-                }
-            }
+            Some(ledger) => self.ledger = ledger,
             None => {
                 if self.renew().is_err() {
                     self.ledger.lose();
@@ -151,6 +169,11 @@ impl Custody {
     /// go on with it.
     pub fn take_poll(&mut self) -> Option<Number> {
         self.state.poll.take()
+    }
+
+    /// The poll of a program of before format 3, which is of no use and stays open until it is taken.
+    pub fn take_old_poll(&mut self) -> Option<Number> {
+        self.state.old_poll.take()
     }
 
     /// To look at.
@@ -169,11 +192,35 @@ impl Custody {
     /// Writes down what has happened, or must, and makes its change.
     #[inline(always)]
     fn record(&mut self, event: Event<'_>, mut given: Given<'_>) -> Left<Open> {
-        if self.ledger.append(&event).is_err() {
-            self.ledger.lose();
+        if let Err(reason) = self.ledger.append_what_must_be(&event) {
+            self.write_down_at_last(&event, reason);
         }
         self.note(&event);
         self.apply(event, &mut given)
+    }
+
+    /// What cannot be refused and cannot be written down is waited with, as whoever went on from a ledger that
+    /// lacks it would take what is closed now, or has another's number, for what the ledger tells of. Where
+    /// nobody goes on from it, it is written down later.
+    #[cold]
+    fn write_down_at_last(&mut self, event: &Event<'_>, reason: Errno) {
+        let is_read = self.is_read_after_death && self.ledger.descriptor().is_ok();
+        if !is_read || reason == Errno::EINVAL {
+            return self.ledger.lose();
+        }
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "The state cannot be written down: {}. All locks stay, and nobody is served until it can: free some \
+             memory",
+            errno::text(reason)
+        );
+        loop {
+            let is_whole = !self.ledger.is_stale() || self.renew().is_ok();
+            if is_whole && self.ledger.append_what_must_be(event).is_ok() {
+                return;
+            }
+            clone::pause(BETWEEN_TRIES);
+        }
     }
 
     /// Counts an event that is about to be applied, and tells those who listen.
@@ -231,9 +278,9 @@ impl Custody {
     }
 
     /// So much was counted by a daemon that this one goes on for.
-    pub fn count_more(&mut self, counts: &[(Counter, u64)]) {
-        for (counter, more) in counts {
-            self.ledger.count_many(*counter, *more);
+    pub fn count_more(&mut self, counts: &Counts) {
+        for (counter, more) in Counter::ALL.into_iter().zip(counts) {
+            self.ledger.count_many(counter, *more);
         }
     }
 
@@ -391,12 +438,17 @@ impl Custody {
         }
         let event = Event::Registered(Number(id.0), owner.into());
         self.record(event, Given::of_owner(owner));
+        self.note_registration(id);
+        self.note_life_of_client(id);
+    }
+
+    /// When a client registered that stands for its owner, if nobody has written that down: just now.
+    pub fn note_registration(&mut self, id: ClientId) {
         let client = self.state.client(id);
-        if client.is_some_and(|client| client.own_owner().is_some()) {
+        if client.is_some_and(|it| it.own_owner().is_some() && it.registered_at == 0) {
             let event = Event::RegisteredAt(Number(id.0), clock::wall_ms());
             self.record(event, Given::default());
         }
-        self.note_life_of_client(id);
     }
 
     /// A client that stands for its owner is to be known again, should all processes of this daemon be
@@ -409,7 +461,8 @@ impl Custody {
             return;
         }
         let life = match client.arrival.start_time {
-            Some(start) => Ok(Life::Start(start.get())),
+            Some(start) => Process::open(client.peer().pid, start.get())
+                .and_then(|_| process::life_from(start.get())),
             None => stream::peer_process(&client.socket)
                 .and_then(|process| process::life(process.pidfd(), client.peer().pid)),
         };
@@ -600,15 +653,19 @@ impl Custody {
     /// What the host refused once it may allow by now: a ledger that has no name, or cannot be passed on,
     /// is written anew into one that has, or can. False if there is none, and then it stays as it is.
     fn renew_elsewhere(&mut self) -> bool {
-        if self.ledger.wants_name() && self.ledger.move_to_name(self.state.entries()).is_ok() {
+        let entries = self.state.entries();
+        if self.ledger.wants_name() && self.ledger.move_to_name(entries).is_ok() {
             return true;
         }
         self.ledger.descriptor().is_err() && self.ledger.move_to_memory(self.state.entries())
     }
 
     /// From now on the ledger is in this directory, if it can be, so that a start after the death of all
-    /// processes finds it. A file there that nobody writes any more has said all that it had to say.
-    pub fn keep_in(&mut self, run_directory: &Path) {
+    /// processes finds it.
+    ///
+    /// # Errors
+    /// Why it cannot: it has no name then.
+    pub fn keep_in(&mut self, run_directory: &Path, old: OldFile) -> Result<(), Refusal> {
         let here = Here {
             boot: process::boot(),
             namespace: process::namespace(),
@@ -617,21 +674,18 @@ impl Custody {
             self.record(Event::Here(here), Given::default());
         }
         self.note_missing_lives();
-        if self.ledger.call(ledger::file_in(run_directory)) {
-            return;
+        if self.ledger.call(ledger::file_in(run_directory), old) {
+            return Ok(());
         }
-        let Err(refusal) = self.ledger.move_to_name(self.state.entries()) else {
-            return;
-        };
-        tracing::warn!(
-            target: "locking.lock_daemon",
-            "{refusal}. The daemon serves with a ledger that has no name: should all its processes be \
-             killed at once, the next start does not have the locks"
-        );
+        let moved = self.ledger.move_to_name(self.state.entries());
         // It says what was.
-        if let Ok(Some(orphan)) = ledger::find_orphan(run_directory) {
+        if moved.is_err()
+            && old == OldFile::IsReplaced
+            && let Ok(Some(orphan)) = ledger::find_orphan(run_directory)
+        {
             orphan.remove();
         }
+        moved
     }
 
     /// Somebody else goes on with the locks who does not write the ledger, or nobody does: a later start must
@@ -669,16 +723,18 @@ impl Custody {
     }
 
     /// Closes the ledger for a handover, with the bytes that are on their way and the poll that watches
-    /// the clients. Until then bytes are not written down: they would be worked on or sent once more.
+    /// the clients, if that is handed over. Until then bytes are not written down: they would be worked on or
+    /// sent once more.
     ///
     /// # Errors
     /// What the host refuses, or what cannot be written: then nobody can take over.
     pub fn close(
         &mut self,
         traffic: impl Iterator<Item = (ClientId, Traffic)>,
-        poll: RawFd,
+        poll: Option<RawFd>,
     ) -> Result<(), Errno> {
-        if self.ledger.is_stale() {
+        // It may tell of a poll that was handed over before.
+        if self.ledger.is_stale() || poll.is_none() {
             self.renew()?;
         }
         for service in Service::ALL {
@@ -691,7 +747,9 @@ impl Custody {
             let event = Event::Traffic(Number(id.0), Box::new(traffic));
             self.commit(event, &mut Given::default())?;
         }
-        self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
+        if let Some(poll) = poll {
+            self.commit(Event::Poll(Number(poll)), &mut Given::default())?;
+        }
         self.ledger.close();
         Ok(())
     }

@@ -12,6 +12,11 @@ use super::clients::ClientId;
 pub struct Served(VecDeque<ClientId>);
 
 impl Served {
+    /// These, which are in order.
+    pub fn in_order(ids: impl Iterator<Item = ClientId>) -> Served {
+        Served(ids.collect())
+    }
+
     /// One more, with this number. `number_of` knows those of the others.
     pub fn insert(
         &mut self,

@@ -100,9 +100,15 @@ impl Since {
 
     /// The descriptors of files that are to be let go yet: nobody else may close them.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        self.happened.iter().filter_map(|happened| match happened {
-            Happened::Released(_, Some(resource)) => Some(resource.lease.descriptor.number().0),
+        let leases = self.happened.iter().filter_map(|happened| match happened {
+            Happened::Released(_, Some(resource)) => Some(&resource.lease),
             _ => None,
+        });
+        leases.flat_map(|lease| {
+            let parked = lease.kind.parked().iter();
+            std::iter::once(&lease.descriptor)
+                .chain(parked)
+                .map(|descriptor| descriptor.number().0)
         })
     }
 }

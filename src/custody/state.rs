@@ -880,6 +880,9 @@ impl State<Saved> {
             let is_served = !client.arrival.refused;
             // The kernel has just given this number: it is nobody else's.
             let _ = self.clients.insert(now.0, client);
+            if self.subscribers.remove(&ClientId(before.0)) {
+                self.subscribers.insert(ClientId(now.0));
+            }
             if is_served {
                 self.set_served(now, true);
             }

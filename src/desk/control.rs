@@ -32,6 +32,17 @@ const PID_FILE: usize = 112;
 const HERALD: usize = 120;
 const UNDERSTUDY: usize = 128;
 const MOVED: [usize; 3] = [136, 144, 152];
+const POLL: usize = 160;
+const DOES_WITHOUT: usize = 168;
+const ENDING: usize = 176;
+const UNDER_WAY: usize = 184;
+const BEGUN_AGAIN: usize = 192;
+const STANDS_IN_SINCE: usize = 200;
+const LEAVES: usize = 208;
+const NO_STDERR: usize = 216;
+const MOUTH: usize = 224;
+const TAKEN: usize = 232;
+const PACKS: usize = 240;
 /// One bit for each number of a descriptor that was open before anything was opened here.
 const STRANGERS: usize = 512;
 /// How many there are bits for.
@@ -207,6 +218,43 @@ impl Desk {
         self.is_asked(signal) && self.memory.clear_bits(ASKED, bit(signal)) & bit(signal) != 0
     }
 
+    /// As [`Desk::take_asked`], but should this reactor die before it is done, the next one knows of it.
+    pub fn begin_asked(&self, signal: Signal) -> bool {
+        if !self.is_asked(signal) {
+            return false;
+        }
+        self.begin(signal);
+        self.take_asked(signal)
+    }
+
+    /// What this signal asks for is being done.
+    pub fn begin(&self, signal: Signal) {
+        self.memory.set_bits(UNDER_WAY, bit(signal));
+    }
+
+    /// What this signal asked for is done, or will not be.
+    pub fn end(&self, signal: Signal) {
+        self.memory.clear_bits(BEGUN_AGAIN, bit(signal));
+        self.memory.clear_bits(UNDER_WAY, bit(signal));
+    }
+
+    /// What a reactor that died was doing because of this signal is asked for again. False if it was before:
+    /// then it is not tried once more.
+    #[must_use]
+    pub fn ask_again(&self, signal: Signal) -> bool {
+        let is = |word| self.memory.load(word) & bit(signal) != 0;
+        if !is(UNDER_WAY) {
+            return true;
+        }
+        if is(BEGUN_AGAIN) {
+            self.end(signal);
+            return false;
+        }
+        self.memory.set_bits(BEGUN_AGAIN, bit(signal));
+        self.ask(signal);
+        true
+    }
+
     /// Which signal asked the daemon to end, if one did. It stays so: who goes on ends, too.
     pub fn asked_to_end(&self) -> Option<Signal> {
         ENDS.into_iter().find(|signal| self.is_asked(*signal))
@@ -239,6 +287,16 @@ impl Desk {
     /// The ledger's descriptor.
     pub fn ledger(&self) -> Option<RawFd> {
         self.number(LEDGER)
+    }
+
+    /// The descriptor of the poll in which the reactor watches what it serves.
+    pub fn poll(&self) -> Option<RawFd> {
+        self.number(POLL)
+    }
+
+    /// It watches in this one from now on.
+    pub fn set_poll(&self, number: RawFd) {
+        self.set_number(POLL, Some(number));
     }
 
     /// The ledger has this descriptor, or none that can be gone on from.
@@ -309,6 +367,39 @@ impl Desk {
         self.memory.store(GUARDIAN, u64::from(pid));
     }
 
+    /// The guardian has taken the place of the process that was started, at this moment.
+    pub fn stands_in(&self, since: Moment) {
+        self.memory.store(STANDS_IN_SINCE, since.0.max(1));
+    }
+
+    /// Since when it has, if it has.
+    pub fn stands_in_since(&self) -> Option<Moment> {
+        match self.memory.load(STANDS_IN_SINCE) {
+            0 => None,
+            since => Some(Moment(since)),
+        }
+    }
+
+    /// The daemon is to leave as if it was killed: without an end in order.
+    pub fn leaves(&self) {
+        self.memory.store(LEAVES, 1);
+    }
+
+    /// Whether it is to.
+    pub fn is_to_leave(&self) -> bool {
+        self.memory.load(LEAVES) != 0
+    }
+
+    /// Descriptor 2 is not standard error: nothing may be written to it.
+    pub fn has_no_stderr(&self) {
+        self.memory.store(NO_STDERR, 1);
+    }
+
+    /// Whether it is not.
+    pub fn lacks_stderr(&self) -> bool {
+        self.memory.load(NO_STDERR) != 0
+    }
+
     /// The pid file.
     pub fn pid_file(&self) -> Option<RawFd> {
         self.number(PID_FILE)
@@ -339,6 +430,16 @@ impl Desk {
         self.set_number(UNDERSTUDY, pid);
     }
 
+    /// Nobody looks for an understudy from here on, or somebody does again.
+    pub fn does_without_understudy(&self, does: bool) {
+        self.memory.store(DOES_WITHOUT, u64::from(does));
+    }
+
+    /// Whether a program is to be executed although nobody could go on should it not serve.
+    pub fn is_without_understudy(&self) -> bool {
+        self.memory.load(DOES_WITHOUT) != 0
+    }
+
     /// A program is to be executed, with this ledger. False if its path is too long.
     #[must_use]
     pub fn order(&self, order: Order, path: &CStr, ledger: Option<RawFd>) -> bool {
@@ -349,6 +450,33 @@ impl Desk {
         self.set_number(ORDER_LEDGER, ledger);
         self.memory.store(ORDER, order.word());
         true
+    }
+
+    /// Into what everything can be put that is to be kept while no daemon runs.
+    pub fn mouth(&self) -> Option<RawFd> {
+        self.number(MOUTH)
+    }
+
+    /// This is it.
+    pub fn set_mouth(&self, number: Option<RawFd>) {
+        self.set_number(MOUTH, number);
+    }
+
+    /// From what this daemon goes on, where that was kept: it is to be emptied before anybody is served.
+    pub fn taken(&self) -> Option<RawFd> {
+        self.number(TAKEN)
+    }
+
+    /// This is it; or it is empty.
+    pub fn set_taken(&self, number: Option<RawFd>) {
+        self.set_number(TAKEN, number);
+    }
+
+    /// A reactor begins to pack everything for the next start. How many did before, and died of it.
+    pub fn begins_to_pack(&self) -> u64 {
+        let before = self.memory.load(PACKS);
+        self.memory.store(PACKS, before.saturating_add(1));
+        before
     }
 
     /// What libvirt's daemon goes on from, and removes then. False if its path is too long.
@@ -378,20 +506,25 @@ impl Desk {
         self.memory.text(PATH, PATH_SIZE)
     }
 
-    /// What was ordered could not be done.
+    /// What was ordered could not be done. It is told so, and not tried again before it is asked for.
     pub fn order_failed(&self, failure: Failure) {
+        self.end(Signal::SIGUSR1);
         let order = self.memory.load(ORDER);
         self.memory.store(FAILURE, failure.word());
         self.memory.store(FAILED, order);
         self.memory.store(ORDER, 0);
     }
 
-    /// What could not be done, and why. It is said once.
-    pub fn take_failed_order(&self) -> Option<(Order, Failure)> {
+    /// What could not be done, and why, as long as not all has been done that follows from it.
+    pub fn failed_order(&self) -> Option<(Order, Failure)> {
         let order = Order::of(self.memory.load(FAILED))?;
         let failure = Failure::of(self.memory.load(FAILURE))?;
-        self.memory.store(FAILED, 0);
         Some((order, failure))
+    }
+
+    /// All has been done that follows from it.
+    pub fn forget_failed_order(&self) {
+        self.memory.store(FAILED, 0);
     }
 
     /// A process of the daemon died; how many did one after the other, with this one.
@@ -405,6 +538,16 @@ impl Desk {
         let death = Death::of(self.memory.load(DEATH))?;
         self.memory.store(DEATH, 0);
         Some((death, self.memory.load(DEATHS)))
+    }
+
+    /// The connection with this number is about to be forgotten, and then closed; or it is.
+    pub fn set_ending(&self, number: Option<RawFd>) {
+        self.set_number(ENDING, number);
+    }
+
+    /// Which connection that is.
+    pub fn ending(&self) -> Option<RawFd> {
+        self.number(ENDING)
     }
 
     /// A descriptor that was open before anything was opened here: it stays as it is.
@@ -435,10 +578,72 @@ impl Desk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::desk::layout::CONTROL;
     use std::num::NonZeroUsize;
+    use std::ops::Range;
 
     fn desk() -> Desk {
         Desk::new(NonZeroUsize::new(64 * 1024).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_control_word_has_its_place_to_itself_and_all_of_them_are_in_their_room() {
+        const WORD: usize = size_of::<u64>();
+        let words = [
+            ASKED,
+            TOLD,
+            PHASE,
+            LEDGER,
+            AWAY_SINCE,
+            TURNS,
+            IS_ASLEEP,
+            GUARDIAN,
+            ORDER,
+            ORDER_LEDGER,
+            FAILED,
+            FAILURE,
+            DEATH,
+            DEATHS,
+            PID_FILE,
+            HERALD,
+            UNDERSTUDY,
+            POLL,
+            DOES_WITHOUT,
+            ENDING,
+            UNDER_WAY,
+            BEGUN_AGAIN,
+            STANDS_IN_SINCE,
+            LEAVES,
+            NO_STDERR,
+            MOUTH,
+            TAKEN,
+            PACKS,
+        ];
+        let (last, _) = stranger(RawFd::try_from(STRANGERS_COUNT - 1).unwrap()).unwrap();
+        assert_eq!(stranger(RawFd::try_from(STRANGERS_COUNT).unwrap()), None);
+        let longer = [
+            STRANGERS..last + WORD,
+            PATH..PATH + PATH_SIZE,
+            DOCUMENT..DOCUMENT + PATH_SIZE,
+        ];
+        let mut all: Vec<Range<usize>> = words.map(|at| at..at + WORD).into();
+        all.extend(MOVED.map(|at| at..at + WORD));
+        all.extend(longer.clone());
+        all.sort_by_key(|range| range.start);
+        for pair in all.windows(2) {
+            assert!(pair[0].end <= pair[1].start, "{pair:?}");
+        }
+        for range in all {
+            assert!(range.start.is_multiple_of(WORD), "{range:?}");
+            assert!(
+                CONTROL.contains(&range.start) && range.end <= CONTROL.end,
+                "{range:?}"
+            );
+        }
+        // None is missing above: beside the places there are two sizes, and MOVED is one of them.
+        let source = include_str!("control.rs");
+        let places = source.lines().filter(|line| line.starts_with("const "));
+        assert_eq!(places.count(), words.len() + longer.len() + 1 + 2);
     }
 
     #[test]
@@ -456,6 +661,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_reactor_died_of_is_asked_for_once_more() {
+        let desk = desk();
+        let usr1 = Signal::SIGUSR1;
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && !desk.is_asked(usr1));
+        assert!(desk.ask_again(usr1) && desk.begin_asked(usr1));
+        assert!(!desk.ask_again(usr1) && !desk.is_asked(usr1));
+        // From the start.
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && desk.ask_again(usr1) && desk.begin_asked(usr1));
+        desk.end(usr1);
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
+    }
+
+    #[test]
     fn an_order_and_what_became_of_it_are_read_as_they_were_written() {
         let desk = desk();
         assert_eq!((desk.ordered(), desk.ledger()), (None, None));
@@ -466,10 +687,14 @@ mod tests {
         desk.order_failed(Failure::Exec(Errno::ENOENT));
         assert_eq!(desk.ordered(), None);
         let failed = Some((Order::Libvirt, Failure::Exec(Errno::ENOENT)));
-        assert_eq!(
-            (desk.take_failed_order(), desk.take_failed_order()),
-            (failed, None)
-        );
+        assert_eq!((desk.failed_order(), desk.failed_order()), (failed, failed));
+        desk.forget_failed_order();
+        assert_eq!(desk.failed_order(), None);
+        let usr1 = Signal::SIGUSR1;
+        desk.ask(usr1);
+        assert!(desk.begin_asked(usr1) && desk.order(Order::Ours, c"/x", None));
+        desk.order_failed(Failure::NoUnderstudy(Errno::ENOMEM));
+        assert!(desk.ask_again(usr1) && !desk.is_asked(usr1));
         desk.died(Death::Signal(9), 3);
         assert_eq!(desk.take_death(), Some((Death::Signal(9), 3)));
         assert_eq!(desk.take_death(), None);

@@ -7,12 +7,13 @@
 //! 128 KiB  a bit for each slot: whether it may have been written
 //! 1 MiB    the replies of the turn in progress
 //! 64 MiB   places for messages that are longer than a slot has room for
-//! ...      a page for each slot: its head, and a little room for each direction
+//! ...      the slots: a head each, and a little room for each direction
 //! ...      more room for each slot
 //! ```
 //!
-//! The pages of the slots lie close together, because a client that sends half a frame takes one, and there
-//! are thousands: what maps them would otherwise take more than they do.
+//! The slots are small and lie close together, because a client that sends half a frame takes one, and there
+//! are thousands: whole pages would be many times what was sent. So a page is given back when none of its
+//! slots is used.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -48,19 +49,24 @@ const LARGE: usize = OUTPUT.end;
 pub const LARGE_SIZE: usize = 68 * MIB;
 /// How many such places there are: more than all admin clients together may have messages that need one.
 pub const LARGE_COUNT: usize = 384;
-/// The pages of the slots.
+/// The slots.
 const SLOTS: usize = LARGE + LARGE_COUNT * LARGE_SIZE;
 /// The most descriptors that have a slot. No kernel gives a process more, unless it is told to.
 pub const MOST_SLOTS: usize = 1 << 20;
+/// What a slot takes without more room.
+const SLOT: usize = KIB;
+/// How many of them lie on a page: their bits are in one word.
+const SLOTS_ON_PAGE: usize = PAGE / SLOT;
+const _: () = assert!(PAGE.is_multiple_of(SLOT) && 64usize.is_multiple_of(SLOTS_ON_PAGE));
 /// More room for each slot.
-const MORE: usize = SLOTS + MOST_SLOTS * PAGE;
+const MORE: usize = SLOTS + MOST_SLOTS * SLOT;
 /// How much more: three and five parts of eight, for what came and what goes.
 const MORE_SIZE: usize = MIB;
 /// Of the more room, where that for what goes begins.
 const MORE_UNSENT: usize = 384 * KIB;
-/// In a slot's page, where the room for what came begins, and that for what goes.
-const FEW_PENDING: usize = 256;
-const FEW_UNSENT: usize = 2176;
+/// In a slot, where the room for what came begins, behind the head, and that for what goes.
+pub const FEW_PENDING: usize = 128;
+const FEW_UNSENT: usize = 640;
 
 /// A desk without slots: it ends with its process.
 pub const WITHOUT_SLOTS: NonZeroUsize = match NonZeroUsize::new(USED) {
@@ -80,10 +86,18 @@ pub fn has_slot(size: usize, number: usize) -> bool {
     number < MOST_SLOTS && more(number).end <= size
 }
 
-/// The page of a slot.
-pub fn page(number: usize) -> Range<usize> {
-    let start = SLOTS.saturating_add(number.saturating_mul(PAGE));
-    start..start.saturating_add(PAGE)
+/// A slot.
+pub fn slot(number: usize) -> Range<usize> {
+    let start = SLOTS.saturating_add(number.saturating_mul(SLOT));
+    start..start.saturating_add(SLOT)
+}
+
+/// The page that a slot lies on, and of the word with its bit those of all slots there.
+pub fn page(number: usize) -> (Range<usize>, u64) {
+    let first = number.saturating_sub(number % SLOTS_ON_PAGE);
+    let start = slot(first).start;
+    let all = (1 << SLOTS_ON_PAGE) - 1;
+    (start..start.saturating_add(PAGE), all << (first % 64))
 }
 
 /// The word with the bit of a slot, and the bit.
@@ -110,7 +124,7 @@ pub enum Way {
 /// Where a slot's bytes are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Room {
-    /// In its page.
+    /// In the slot itself.
     #[default]
     Few,
     /// In its more room.
@@ -140,13 +154,13 @@ impl Room {
 
     /// Where it is, for a slot and a direction.
     pub fn range(self, number: usize, way: Way) -> Range<usize> {
-        let page = page(number);
+        let slot = slot(number);
         let more = more(number);
         match (self, way) {
             (Room::Few, Way::Pending) => {
-                page.start.saturating_add(FEW_PENDING)..page.start.saturating_add(FEW_UNSENT)
+                slot.start.saturating_add(FEW_PENDING)..slot.start.saturating_add(FEW_UNSENT)
             }
-            (Room::Few, Way::Unsent) => page.start.saturating_add(FEW_UNSENT)..page.end,
+            (Room::Few, Way::Unsent) => slot.start.saturating_add(FEW_UNSENT)..slot.end,
             (Room::More, Way::Pending) => more.start..more.start.saturating_add(MORE_UNSENT),
             (Room::More, Way::Unsent) => more.start.saturating_add(MORE_UNSENT)..more.end,
             (Room::Large(place), _) if place < LARGE_COUNT => {
@@ -169,7 +183,7 @@ mod tests {
                 .into_iter()
                 .flat_map(move |way| [Room::Few, Room::More].map(|room| room.range(number, way)))
         };
-        let heads = [3, 4].map(|number| page(number).start..page(number).start + FEW_PENDING);
+        let heads = [3, 4].map(|number| slot(number).start..slot(number).start + FEW_PENDING);
         let last = MOST_SLOTS - 1;
         let bits = USED..used(last).0 + 8;
         let large = [0, 1, LARGE_COUNT - 1].map(|place| Room::Large(place).range(7, Way::Pending));
@@ -194,6 +208,24 @@ mod tests {
         assert!(WITHOUT_SLOTS.get() >= INPUT.end);
         for room in [Room::Few, Room::More, Room::Large(7)] {
             assert_eq!(Room::of(room.word()), room);
+        }
+    }
+
+    #[test]
+    fn a_page_has_the_bits_of_the_slots_that_lie_on_it() {
+        for number in [0, 1, 3, 4, 62, 63, 64, 130, MOST_SLOTS - 1] {
+            let (page, bits) = page(number);
+            let (word, bit) = used(number);
+            assert!(page.start.is_multiple_of(PAGE) && bits & bit != 0);
+            for other in number.saturating_sub(130)..number + 130 {
+                let lies_there = page.contains(&slot(other).start);
+                let (its_word, its_bit) = used(other);
+                assert_eq!(
+                    its_word == word && bits & its_bit != 0,
+                    lies_there,
+                    "{number} {other}"
+                );
+            }
         }
     }
 }

@@ -9,9 +9,13 @@ pub mod slot;
 pub mod turn;
 
 use std::num::NonZeroUsize;
+use std::sync::Mutex;
 
 use crate::host::refusal::Refusal;
 use crate::host::shared::Shared;
+
+/// Where those are that stay: whoever looks for memory that was lost (LeakSanitizer) finds that it was not.
+static FOR_EVER: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 /// The desk.
 #[derive(Debug)]
@@ -36,6 +40,15 @@ impl Desk {
         Shared::private(layout::WITHOUT_SLOTS)
             .map(|memory| Desk { memory })
             .map_err(Refusal::of("there is no memory for the turns of clients"))
+    }
+
+    /// It is there as long as the process is.
+    pub fn for_ever(self) -> &'static Desk {
+        let desk: &'static Desk = Box::leak(Box::new(self));
+        if let Ok(mut all) = FOR_EVER.lock() {
+            all.push(std::ptr::from_ref(desk).addr());
+        }
+        desk
     }
 
     /// The memory itself.

@@ -1,11 +1,12 @@
 //! What a client has on its way behind its turn: bytes that were read and not worked on, and replies that
-//! were not sent. A slot is found by the number of the client's descriptor and says whose it is: what an
-//! earlier client with the same number left there means nothing.
+//! were not sent. They lie here alone. A slot is found by the number of the client's descriptor and says whose
+//! it is: what an earlier client with the same number left there means nothing.
 //!
 //! A slot has two heads, and one word says which of them counts. New bytes are written behind those that
 //! count, or where none do; then the other head; then the word. Whatever interrupts that, one of the two
 //! states is whole. A client that sends a long frame byte by byte costs a byte and a head each time.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::layout::{self, LARGE_COUNT, MOST_SLOTS, Room, Way};
@@ -13,11 +14,16 @@ use crate::host::shared::Shared;
 
 /// Which head counts: its number plus one, changed with each new state.
 const COUNT_AT: usize = 0;
-const HEADS_AT: usize = 64;
-const HEAD: usize = 64;
+const HEADS_AT: usize = WORD;
+/// A head: whose and which step's, flags, and where the bytes of both directions are.
+const HEAD: usize = 7 * WORD;
 const WORD: usize = size_of::<u64>();
+const _: () = assert!(HEADS_AT + 2 * HEAD <= layout::FEW_PENDING);
 /// Whoever has waited less than this many bytes behind what is done with stays where it is.
 const LITTLE: usize = 4096;
+
+/// What is done with of a long message is given back in pieces of this size.
+const PIECE: usize = 32 * 1024;
 
 /// Bytes in a room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,34 +66,40 @@ pub struct Slot {
     pub closing: bool,
 }
 
-/// What becomes of the bytes of one direction: some of the front are done with, and others follow.
+/// What becomes of the bytes of one direction: some of the front are done with, others follow, and of the end
+/// some may be dropped.
 #[derive(Clone, Copy, Debug)]
 pub struct Change<'a> {
     /// How many of those that are there are done with.
     pub done: usize,
     /// What follows behind them.
     pub more: &'a [u8],
-    /// All that there is then.
-    pub whole: &'a [u8],
+    /// How many of those that are left are kept.
+    pub kept: usize,
 }
 
-/// The places for long messages: who has which.
+/// The places for long messages: who has which. And whose memory may be given back.
 #[derive(Debug, Default)]
 pub struct Places {
     taken: Vec<Option<(usize, Way)>>,
     /// Slots whose memory may be given back.
-    left: Vec<usize>,
+    left: BTreeSet<usize>,
+    /// Slots that had messages longer than they have room for themselves.
+    long: BTreeSet<usize>,
 }
 
 impl Places {
-    /// As the slots say that were written.
-    pub fn find(memory: &Shared) -> Places {
+    /// As the slots say that were written. Whoever died while it wrote one, the last, has perhaps not said so.
+    pub fn find(memory: &Shared, last: Option<usize>) -> Places {
         let mut places = Places::default();
+        places.left.extend(last);
+        places.long.extend(last);
         for number in numbers(memory) {
             if let Some(slot) = load(memory, number) {
                 places.take(number, &slot);
             }
-            places.left.push(number);
+            places.left.insert(number);
+            places.long.insert(number);
         }
         places
     }
@@ -133,39 +145,56 @@ impl Places {
         }
     }
 
-    /// A slot is not used any more, if it was.
+    /// A slot is not used any more, if it was. What a long message takes is given back at once: as many
+    /// clients may come and go as there is time for.
     pub fn leave(&mut self, memory: &Shared, number: usize) {
-        if load(memory, number).is_some() {
-            self.left.push(number);
+        if self.long.contains(&number) {
+            self.free(memory, number);
+        } else if load(memory, number).is_some() {
+            self.left.insert(number);
         }
+    }
+
+    /// Whether there is something to be given back.
+    pub fn has_left(&self) -> bool {
+        !self.left.is_empty()
     }
 
     /// Gives back the memory of the slots that are not used any more; `is_used` says whose they could be.
     pub fn give_back(&mut self, memory: &Shared, mut is_used: impl FnMut(usize, u64) -> bool) {
-        let mut left = std::mem::take(&mut self.left);
-        left.sort_unstable();
-        left.dedup();
-        for number in left {
-            let Some(slot) = load(memory, number) else {
+        for number in std::mem::take(&mut self.left) {
+            let slot = load(memory, number).filter(|slot| !slot.is_quiet());
+            let Some(slot) = slot.filter(|slot| is_used(number, slot.who)) else {
+                self.free(memory, number);
                 continue;
             };
-            let is_empty = slot.pending.is_empty() && slot.unsent.is_empty() && !slot.closing;
-            if !is_empty && is_used(number, slot.who) {
-                for (way, held) in [(Way::Pending, slot.pending), (Way::Unsent, slot.unsent)] {
-                    if held.room != Room::More {
-                        memory.give_back(Room::More.range(number, way));
-                    }
+            // It will be looked at once more when it is quiet.
+            for (way, held) in [(Way::Pending, slot.pending), (Way::Unsent, slot.unsent)] {
+                if held.room != Room::More {
+                    memory.give_back(Room::More.range(number, way));
                 }
-                // It will be looked at once more when it is empty.
-                continue;
             }
+            if slot.pending.room == Room::Few && slot.unsent.room == Room::Few {
+                self.long.remove(&number);
+            }
+        }
+    }
+
+    /// Gives back the memory of a slot, or that of its page, when this was the last one there that was used.
+    fn free(&mut self, memory: &Shared, number: usize) {
+        self.left.remove(&number);
+        if self.long.remove(&number) {
             self.let_go(memory, number, &Slot::default());
-            let (word, bit) = layout::used(number);
-            memory.clear_bits(word, bit);
-            memory.give_back(layout::page(number));
             for way in [Way::Pending, Way::Unsent] {
                 memory.give_back(Room::More.range(number, way));
             }
+        }
+        // Behind that, so that whoever comes next, should this process die here, gives it back.
+        let (word, bit) = layout::used(number);
+        memory.clear_bits(word, bit);
+        let (page, bits) = layout::page(number);
+        if memory.load(word) & bits == 0 {
+            memory.give_back(page);
         }
     }
 
@@ -198,31 +227,40 @@ impl Places {
         old: Held,
         change: Change<'_>,
     ) -> Option<Held> {
-        let kept = change.whole.len().saturating_sub(change.more.len());
-        let start = old.start.saturating_add(change.done);
-        let end = start.saturating_add(kept);
-        let size = old.room.range(number, way).len();
-        let grown = end.saturating_add(change.more.len());
-        let is_behind = change.more.is_empty() || (end == old.end && grown <= size);
-        let is_far = start > LITTLE && start >= change.whole.len().saturating_mul(2);
-        if change.whole.is_empty() {
+        let done = change.done.min(old.len());
+        // Of what follows, too, some may be done with.
+        let more = change.more.get(change.done.saturating_sub(done)..);
+        let more = more.unwrap_or_default();
+        let of_old = old.len().saturating_sub(done).min(change.kept);
+        let of_more = change.kept.saturating_sub(of_old).min(more.len());
+        let more = more.get(..of_more).unwrap_or_default();
+        let kept = of_old.saturating_add(of_more);
+        if kept == 0 {
             return Some(Held::default());
         }
-        if kept > 0 && is_behind && !is_far {
-            let place = old.room.range(number, way).start.saturating_add(end);
-            return memory.write(place, change.more).then_some(Held {
+        let room = old.room.range(number, way);
+        let start = old.start.saturating_add(done);
+        let end = start.saturating_add(of_old);
+        let grown = end.saturating_add(of_more);
+        let is_behind = more.is_empty() || (end == old.end && grown <= room.len());
+        let is_far = start > LITTLE && start >= kept.saturating_mul(2);
+        if of_old > 0 && is_behind && !is_far {
+            let is_written = memory.write(room.start.saturating_add(end), more);
+            return is_written.then_some(Held {
                 room: old.room,
                 start,
                 end: grown,
             });
         }
-        let needed = change.whole.len();
-        let (room, start) = self.find_room(number, way, old, needed)?;
+        let from = room.start.saturating_add(start);
+        let (room, start) = self.find_room(number, way, old, kept)?;
         let place = room.range(number, way).start.saturating_add(start);
-        memory.write(place, change.whole).then_some(Held {
+        let is_written =
+            memory.copy(from, place, of_old) && memory.write(place.saturating_add(of_old), more);
+        is_written.then_some(Held {
             room,
             start,
-            end: start.saturating_add(needed),
+            end: start.saturating_add(kept),
         })
     }
 
@@ -258,6 +296,12 @@ impl Places {
             self.take(number, &both);
         }
         let unsent = self.change(memory, (number, Way::Unsent), of_ours(old.unsent), unsent);
+        let is_long = |held: &Held| held.room != Room::Few;
+        let of_both = [Some(old.pending), Some(old.unsent), pending, unsent];
+        let is_long = of_both.iter().flatten().any(is_long);
+        if is_long {
+            self.long.insert(number);
+        }
         let (Some(pending), Some(unsent)) = (pending, unsent) else {
             self.let_go(memory, number, &old);
             return false;
@@ -271,16 +315,30 @@ impl Places {
         if !was_used {
             memory.set_bits(word, bit);
         }
-        let is_large = [old.pending, old.unsent, pending, unsent]
-            .iter()
-            .any(|held| matches!(held.room, Room::Large(_)));
-        if is_large {
+        if is_long {
             self.take(number, &new);
             self.let_go(memory, number, &new);
+            for (way, old, new) in [
+                (Way::Pending, old.pending, new.pending),
+                (Way::Unsent, old.unsent, new.unsent),
+            ] {
+                let room = old.room.range(number, way);
+                let at = |piece: usize| {
+                    let offset = piece.saturating_mul(PIECE);
+                    room.start.saturating_add(offset)
+                };
+                let pieces = old.start / PIECE..new.start / PIECE;
+                if new.room == old.room && old.room != Room::Few && !pieces.is_empty() {
+                    memory.give_back(at(pieces.start)..at(pieces.end));
+                } else if new.room != old.room && old.room == Room::More && old.end >= PIECE {
+                    // What is less waits until it is worth a system call.
+                    memory.give_back(room);
+                }
+            }
         }
         let has_left = |old: Held, new: Held| old.room == Room::More && new.room != Room::More;
         if has_left(old.pending, pending) || has_left(old.unsent, unsent) || new.is_quiet() {
-            self.left.push(number);
+            self.left.insert(number);
         }
         true
     }
@@ -314,12 +372,12 @@ pub fn load(memory: &Shared, number: usize) -> Option<Slot> {
     if memory.load(word) & bit == 0 {
         return None;
     }
-    let page = layout::page(number).start;
-    let count = memory.load(page.saturating_add(COUNT_AT));
+    let slot = layout::slot(number).start;
+    let count = memory.load(slot.saturating_add(COUNT_AT));
     if count == 0 {
         return None;
     }
-    let head = head_at(page, count);
+    let head = head_at(slot, count);
     let word = |at: usize| memory.load(head.saturating_add(at.saturating_mul(WORD)));
     let held = |at: usize| {
         let ends = word(at.saturating_add(1));
@@ -343,10 +401,11 @@ pub fn load(memory: &Shared, number: usize) -> Option<Slot> {
 }
 
 fn write_head(memory: &Shared, number: usize, slot: &Slot) {
-    let page = layout::page(number).start;
-    let count_at = page.saturating_add(COUNT_AT);
+    let start = layout::slot(number).start;
+    let count_at = start.saturating_add(COUNT_AT);
+    // Of one that is used for the first time since its page was: a number that is not 0, and no matter which.
     let count = memory.load(count_at).wrapping_add(1).max(1);
-    let head = head_at(page, count);
+    let head = head_at(start, count);
     let flags = u64::from(slot.descriptors_at_end)
         | u64::from(slot.closing) << 1
         | u64::from(slot.deaths) << 8
@@ -367,15 +426,26 @@ fn write_head(memory: &Shared, number: usize, slot: &Slot) {
     memory.store(count_at, count);
 }
 
-fn head_at(page: usize, count: u64) -> usize {
+fn head_at(slot: usize, count: u64) -> usize {
     let which = if count.is_multiple_of(2) { 0 } else { HEAD };
-    page.saturating_add(HEADS_AT).saturating_add(which)
+    slot.saturating_add(HEADS_AT).saturating_add(which)
 }
 
-/// The bytes of one direction.
-pub fn bytes(memory: &Shared, number: usize, way: Way, held: Held) -> Vec<u8> {
+/// The bytes of one direction, at most so many of the front.
+pub fn bytes(memory: &Shared, number: usize, way: Way, held: Held, most: usize) -> Vec<u8> {
     let range = held.room.range(number, way);
-    let end = range.start.saturating_add(held.end).min(range.end);
+    let end = held.end.min(held.start.saturating_add(most));
+    let end = range.start.saturating_add(end).min(range.end);
     let place: Range<usize> = range.start.saturating_add(held.start).min(end)..end;
     memory.read(place)
+}
+
+/// The same of what a slot says, whoever's it is; nothing if it says nothing.
+pub fn front(memory: &Shared, number: usize, way: Way, most: usize) -> Vec<u8> {
+    let slot = load(memory, number).unwrap_or_default();
+    let held = match way {
+        Way::Pending => slot.pending,
+        Way::Unsent => slot.unsent,
+    };
+    bytes(memory, number, way, held, most)
 }

@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::errno::Errno;
+use super::process;
 
 /// Which of the two processes this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,14 @@ pub fn sharing_descriptors() -> Result<Which, Errno> {
 /// What the host refuses.
 pub fn with_own_descriptors() -> Result<Which, Errno> {
     clone(0)
+}
+
+/// As [`with_own_descriptors`], but the copy is a child of the process that made this one.
+///
+/// # Errors
+/// What the host refuses.
+pub fn beside_with_own_descriptors() -> Result<Which, Errno> {
+    clone(libc::CLONE_PARENT)
 }
 
 /// The kernel's call and not the C library's fork(3), which cannot share descriptors.
@@ -60,10 +69,31 @@ pub fn parent() -> i32 {
     nix::unistd::getppid().as_raw()
 }
 
-/// Sends a signal to a process by its number: a child that has not been waited for, or the parent.
-pub fn signal(pid: i32, signal: Signal) {
-    // It may have ended: then nobody needs it.
-    let _ = nix::sys::signal::kill(Pid::from_raw(pid), signal);
+/// Sends a signal to a process by its number: a child that has not been waited for, or the parent. False if
+/// the host refuses it.
+pub fn signal(pid: i32, signal: Signal) -> bool {
+    // Whoever is not woken waits for ever: what fails once is tried again. It may have ended: then nobody
+    // needs it.
+    for _ in 0..SIGNAL_TRIES {
+        match nix::sys::signal::kill(Pid::from_raw(pid), signal).map_err(Errno::from) {
+            Ok(()) | Err(Errno::ESRCH) => return true,
+            Err(_) => (),
+        }
+    }
+    false
+}
+
+const SIGNAL_TRIES: usize = 3;
+
+/// Whether processes can be woken by signals.
+///
+/// # Errors
+/// What the host refuses.
+pub fn try_out_signals() -> Result<(), Errno> {
+    Ok(nix::sys::signal::kill(
+        Pid::from_raw(process::own_number()),
+        None,
+    )?)
 }
 
 /// How a child ended.
@@ -83,8 +113,14 @@ pub fn next_ended() -> Option<(i32, Ended)> {
 /// Whether this is a child that has not ended.
 pub fn is_child(pid: i32) -> bool {
     let mut status = 0;
-    // SAFETY: the pointer is to a number of ours, which the call fills in.
-    unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) == 0 }
+    loop {
+        // SAFETY: the pointer is to a number of ours, which the call fills in.
+        let result = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+        match Errno::result(result) {
+            Err(Errno::EINTR) => (),
+            result => return result == Ok(0),
+        }
+    }
 }
 
 /// Waits for the end of a child that has been killed.

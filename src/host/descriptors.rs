@@ -2,14 +2,12 @@
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use super::errno::Errno;
 use super::file::{self, FileIdentity};
 
-/// How many descriptors are looked at with one call: far fewer than any limit of open files, which
-/// is what poll(2) allows.
-const LOOKED_AT: usize = 256;
+/// How many descriptors are looked at with one call. poll(2) refuses more than the limit of open files: below
+/// this one each is asked for by itself.
+const LOOKED_AT: usize = 1024;
 
 /// Whether the descriptor with this number stays open when this process, or a child of it, executes
 /// a program. EBADF if it is not open.
@@ -48,64 +46,72 @@ pub fn adopt_file(number: RawFd, file: FileIdentity) -> Option<OwnedFd> {
     })
 }
 
+/// Above any number that a descriptor has on a common host: eight times what `fs.nr_open` is there.
+const NUMBERS: usize = 8 << 20;
+
+/// Some numbers of descriptors.
+#[derive(Debug, Default)]
+pub struct Marked {
+    is_marked: Vec<bool>,
+}
+
+impl Marked {
+    /// These; those that no descriptor has are left out.
+    pub fn of(numbers: &[RawFd]) -> Marked {
+        let places = || {
+            let places = numbers.iter().filter_map(|it| usize::try_from(*it).ok());
+            places.filter(|place| *place < NUMBERS)
+        };
+        let mut is_marked = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
+        for place in places() {
+            if let Some(is_marked) = is_marked.get_mut(place) {
+                *is_marked = true;
+            }
+        }
+        Marked { is_marked }
+    }
+
+    /// Whether this is one of them.
+    pub fn has(&self, number: RawFd) -> bool {
+        let place = usize::try_from(number).ok();
+        let is_marked = place.and_then(|place| self.is_marked.get(place));
+        is_marked.is_some_and(|is_marked| *is_marked)
+    }
+
+    /// It is none of them from now on; whether it was.
+    fn forget(&mut self, number: RawFd) -> bool {
+        let place = usize::try_from(number).ok();
+        let is_marked = place.and_then(|place| self.is_marked.get_mut(place));
+        is_marked.is_some_and(std::mem::take)
+    }
+}
+
 /// The descriptors that the previous image of this process left open, each to be taken once.
 ///
 /// They stay open in the next exec, too, unless [`keep_on_exec`] says otherwise: to say so for each
 /// at once would keep thousands of clients waiting.
 #[derive(Debug)]
 pub struct Inherited {
-    /// Whether the number is one of these and has not been taken.
-    is_left: Vec<bool>,
+    /// Those that have not been taken.
+    is_left: Marked,
 }
 
 impl Inherited {
-    /// The descriptors with these numbers; the first number that is not open, if there is one.
-    pub fn of(numbers: &[RawFd]) -> Result<Inherited, RawFd> {
-        for some in numbers.chunks(LOOKED_AT) {
-            if let Some(number) = some.iter().find(|number| **number < 0) {
-                return Err(*number);
-            }
-            let mut looked_at: Vec<PollFd<'_>> = some
-                .iter()
-                .map(|number| {
-                    // SAFETY: it is not -1. It may not be open, which is what poll(2) is asked.
-                    let descriptor = unsafe { BorrowedFd::borrow_raw(*number) };
-                    PollFd::new(descriptor, PollFlags::empty())
-                })
-                .collect();
-            let is_closed = |polled: &PollFd<'_>| {
-                let found = polled.revents();
-                found.is_some_and(|found| found.contains(PollFlags::POLLNVAL))
-            };
-            let closed = match poll(&mut looked_at, PollTimeout::ZERO) {
-                Ok(0) => None,
-                Ok(_) => looked_at.iter().position(is_closed),
-                Err(_) => some.iter().position(|number| !is_open(*number)),
-            };
-            if let Some(number) = closed.and_then(|position| some.get(position)) {
-                return Err(*number);
-            }
+    /// The descriptors with these numbers, of all that are `open`; the first number that is not, if there is
+    /// one.
+    pub fn of(numbers: &[RawFd], open: &[RawFd]) -> Result<Inherited, RawFd> {
+        let are_open = Marked::of(open);
+        let is_closed = |number: &&RawFd| !are_open.has(**number) && !is_open(**number);
+        if let Some(number) = numbers.iter().find(is_closed) {
+            return Err(*number);
         }
-        // All are open, so none is greater than the limit of open files.
-        let places = || {
-            numbers
-                .iter()
-                .filter_map(|number| usize::try_from(*number).ok())
-        };
-        let mut is_left = vec![false; places().max().map_or(0, |last| last.saturating_add(1))];
-        for place in places() {
-            if let Some(is_left) = is_left.get_mut(place) {
-                *is_left = true;
-            }
-        }
+        let is_left = Marked::of(numbers);
         Ok(Inherited { is_left })
     }
 
     /// Takes over the descriptor with this number. EBADF if it is not one of these, or not any more.
     pub fn take(&mut self, number: RawFd) -> Result<OwnedFd, Errno> {
-        let place = usize::try_from(number).map_err(|_| Errno::EBADF)?;
-        let is_left = self.is_left.get_mut(place).ok_or(Errno::EBADF)?;
-        if !std::mem::take(is_left) {
+        if !self.is_left.forget(number) {
             return Err(Errno::EBADF);
         }
         // SAFETY: it was open when this began, belongs to nobody else in this young process, and is
@@ -124,12 +130,37 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     super::file::identity(descriptor).ok()
 }
 
+/// Whether a number is an open descriptor of a poll (epoll(7)).
+pub fn is_poll(number: RawFd) -> bool {
+    let what = std::fs::read_link(format!("/proc/self/fd/{number}"));
+    what.is_ok_and(|what| what.as_os_str() == "anon_inode:[eventpoll]")
+}
+
+/// Whether a descriptor may be of a disk or of a lock file: it is not of a directory, of a socket, or of what
+/// has no file.
+pub fn may_be_of_lock(descriptor: &OwnedFd) -> bool {
+    let kind =
+        nix::sys::stat::fstat(descriptor).map_or(libc::S_IFREG, |it| it.st_mode & libc::S_IFMT);
+    ![0, libc::S_IFDIR, libc::S_IFSOCK].contains(&kind)
+}
+
 /// All descriptors that are open. They are asked for by their numbers: a list of thousands in /proc takes
-/// longer, and a descriptor.
+/// longer, and a descriptor. One that only stands for a path (O_PATH) is not found if it is far above all
+/// others: nothing that is opened gets such a number, and there is room for many more than are open.
 pub fn open_numbers() -> Vec<RawFd> {
+    let end = end_of_table();
+    let open = polled(end);
+    let last = open.last().map_or(0, |last| last.saturating_add(ABOVE));
+    with_paths(open, end.min(last))
+}
+
+/// How far above all others one is looked for that only stands for a path.
+const ABOVE: RawFd = 16;
+
+/// The open descriptors below this number that can be polled.
+fn polled(end: RawFd) -> Vec<RawFd> {
     let mut open = Vec::new();
     let mut looked_at: Vec<libc::pollfd> = Vec::with_capacity(LOOKED_AT);
-    let end = end_of_table();
     let mut next = 0;
     while next < end {
         let some = next..end.min(next.saturating_add(LOOKED_AT as RawFd));
@@ -145,15 +176,38 @@ pub fn open_numbers() -> Vec<RawFd> {
         // open, which is what poll(2) is asked.
         let result = unsafe { libc::poll(looked_at.as_mut_ptr(), count, 0) };
         let has_answer = result >= 0;
-        open.extend(looked_at.iter().map(|it| (it.fd, it.revents)).filter_map(
-            |(number, found)| {
-                // One that only stands for a path (O_PATH) cannot be polled.
-                let is_open = has_answer && found & libc::POLLNVAL == 0 || is_open(number);
-                is_open.then_some(number)
-            },
-        ));
+        let is_open = |it: &&libc::pollfd| match has_answer {
+            true => it.revents & libc::POLLNVAL == 0,
+            false => is_open(it.fd),
+        };
+        open.extend(looked_at.iter().filter(is_open).map(|it| it.fd));
     }
     open
+}
+
+/// Those, and all others below this number that are open and cannot be polled: they only stand for a path.
+fn with_paths(polled: Vec<RawFd>, end: RawFd) -> Vec<RawFd> {
+    let is_polled = Marked::of(&polled);
+    let paths = (0..end).filter(|number| !is_polled.has(*number) && is_open(*number));
+    let paths: Vec<RawFd> = paths.collect();
+    if paths.is_empty() {
+        return polled;
+    }
+    let mut open = polled;
+    open.extend(paths);
+    open.sort_unstable();
+    open
+}
+
+/// Makes room for descriptors with numbers below this, or below the limit of open files. A table that
+/// several processes share has whoever outgrows it wait for all processors (RCU, some 10 ms), each time that it
+/// becomes twice as large. Where the room cannot be had now, it comes like that.
+pub fn make_room(end: RawFd) {
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    let limit = limit.map_or(0, |(soft, _)| RawFd::try_from(soft).unwrap_or(RawFd::MAX));
+    let last = end.min(limit).saturating_sub(1);
+    let copy = nix::fcntl::fcntl(stderr(), nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(last));
+    drop(copy.map(adopt));
 }
 
 /// Above all numbers of open descriptors (FDSize in `/proc/self/status`, which the kernel only makes
@@ -168,9 +222,14 @@ fn end_of_table() -> RawFd {
         limit
             .ok()
             .and_then(|(_, hard)| RawFd::try_from(hard).ok())
-            .unwrap_or(RawFd::MAX)
+            .unwrap_or(LOOKED_FOR)
+            .min(LOOKED_FOR)
     })
 }
+
+/// Where nobody says how large the table is, no descriptor is looked for from here on: in containers the limit
+/// is often a thousand times as high, and to ask for each number takes minutes.
+const LOOKED_FOR: RawFd = 1 << 20;
 
 fn is_open(number: RawFd) -> bool {
     // SAFETY: F_GETFD takes an integer and touches no memory of ours.
@@ -239,7 +298,7 @@ mod tests {
     #[test]
     fn each_descriptor_is_taken_over_once() {
         let numbers = [open(), open()];
-        let mut inherited = Inherited::of(&numbers).unwrap();
+        let mut inherited = Inherited::of(&numbers, &open_numbers()).unwrap();
         let first = inherited.take(numbers[0]).unwrap();
         assert_eq!(first.as_raw_fd(), numbers[0]);
         assert_eq!(inherited.take(numbers[0]).err(), Some(Errno::EBADF));
@@ -257,6 +316,10 @@ mod tests {
         let all = [number, far, path.as_raw_fd()];
         assert!(all.iter().all(|number| found.contains(number)));
         assert!(found.is_sorted());
+        make_room(16 * 1024);
+        let found = open_numbers();
+        assert!(all.iter().all(|number| found.contains(number)));
+        assert!(end_of_table() >= 16 * 1024 && found.is_sorted());
     }
 
     #[test]
@@ -264,8 +327,9 @@ mod tests {
         let number = open();
         // Far above what this process uses.
         let closed = 19_999;
-        assert_eq!(Inherited::of(&[number, closed]).err(), Some(closed));
-        assert_eq!(Inherited::of(&[number, -1]).err(), Some(-1));
+        let of = |numbers: &[RawFd]| Inherited::of(numbers, &open_numbers());
+        assert_eq!(of(&[number, closed]).err(), Some(closed));
+        assert_eq!(of(&[number, -1]).err(), Some(-1));
         adopt(number).unwrap();
         assert_eq!(adopt(closed).err(), Some(Errno::EBADF));
     }

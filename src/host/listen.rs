@@ -8,7 +8,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -129,8 +129,47 @@ impl Listeners {
             }
             Activation::None => Vec::new(),
         };
-        let lock = Listener::at(&paths.lock_socket, &inherited)?;
-        match Listener::at(&paths.admin_socket, &inherited) {
+        Self::at(paths, &inherited)
+    }
+
+    /// The same for a daemon that goes on from one that stopped and had these sockets. Its own stay, unless
+    /// their paths are another's by now. Those at which nobody arrives any more come second: clients may
+    /// have come to them before.
+    pub fn open_again(
+        activation: Activation,
+        paths: &Paths,
+        before: Listeners,
+    ) -> Result<(Self, Self), ListenError> {
+        if !matches!(activation, Activation::None) {
+            let now = Self::open(activation, paths)?;
+            let old = Self {
+                lock: others(before.lock, &now.lock),
+                admin: others(before.admin, &now.admin),
+            };
+            return Ok((now, old));
+        }
+        let (lock, old_lock) = own(before.lock, &paths.lock_socket);
+        let (admin, old_admin) = own(before.admin, &paths.admin_socket);
+        // Whoever answers there is this daemon.
+        let answers = old_lock.iter().chain(&old_admin);
+        let answers: Vec<PathBuf> = answers.filter_map(Listener::address).collect();
+        let one = |own: Option<Listener>, path: &Path| {
+            own.map_or_else(|| Listener::at(path, &answers), Ok)
+        };
+        let now = Self {
+            lock: vec![one(lock, &paths.lock_socket)?],
+            admin: vec![one(admin, &paths.admin_socket)?],
+        };
+        let old = Self {
+            lock: old_lock,
+            admin: old_admin,
+        };
+        Ok((now, old))
+    }
+
+    fn at(paths: &Paths, inherited: &[PathBuf]) -> Result<Self, ListenError> {
+        let lock = Listener::at(&paths.lock_socket, inherited)?;
+        match Listener::at(&paths.admin_socket, inherited) {
             Ok(admin) => Ok(Self {
                 lock: vec![lock],
                 admin: vec![admin],
@@ -188,6 +227,12 @@ impl Listener {
         }
     }
 
+    /// Where clients find it.
+    fn address(&self) -> Option<PathBuf> {
+        let address = getsockname::<UnixAddr>(self.socket.as_raw_fd()).ok()?;
+        address.path().map(Path::to_path_buf)
+    }
+
     /// An activation socket.
     fn inherited(socket: OwnedFd) -> Result<Self, ListenError> {
         getsockname::<UnixAddr>(socket.as_raw_fd())
@@ -205,6 +250,25 @@ impl Listener {
             remove_socket(&path);
         }
     }
+}
+
+/// Those of `before` that are none of `now`, which may have them open once more.
+fn others(before: Vec<Listener>, now: &[Listener]) -> Vec<Listener> {
+    let key = |listener: &Listener| {
+        let stat = nix::sys::stat::fstat(&listener.socket).ok()?;
+        Some((stat.st_dev, stat.st_ino))
+    };
+    let is_there = |one: &Listener| now.iter().any(|other| key(other) == key(one));
+    before.into_iter().filter(|one| !is_there(one)).collect()
+}
+
+/// The one that this daemon made at a path where it still is, and the others.
+fn own(before: Vec<Listener>, path: &Path) -> (Option<Listener>, Vec<Listener>) {
+    let is_there = |one: &Listener| one.path.as_deref() == Some(path) && path.exists();
+    let (mut own, mut others): (Vec<_>, Vec<_>) = before.into_iter().partition(is_there);
+    let last = own.pop();
+    others.extend(own);
+    (last, others)
 }
 
 /// Removes a socket that this process has closed.
@@ -287,7 +351,16 @@ fn lock_directory(path: &Path) -> Option<File> {
     None
 }
 
-/// What a service manager left for this process.
+/// What a service manager gave to this process when it started it.
+#[derive(Debug)]
+pub struct Given {
+    /// Sockets.
+    pub activation: Activation,
+    /// What this daemon had put into the manager's store before, and how that is called there.
+    pub stored: Vec<(String, OwnedFd)>,
+}
+
+/// The sockets that a service manager left for this process.
 #[derive(Debug)]
 pub enum Activation {
     /// Nothing, or it is not meant for this process.
@@ -315,52 +388,112 @@ const FIRST_DESCRIPTOR: RawFd = 3;
 
 const LOCK_NAME: &[u8] = b"virtlockd.socket";
 const ADMIN_NAME: &[u8] = b"virtlockd-admin.socket";
+/// How the names begin of what this daemon puts into the manager's store.
+pub const STORED: &str = "virtlockd-bag-";
 
-impl Activation {
+impl Given {
+    /// Nothing.
+    pub fn nothing() -> Given {
+        Given {
+            activation: Activation::None,
+            stored: Vec::new(),
+        }
+    }
+
+    /// Whether a descriptor is one that this daemon had put into the manager's store.
+    pub fn has_stored(&self, number: RawFd) -> bool {
+        let mut stored = self.stored.iter();
+        stored.any(|(_, stored)| stored.as_raw_fd() == number)
+    }
+
     /// Takes the descriptors that LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES announce, and removes
     /// these variables, which mean nothing to a child or a successor.
     ///
     /// To be called once, by main, before the process opens any descriptor: it takes possession of
     /// the descriptors from 3 on.
-    pub fn take() -> Self {
+    pub fn take() -> Given {
         let (pid, count, names) = (
             environment::take("LISTEN_PID"),
             environment::take("LISTEN_FDS"),
             environment::take("LISTEN_FDNAMES"),
         );
-        match plan(
+        let activation = match plan(
             pid.as_deref(),
             count.as_deref(),
             names.as_deref(),
             process::started(),
         ) {
-            Plan::Ignore => Self::None,
-            Plan::Unusable { reason, count } => Self::Unusable {
+            Plan::Ignore => Activation::None,
+            Plan::Unusable { reason, count } => Activation::Unusable {
                 reason,
                 inherited: paths(count),
             },
             // SAFETY: main has opened no descriptor yet, so these are the manager's.
-            Plan::Take(kinds) => unsafe { Self::adopt(&kinds) }.unwrap_or_else(Self::Wrong),
+            Plan::Take(kinds) => return unsafe { Given::adopt(kinds) },
+        };
+        Given {
+            activation,
+            ..Given::nothing()
         }
     }
 
     /// # Safety
     ///
     /// The descriptors from 3 on, as many as there are `kinds`, must belong to nobody.
-    unsafe fn adopt(kinds: &[Kind]) -> Result<Self, ListenError> {
-        if kinds.contains(&Kind::Other) {
+    unsafe fn adopt(kinds: Vec<Kind>) -> Given {
+        let mut given = Given::nothing();
+        let mut sockets = Vec::new();
+        for (descriptor, kind) in (FIRST_DESCRIPTOR..).zip(kinds) {
+            match kind {
+                Kind::Stored(name) => {
+                    // SAFETY: by the contract of this function it is nobody else's.
+                    let stored = unsafe { stored(descriptor) };
+                    given.stored.extend(stored.map(|stored| (name, stored)));
+                }
+                kind => sockets.push((descriptor, kind)),
+            }
+        }
+        if !sockets.is_empty() {
+            // SAFETY: as above.
+            let sockets = unsafe { Activation::adopt(&sockets) };
+            given.activation = sockets.unwrap_or_else(Activation::Wrong);
+        }
+        given
+    }
+}
+
+/// What has been stored, if it is open.
+///
+/// # Safety
+///
+/// The descriptor must belong to nobody.
+unsafe fn stored(number: RawFd) -> Option<OwnedFd> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    // SAFETY: borrowed for this call, which says so if it is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).ok()?;
+    // SAFETY: it is open, and by the contract of this function nobody else's.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+impl Activation {
+    /// # Safety
+    ///
+    /// These descriptors must belong to nobody.
+    unsafe fn adopt(sockets: &[(RawFd, Kind)]) -> Result<Self, ListenError> {
+        if sockets.iter().any(|(_, kind)| *kind == Kind::Other) {
             return Err(ListenError::Unclaimed);
         }
         let (mut lock, mut admin) = (Vec::new(), Vec::new());
-        for (descriptor, kind) in (FIRST_DESCRIPTOR..).zip(kinds) {
+        for (descriptor, kind) in sockets {
             // Only an open descriptor may be owned.
-            getsockname::<UnixAddr>(descriptor)
+            getsockname::<UnixAddr>(*descriptor)
                 .map_err(|error| ListenError::Inherited("get local socket name", error.into()))?;
             // SAFETY: it is open, and by the contract of this function nobody else's.
-            let listener = Listener::inherited(unsafe { OwnedFd::from_raw_fd(descriptor) })?;
+            let listener = Listener::inherited(unsafe { OwnedFd::from_raw_fd(*descriptor) })?;
             match kind {
                 Kind::Lock => lock.push(listener),
-                Kind::Admin | Kind::Other => admin.push(listener),
+                _ => admin.push(listener),
             }
         }
         Ok(Self::Sockets { lock, admin })
@@ -375,10 +508,12 @@ enum Plan {
     Take(Vec<Kind>),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
     Lock,
     Admin,
+    /// Of this daemon, under this name.
+    Stored(String),
     Other,
 }
 
@@ -412,7 +547,10 @@ fn kind(name: &[u8]) -> Kind {
     match name {
         LOCK_NAME => Kind::Lock,
         ADMIN_NAME => Kind::Admin,
-        _ => Kind::Other,
+        name => match std::str::from_utf8(name) {
+            Ok(name) if name.starts_with(STORED) => Kind::Stored(name.to_owned()),
+            _ => Kind::Other,
+        },
     }
 }
 
@@ -438,7 +576,7 @@ fn paths(count: u32) -> Vec<PathBuf> {
 }
 
 impl AsFd for Listener {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
@@ -459,9 +597,10 @@ mod tests {
 
     #[test]
     fn descriptors_are_taken_by_name() {
-        let names = "virtlockd-admin.socket:virtlockd.socket:x:virtlockd.socket";
-        let kinds = vec![Kind::Admin, Kind::Lock, Kind::Other, Kind::Lock];
-        assert_eq!(planned("7", " 4", Some(names)), Plan::Take(kinds));
+        let names = "virtlockd-admin.socket:virtlockd.socket:x:virtlockd.socket:virtlockd-bag-7";
+        let stored = Kind::Stored("virtlockd-bag-7".into());
+        let kinds = vec![Kind::Admin, Kind::Lock, Kind::Other, Kind::Lock, stored];
+        assert_eq!(planned("7", " 5", Some(names)), Plan::Take(kinds));
     }
 
     #[test]
@@ -523,6 +662,63 @@ mod tests {
         assert_eq!(presence_at(&path), Presence::Somebody);
         second.remove();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_daemon_that_goes_on_listens_where_it_did_and_keeps_sockets_in_which_clients_may_wait() {
+        let paths = |name: &str| Paths {
+            lock_socket: place(&format!("{name}-lock")),
+            admin_socket: place(&format!("{name}-admin")),
+            ..Paths::of_this_process()
+        };
+        let listener = |path: &Path, is_own: bool| {
+            let socket = UnixListener::bind(path).unwrap();
+            Listener {
+                socket: socket.into(),
+                path: is_own.then(|| path.to_path_buf()),
+            }
+        };
+        let inode = |one: &Listener| nix::sys::stat::fstat(&one.socket).unwrap().st_ino;
+        // Its own go on, and nothing else is there.
+        let own = paths("own");
+        let before = Listeners {
+            lock: vec![listener(&own.lock_socket, true)],
+            admin: vec![listener(&own.admin_socket, true)],
+        };
+        let there = (inode(&before.lock[0]), inode(&before.admin[0]));
+        let (now, old) = Listeners::open_again(Activation::None, &own, before).unwrap();
+        assert_eq!((inode(&now.lock[0]), inode(&now.admin[0])), there);
+        assert!(old.lock.is_empty() && old.admin.is_empty());
+        // One that is not at its path any more is replaced.
+        std::fs::remove_file(&own.lock_socket).unwrap();
+        let (now, old) = Listeners::open_again(Activation::None, &own, now).unwrap();
+        assert_eq!((inode(&old.lock[0]), inode(&now.admin[0])), there);
+        assert!(own.lock_socket.exists() && old.admin.is_empty());
+        // Those of a manager that does not listen any more are, too, though somebody answers there.
+        let theirs = paths("theirs");
+        let before = Listeners {
+            lock: vec![listener(&theirs.lock_socket, false)],
+            admin: vec![listener(&theirs.admin_socket, false)],
+        };
+        let (new, old) = Listeners::open_again(Activation::None, &theirs, before).unwrap();
+        assert_eq!(new.lock[0].path.as_ref(), Some(&theirs.lock_socket));
+        assert_eq!((old.lock.len(), old.admin.len()), (1, 1));
+        // Those that a manager gives count, and are not there twice.
+        let again = Listener {
+            socket: old.lock[0].socket.try_clone().unwrap(),
+            path: None,
+        };
+        let given = Activation::Sockets {
+            lock: vec![again],
+            admin: Vec::new(),
+        };
+        let (now, old) = Listeners::open_again(given, &theirs, old).unwrap();
+        assert_eq!((now.lock.len(), now.admin.len()), (1, 0));
+        assert_eq!((old.lock.len(), old.admin.len()), (0, 1));
+        for path in [&own, &theirs] {
+            let _ = std::fs::remove_file(&path.lock_socket);
+            let _ = std::fs::remove_file(&path.admin_socket);
+        }
     }
 
     #[test]

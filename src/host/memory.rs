@@ -48,6 +48,25 @@ struct File {
     size: NonZeroUsize,
 }
 
+/// A memory file that was passed on. It is open as long as this is there.
+#[derive(Debug)]
+pub enum Adopted {
+    /// It can be written.
+    Mapped(Memory),
+    /// It can only be read: what it says, and the file.
+    OnlyRead(Vec<u8>, OwnedFd),
+}
+
+impl Adopted {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Adopted::Mapped(memory) => memory.bytes(),
+            Adopted::OnlyRead(bytes, _) => bytes,
+        }
+    }
+}
+
 /// Whether there is not enough of something, which is no refusal: it may be had later.
 fn is_lack(reason: Errno) -> bool {
     let is_full = matches!(reason, Errno::EDQUOT | Errno::EFBIG | Errno::EAGAIN);
@@ -103,24 +122,47 @@ impl Memory {
     /// there be no memory for it, that is waited for for a while; one that must not be mapped is read.
     ///
     /// One that cannot be had stays open: it may be had later.
-    pub fn adopt(descriptor: OwnedFd) -> Result<Memory, Errno> {
+    pub fn adopt(descriptor: OwnedFd) -> Result<Adopted, Errno> {
         let descriptor = ManuallyDrop::new(descriptor);
         let length = patiently(|| fstat(&*descriptor))?.st_size;
         let length = usize::try_from(length).map_err(|_| Errno::EFBIG)?;
         let size = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
         // It is read at once: to map its pages one by one would take longer.
         match while_it_may_pass(|| map(&descriptor, size, MapFlags::MAP_POPULATE)) {
-            Ok(start) => Ok(Memory(Place::File(File {
+            Ok(start) => Ok(Adopted::Mapped(Memory(Place::File(File {
                 descriptor: ManuallyDrop::into_inner(descriptor),
                 start,
                 size,
-            }))),
-            Err(refusal) => {
+            })))),
+            Err(_) => {
                 let bytes = read(&descriptor)?;
-                drop(ManuallyDrop::into_inner(descriptor));
-                Ok(Memory(Place::Private(bytes, refusal)))
+                Ok(Adopted::OnlyRead(
+                    bytes,
+                    ManuallyDrop::into_inner(descriptor),
+                ))
             }
         }
+    }
+
+    /// The same with a copy of the descriptor, of which nothing stays open if it fails; what fails once is not
+    /// tried again.
+    ///
+    /// # Errors
+    /// Why it can neither be mapped nor read.
+    pub fn adopt_copy(descriptor: &OwnedFd) -> Result<Adopted, Errno> {
+        let descriptor = descriptor.try_clone().map_err(|error| errno::of(&error))?;
+        let length = usize::try_from(fstat(&descriptor)?.st_size).map_err(|_| Errno::EFBIG)?;
+        let Some(size) = NonZeroUsize::new(length) else {
+            return Ok(Adopted::OnlyRead(Vec::new(), descriptor));
+        };
+        Ok(match map(&descriptor, size, MapFlags::MAP_POPULATE) {
+            Ok(start) => Adopted::Mapped(Memory(Place::File(File {
+                descriptor,
+                start,
+                size,
+            }))),
+            Err(_) => Adopted::OnlyRead(read(&descriptor)?, descriptor),
+        })
     }
 
     /// Makes it larger.
@@ -390,15 +432,26 @@ fn allocate(descriptor: &OwnedFd, size: NonZeroUsize) -> Result<(), Refusal> {
         ))
 }
 
-/// Locks a file as a whole, for as long as its open file is anybody's. False if somebody else has it locked.
-fn lock(descriptor: &OwnedFd) -> Result<bool, Errno> {
-    let whole = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+/// Takes the lock of a file, or lets go of it.
+fn whole(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 0,
         l_pid: 0,
-    };
+    }
+}
+
+/// Nobody has the file any more who writes it, although it may be open, or mapped, here and elsewhere.
+pub fn nobody_writes(descriptor: &OwnedFd) {
+    // It only lets go.
+    let _ = fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK)));
+}
+
+/// Locks a file as a whole, for as long as its open file is anybody's. False if somebody else has it locked.
+fn lock(descriptor: &OwnedFd) -> Result<bool, Errno> {
+    let whole = whole(libc::F_WRLCK);
     match fcntl(descriptor, FcntlArg::F_OFD_SETLK(&whole)).map_err(Errno::from) {
         Ok(_) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
@@ -422,6 +475,10 @@ pub enum LeftBehind {
 /// # Errors
 /// Why it cannot be looked at.
 pub fn left_behind(path: &Path) -> Result<LeftBehind, Errno> {
+    // Without a descriptor, should there be none left: then nothing is in the way.
+    if lstat(path) == Err(nix::errno::Errno::ENOENT) {
+        return Ok(LeftBehind::Nothing);
+    }
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let descriptor = match open(path, flags, Mode::empty()).map_err(Errno::from) {
         Ok(descriptor) => descriptor,
@@ -445,6 +502,27 @@ pub fn is_at(path: &Path, file: impl AsFd) -> bool {
         (Ok(there), Ok(held)) => key(there) == key(held),
         _ => false,
     }
+}
+
+/// Removes a name, if it leads to this open file.
+///
+/// # Errors
+/// Why it is still there.
+pub fn remove_name(path: &Path, file: impl AsFd) -> Result<(), Errno> {
+    match is_at(path, file) {
+        true => std::fs::remove_file(path).map_err(|error| errno::of(&error)),
+        false => Ok(()),
+    }
+}
+
+/// The same with the name under which the file was opened, or what it is called since.
+///
+/// # Errors
+/// Why it is still there.
+pub fn remove_own_name(file: &OwnedFd) -> Result<(), Errno> {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let path = std::fs::read_link(link).map_err(|error| errno::of(&error))?;
+    remove_name(&path, file)
 }
 
 /// A memory file with the content of another one.

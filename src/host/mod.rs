@@ -17,6 +17,7 @@ pub mod listen;
 pub mod memory;
 pub mod names;
 pub mod notify;
+pub mod passing;
 pub mod paths;
 pub mod patience;
 pub mod pid_file;

@@ -4,12 +4,15 @@
 
 use std::ffi::OsStr;
 use std::fmt::Arguments;
-use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
 use super::errno::{self, Errno};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, sendto, socket};
+use super::patience::patiently;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, sendto, socket,
+};
 use nix::time::{ClockId, clock_gettime};
 
 /// The daemon serves.
@@ -78,6 +81,30 @@ impl Herald {
         );
     }
 
+    /// Has the manager store a descriptor under this name, and keep it whatever becomes of what it stands
+    /// for. Nobody says whether it does.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2).
+    pub fn store(&self, name: &str, descriptor: impl AsFd) -> Result<(), Errno> {
+        let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
+        let descriptors = [descriptor.as_fd().as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&descriptors)];
+        let parts = [IoSlice::new(message.as_bytes())];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let (socket, address) = (self.socket.as_raw_fd(), Some(&self.address));
+        // It may be busy with others at the moment.
+        patiently(|| {
+            sendmsg(socket, &parts, &rights, flags, address).map_err(Errno::from)?;
+            Ok(())
+        })
+    }
+
+    /// Has the manager forget what it stores under this name.
+    pub fn forget(&self, name: &str) {
+        self.say(format_args!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    }
+
     /// As [`reloading`].
     pub fn reloading(&self) {
         match monotonic_us() {
@@ -87,6 +114,19 @@ impl Herald {
             None => self.say(format_args!("RELOADING=1")),
         }
     }
+}
+
+/// The variable by which a unit says what a stop is to be. Nobody but the unit knows whether the manager's
+/// store outlives one (FileDescriptorStorePreserve=).
+const ON_STOP: &str = "VIRTLOCKD_ON_STOP";
+/// The value of it that lets a stop keep everything there.
+const KEEP: &str = "keep";
+
+/// Whether the service manager has a store for descriptors, and the unit says that it outlives a stop.
+pub fn has_lasting_store() -> bool {
+    let room = std::env::var("FDSTORE").ok();
+    let room: Option<u32> = room.and_then(|room| room.parse().ok());
+    room.is_some_and(|room| room > 0) && std::env::var_os(ON_STOP).is_some_and(|it| it == KEEP)
 }
 
 fn tell(message: &str) {

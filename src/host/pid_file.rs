@@ -106,6 +106,24 @@ impl PidFile {
         }
     }
 
+    /// The file, which a successor that ended may have removed: then it is made again.
+    pub fn put_back(self) -> Self {
+        if fstat(&self.file).is_ok_and(|held| is_at(&self.path, &held)) {
+            return self;
+        }
+        match Self::acquire(&self.path) {
+            Ok(file) => {
+                // It is written down as the daemon's until the new one is.
+                std::mem::forget(self.file);
+                file
+            }
+            Err(error) => {
+                tracing::error!("The pid file is gone and cannot be made again: {error}");
+                self
+            }
+        }
+    }
+
     /// Which file it is, and its descriptor.
     pub fn identity(&self) -> Option<(FileIdentity, i32)> {
         let stat = fstat(&self.file).ok()?;
@@ -119,7 +137,7 @@ impl PidFile {
 
     /// Removes the file: the end of a daemon that ends in order. A file that somebody else put in its
     /// place stays.
-    pub fn remove(self) {
+    pub fn remove(&self) {
         if let Ok(held) = fstat(&self.file)
             && is_at(&self.path, &held)
             && let Err(error) = std::fs::remove_file(&self.path)

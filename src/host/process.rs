@@ -32,15 +32,32 @@ pub fn started() -> u32 {
 }
 
 /// What tells a process from every other one of the same number, as long as the host is up: to know it
-/// again without a descriptor of it.
+/// again without a descriptor of it. The order of the variants is part of the ledger's format.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 pub enum Life {
     /// The inode of its pidfds, which no other process of this boot has (Linux 6.9).
     Inode(u64),
-    /// When it started, clock ticks since boot.
+    /// When it started, clock ticks since boot, and it lived on when they were over: no later process of its
+    /// number has started in the same tick.
     Start(u64),
+    /// The same of one that was looked at in the very tick in which it started: should it have ended in it,
+    /// too, another one may have its number and this start.
+    Fresh(u64),
+}
+
+/// Whether a process is the one that was known by a [`Life`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Likeness {
+    /// It is.
+    Same,
+    /// It is, or a later one that cannot be told from it; the other is dead then.
+    Alike,
+    /// It is another one.
+    Another,
+    /// Nobody can tell.
+    Unknown,
 }
 
 /// The device of all pidfds, where these have inodes of their own; [`UNASKED`] or [`NONE`].
@@ -54,21 +71,113 @@ const PIDFD_FILE_SYSTEM: FsType = FsType(0x5049_4446);
 /// What tells the process of a pidfd, whose number is `pid`, from every other. ESRCH if it has ended and
 /// cannot be told any more.
 pub fn life(pidfd: &OwnedFd, pid: i32) -> Result<Life, Errno> {
-    let found = fstat(pidfd)?;
-    if PIDFD_DEVICE.load(Ordering::Relaxed) == UNASKED {
-        let has_own = fstatfs(pidfd)?.filesystem_type() == PIDFD_FILE_SYSTEM;
-        let device = if has_own { found.st_dev } else { NONE };
-        PIDFD_DEVICE.store(device, Ordering::Relaxed);
-    }
-    if found.st_dev == PIDFD_DEVICE.load(Ordering::Relaxed) {
-        return Ok(Life::Inode(found.st_ino));
+    if let Some(inode) = inode(pidfd)? {
+        return Ok(Life::Inode(inode));
     }
     let started = start_time(pid)?;
     // Asked by its number: it was its own until here if it is not dead.
     if is_dead(pidfd) {
         return Err(Errno::ESRCH);
     }
-    Ok(Life::Start(started))
+    life_from(started)
+}
+
+/// What tells a process by its start (see [`start_time`]) that is alive.
+///
+/// # Errors
+/// Why that says nothing of it.
+pub fn life_from(started: u64) -> Result<Life, Errno> {
+    if !has_own_numbers_in_proc()? {
+        return Err(Errno::EXDEV);
+    }
+    let everywhere = ticks_everywhere(started)?;
+    Ok(if ticks_now()? > started {
+        Life::Start(everywhere)
+    } else {
+        Life::Fresh(everywhere)
+    })
+}
+
+/// Whether the process of a pidfd, whose number is `pid`, is the one that was known by this.
+pub fn compare(pidfd: &OwnedFd, pid: i32, known: Life) -> Likeness {
+    let started = || -> Result<u64, Errno> {
+        let started = start_time(pid)?;
+        match has_own_numbers_in_proc()? && !is_dead(pidfd) {
+            true => ticks_everywhere(started),
+            false => Err(Errno::ESRCH),
+        }
+    };
+    let (is_it, same) = match known {
+        Life::Inode(then) => {
+            let found = inode(pidfd).ok().flatten();
+            (found.map(|now| now == then), Likeness::Same)
+        }
+        Life::Start(then) => (started().ok().map(|now| now == then), Likeness::Same),
+        Life::Fresh(then) => (started().ok().map(|now| now == then), Likeness::Alike),
+    };
+    match is_it {
+        Some(true) => same,
+        Some(false) => Likeness::Another,
+        None => Likeness::Unknown,
+    }
+}
+
+/// The inode of a pidfd, where it is its process's own.
+fn inode(pidfd: &OwnedFd) -> Result<Option<u64>, Errno> {
+    let found = fstat(pidfd)?;
+    if PIDFD_DEVICE.load(Ordering::Relaxed) == UNASKED {
+        let has_own = fstatfs(pidfd)?.filesystem_type() == PIDFD_FILE_SYSTEM;
+        let device = if has_own { found.st_dev } else { NONE };
+        PIDFD_DEVICE.store(device, Ordering::Relaxed);
+    }
+    let has_own = found.st_dev == PIDFD_DEVICE.load(Ordering::Relaxed);
+    Ok(has_own.then_some(found.st_ino))
+}
+
+/// Whether `/proc` calls processes by the numbers that they have here, and not by those of an outer namespace.
+fn has_own_numbers_in_proc() -> Result<bool, Errno> {
+    Ok(namespace_numbers("self")? == [own_number()])
+}
+
+/// Clock ticks since boot, as [`start_time`] has them.
+fn ticks_now() -> Result<u64, Errno> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
+    let seconds = u64::try_from(now.tv_sec()).map_err(|_| Errno::EIO)?;
+    let nanoseconds = u64::try_from(now.tv_nsec()).map_err(|_| Errno::EIO)?;
+    let of_second = nanoseconds / (NANOSECONDS / TICKS);
+    Ok(seconds.saturating_mul(TICKS).saturating_add(of_second))
+}
+
+/// Ticks of a second in everything that the kernel shows (USER_HZ).
+const TICKS: u64 = 100;
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// The same without what a time namespace adds for those in it (time_namespaces(7)): so it means the same in
+/// every one of them.
+fn ticks_everywhere(ticks: u64) -> Result<u64, Errno> {
+    let offsets = match std::fs::read_to_string("/proc/self/timens_offsets") {
+        Ok(offsets) => offsets,
+        // There are no such namespaces.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(ticks),
+        Err(error) => return Err(super::errno::of(&error)),
+    };
+    without_offset(ticks, &offsets).ok_or(Errno::EIO)
+}
+
+fn without_offset(ticks: u64, offsets: &str) -> Option<u64> {
+    let offset = offsets
+        .lines()
+        .find_map(|line| line.strip_prefix("boottime"))?;
+    let mut numbers = offset.split_ascii_whitespace().map(str::parse::<i64>);
+    let (seconds, nanoseconds) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    // By a part of a tick both ends of it would be moved.
+    let a_tick = i64::try_from(NANOSECONDS / TICKS).ok()?;
+    if nanoseconds.checked_rem(a_tick)? != 0 {
+        return None;
+    }
+    let more = seconds.checked_mul(i64::try_from(TICKS).ok()?)?;
+    let more = more.checked_add(nanoseconds.checked_div(a_tick)?)?;
+    ticks.checked_add_signed(more.checked_neg()?)
 }
 
 /// Which boot of the host this is. `None` if that cannot be found out.
@@ -126,6 +235,16 @@ impl Process {
     /// Whether the process has ended: see [`is_dead`].
     pub fn is_dead(&self) -> bool {
         is_dead(&self.pidfd)
+    }
+
+    /// Waits for its end, so long at most; whether it has ended.
+    pub fn ends_within(&self, milliseconds: u16) -> bool {
+        let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        // Interrupted, it is asked once more without a wait.
+        match poll(&mut polled, PollTimeout::from(milliseconds)) {
+            Ok(found) => found == 1,
+            Err(_) => self.is_dead(),
+        }
     }
 
     /// Sends a signal: see [`signal`].
@@ -214,6 +333,26 @@ fn parse_namespace_numbers(status: &[u8]) -> Option<Vec<i32>> {
     numbers.map(|number| number.parse().ok()).collect()
 }
 
+/// Whether a process with this number can be the owner of locks whose death is brought about or waited for: it
+/// is not that with which everything ends, nor this daemon, nor a part of the kernel.
+pub fn may_be_owner(pid: i32) -> bool {
+    pid > 1
+        && pid != own_number()
+        && pid != started().cast_signed()
+        && flags(pid).is_none_or(|flags| flags & PF_KTHREAD == 0)
+}
+
+/// A thread of the kernel, in the flags of a process.
+const PF_KTHREAD: u32 = 0x0020_0000;
+/// One that is on its way out.
+const PF_EXITING: u32 = 0x4;
+
+/// The flags of a process (`/proc/PID/stat`, field 9).
+fn flags(pid: i32) -> Option<u32> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    field(&stat, 9)?.parse().ok()
+}
+
 /// Forgets the children of this process that have ended. Whether there are others that have not.
 pub fn reap_children() -> bool {
     use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -264,14 +403,28 @@ fn field(stat: &[u8], number: usize) -> Option<&str> {
         .nth(number.checked_sub(2)?)
 }
 
+/// Whether a process waits until something happens at one of its descriptors, as the main loop of a daemon
+/// does that has nothing to do (`/proc/PID/syscall`). EACCES or EPERM where others may not look.
+pub fn waits_for_events(pid: u32) -> Result<bool, Errno> {
+    let calls = [
+        libc::SYS_ppoll,
+        libc::SYS_epoll_pwait,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait,
+    ];
+    let call = std::fs::read_to_string(format!("/proc/{pid}/syscall"))
+        .map_err(|error| super::errno::of(&error))?;
+    // "running" if it does not wait at all.
+    let number = call.split_ascii_whitespace().next().map(str::parse);
+    Ok(matches!(number, Some(Ok(number)) if calls.contains(&number)))
+}
+
 /// Whether a process is on its way out already, so that a signal would change nothing: the kernel
-/// closes the sockets of a process before it calls it dead. (PF_EXITING in the flags, field 9.)
+/// closes the sockets of a process before it calls it dead.
 pub fn is_exiting(pid: i32) -> bool {
-    const PF_EXITING: u32 = 0x4;
-    std::fs::read(format!("/proc/{pid}/stat"))
-        .ok()
-        .and_then(|stat| field(&stat, 9)?.parse::<u32>().ok())
-        .is_some_and(|flags| flags & PF_EXITING != 0)
+    flags(pid).is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
 #[cfg(test)]
@@ -333,6 +486,64 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(boot().map(|id| id.len()), Some(16));
         assert!(namespace().is_some());
+    }
+
+    #[test]
+    fn a_process_is_compared_by_what_it_was_known_by() {
+        let process = Process::open_any(own_pid()).unwrap();
+        let is = |life| compare(process.pidfd(), own_pid(), life);
+        let started = ticks_everywhere(start_time(own_pid()).unwrap()).unwrap();
+        assert_eq!(is(Life::Start(started)), Likeness::Same);
+        assert_eq!(is(Life::Fresh(started)), Likeness::Alike);
+        assert_eq!(is(Life::Start(started + 1)), Likeness::Another);
+        assert_eq!(is(Life::Fresh(started + 1)), Likeness::Another);
+        let own = life(process.pidfd(), own_pid()).unwrap();
+        assert_eq!(is(own), Likeness::Same);
+        if let Life::Inode(inode) = own {
+            assert_eq!(is(Life::Inode(inode + 1)), Likeness::Another);
+        }
+        // Its start can be asked for by its number alone.
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let other = Process::open_any(pid).unwrap();
+        let start = ticks_everywhere(start_time(pid).unwrap()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let likeness = compare(other.pidfd(), pid, Life::Start(start));
+        assert_eq!(likeness, Likeness::Unknown);
+    }
+
+    #[test]
+    fn a_start_in_the_tick_that_is_now_may_be_another_one_s() {
+        let now = ticks_now().unwrap();
+        let everywhere = ticks_everywhere(0).unwrap();
+        assert_eq!(everywhere, 0, "the tests run in no time namespace");
+        assert_eq!(life_from(now - 1), Ok(Life::Start(now - 1)));
+        assert_eq!(life_from(now + 1000), Ok(Life::Fresh(now + 1000)));
+    }
+
+    #[test]
+    fn a_time_namespace_moves_a_start_by_whole_ticks_or_nobody_knows_it() {
+        let offsets = |boot: &str| format!("monotonic           7         0\nboottime {boot}\n");
+        let without = |boot| without_offset(100_000, &offsets(boot));
+        assert_eq!(without("        0         0"), Some(100_000));
+        assert_eq!(without("      10         0"), Some(99_000));
+        assert_eq!(without("     -10         0"), Some(101_000));
+        assert_eq!(without("     -10 990000000"), Some(100_901));
+        assert_eq!(without("      10         1"), None);
+        assert_eq!(without_offset(1, "monotonic 0 0"), None);
+    }
+
+    #[test]
+    fn what_ends_with_everything_else_and_the_kernel_s_own_are_no_owners() {
+        for pid in [i32::MIN, -1, 0, 1, own_pid()] {
+            assert!(!may_be_owner(pid), "{pid}");
+        }
+        let parent = std::os::unix::process::parent_id();
+        assert!(may_be_owner(i32::try_from(parent).unwrap()));
+        if name(2).as_deref() == Some(b"kthreadd") {
+            assert!(!may_be_owner(2));
+        }
     }
 
     #[test]

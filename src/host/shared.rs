@@ -33,6 +33,9 @@ pub struct Shared {
     size: usize,
     /// Who the memory is from, if it is this process's own.
     own: Option<Layout>,
+    /// How many more changes are made, as if the process died behind them.
+    #[cfg(test)]
+    lives: std::cell::Cell<Option<usize>>,
 }
 
 /// A word of it, lent to somebody who is to know nothing else of it.
@@ -61,6 +64,8 @@ impl Shared {
             start: start.cast(),
             size: size.get(),
             own: None,
+            #[cfg(test)]
+            lives: None.into(),
         })
     }
 
@@ -76,7 +81,36 @@ impl Shared {
             start,
             size: size.get(),
             own: Some(layout),
+            #[cfg(test)]
+            lives: None.into(),
         })
+    }
+
+    /// From now on only so many changes are made: what whoever comes next would find, had the process died
+    /// then. All of them again with `None`.
+    #[cfg(test)]
+    pub fn dies_after(&self, changes: Option<usize>) {
+        self.lives.set(changes);
+    }
+
+    /// Whether nothing is changed any more.
+    #[cfg(test)]
+    pub fn is_dead(&self) -> bool {
+        self.lives.get() == Some(0)
+    }
+
+    #[cfg(test)]
+    fn lives(&self) -> bool {
+        let is_dead = self.is_dead();
+        self.lives
+            .set(self.lives.get().map(|left| left.saturating_sub(1)));
+        !is_dead
+    }
+
+    /// Whether the next change is made: only a test has a process die at a place of its choice.
+    #[cfg(not(test))]
+    fn lives(&self) -> bool {
+        true
     }
 
     /// A word, to be lent.
@@ -96,7 +130,9 @@ impl Shared {
 
     /// Writes a word: whoever looks sees it whole or not at all, and what was written before it, too.
     pub fn store(&self, at: usize, value: u64) {
-        if let Some(word) = self.word(at) {
+        if let Some(word) = self.word(at)
+            && self.lives()
+        {
             word.store(value, Ordering::Release);
         }
     }
@@ -104,12 +140,14 @@ impl Shared {
     /// Sets bits of a word; what it was before.
     pub fn set_bits(&self, at: usize, bits: u64) -> u64 {
         self.word(at)
+            .filter(|_| self.lives())
             .map_or(0, |word| word.fetch_or(bits, Ordering::AcqRel))
     }
 
     /// Clears bits of a word; what it was before.
     pub fn clear_bits(&self, at: usize, bits: u64) -> u64 {
         self.word(at)
+            .filter(|_| self.lives())
             .map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel))
     }
 
@@ -126,6 +164,9 @@ impl Shared {
         if !self.has(at, bytes.len()) {
             return false;
         }
+        if !self.lives() {
+            return true;
+        }
         // SAFETY: the place is inside the mapping, as was just seen. Nobody in this process borrows from
         // the mapping over this call: `read` copies, and `slice` is the caller's promise. Other processes
         // look only when this one is dead.
@@ -134,6 +175,24 @@ impl Shared {
             std::ptr::copy(bytes.as_ptr(), place, bytes.len());
         }
         // What is stored behind this must not be seen before it.
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        true
+    }
+
+    /// Copies bytes from one place to another. Nothing is written, and false is returned, where either is
+    /// not inside.
+    pub fn copy(&self, from: usize, to: usize, length: usize) -> bool {
+        if !self.has(from, length) || !self.has(to, length) {
+            return false;
+        }
+        if !self.lives() {
+            return true;
+        }
+        // SAFETY: both places are inside the mapping, of which nobody in this process borrows: see `write`.
+        unsafe {
+            let (from, to) = (self.start.add(from), self.start.add(to));
+            std::ptr::copy(from.as_ptr(), to.as_ptr(), length);
+        }
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
         true
     }
@@ -196,7 +255,7 @@ impl Shared {
         let Some(place) = self.address(start, length) else {
             return;
         };
-        if length > 0 && self.own.is_none() {
+        if length > 0 && self.own.is_none() && self.lives() {
             // SAFETY: whole pages of this mapping, of which nothing is borrowed.
             let _ = unsafe { madvise(place.cast(), length, MmapAdvise::MADV_REMOVE) };
         }

@@ -84,6 +84,12 @@ fn pending() -> Result<SigSet, Errno> {
     Ok(unsafe { SigSet::from_sigset_t_unchecked(pending.assume_init()) })
 }
 
+/// Makes a signal that was read pending again.
+pub fn keep(signal: Signal) {
+    // It is blocked, so nothing happens yet; and it cannot fail for this process.
+    let _ = nix::sys::signal::raise(signal);
+}
+
 /// How often the kernel is asked for pending signals where it does not tell of them.
 const ASKED_EVERY: Duration = Duration::from_millis(100);
 
@@ -98,10 +104,11 @@ pub enum Signals {
 
 impl Signals {
     /// Opens the signalfd. [`block`] must have been called before. A process that has a guardian is told by
-    /// it alone: whatever else is sent to it stays blocked.
+    /// it alone; but what else is sent to it must not stay pending until it is the guardian itself.
     pub fn open(has_guardian: bool) -> Result<Signals, Refusal> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let wanted = if has_guardian { POKE.into() } else { handled() };
+        let poke = has_guardian.then_some(POKE);
+        let wanted: SigSet = HANDLED.into_iter().chain(poke).collect();
         SignalFd::with_flags(&wanted, flags)
             .map(Signals::Descriptor)
             .map_err(Refusal::of(
@@ -146,10 +153,6 @@ impl Signals {
     }
 }
 
-fn handled() -> SigSet {
-    HANDLED.into_iter().collect()
-}
-
 /// Takes one of the blocked signals that are pending, if there is one.
 fn next_pending() -> Option<Signal> {
     let pending = pending().ok()?;
@@ -164,7 +167,18 @@ fn next_pending() -> Option<Signal> {
 
 /// The next signal that the guardian waits for, or none within this time: for ever, if it is none.
 pub fn wait(longest: Option<Duration>) -> Option<Signal> {
-    let wanted: SigSet = [POKE, Signal::SIGCHLD].into_iter().chain(HANDLED).collect();
+    wait_for(
+        &[POKE, Signal::SIGCHLD].into_iter().chain(HANDLED).collect(),
+        longest,
+    )
+}
+
+/// Whether this process was poked, or is within this time.
+pub fn is_poked_within(longest: Duration) -> bool {
+    wait_for(&POKE.into(), Some(longest)).is_some()
+}
+
+fn wait_for(wanted: &SigSet, longest: Option<Duration>) -> Option<Signal> {
     let limit = longest.map(|longest| libc::timespec {
         tv_sec: longest.as_secs().try_into().unwrap_or(libc::time_t::MAX),
         tv_nsec: longest.subsec_nanos().into(),

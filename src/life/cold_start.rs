@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use crate::custody::cold::{self, Loss, TakenAgain, Why};
 use crate::custody::descriptor::Saved;
-use crate::custody::ledger::{self, Orphan};
+use crate::custody::ledger::{self, OldFile, Orphan, Unreadable};
 use crate::custody::since::Since;
 use crate::custody::state::State;
+use crate::exit::{ExitCode, StartError, refused};
 use crate::host::errno::{self, Errno};
 use crate::host::patience;
 use crate::host::refusal::Refusal;
@@ -19,7 +20,7 @@ use crate::locks::again::NotAgain;
 use crate::locks::holder;
 use crate::locks::table::Pid;
 use crate::log::Printable;
-use crate::server::reactor::{Limits, Reactor};
+use crate::server::reactor::{GoesOn, Limits, Reactor};
 
 /// What a daemon that was killed has left, as far as it is to be settled when it is sure that this one serves.
 #[derive(Debug)]
@@ -37,16 +38,14 @@ pub struct Left {
 /// limit of clients that was set at run time stays, as in an upgrade.
 ///
 /// # Errors
-/// What the host refuses for which there is no other way.
+/// A ledger that cannot be read: what it says must not be granted to anybody else. And what the host refuses
+/// for which there is no other way.
 pub fn take_again(
     reactor: &mut Reactor,
     run_directory: &Path,
     limits: Limits,
-) -> Result<Left, Refusal> {
-    let (orphan, unknown) = match find(run_directory) {
-        Ok(orphan) => (orphan, None),
-        Err(reason) => (None, Some(reason)),
-    };
+) -> Result<Left, StartError> {
+    let (orphan, unknown) = find(run_directory)?;
     let mut left = Left {
         run_directory: run_directory.to_owned(),
         orphan,
@@ -54,18 +53,13 @@ pub fn take_again(
         losses: Vec::new(),
         to_fence: Vec::new(),
     };
-    if let Some(Orphan {
-        path,
-        state: Ok(state),
-        counts,
-        ..
-    }) = &left.orphan
+    if let Some(orphan) = &left.orphan
+        && let Ok(state) = &orphan.state
     {
-        (left.losses, left.to_fence) = go_on(reactor, path, state, limits)?;
-        reactor.custody_mut().count_more(counts);
-        reactor
-            .custody_mut()
-            .was_recovered("after the death of all its processes");
+        (left.losses, left.to_fence) = go_on(reactor, orphan, state, limits)?;
+        let custody = reactor.custody_mut();
+        custody.count_more(&orphan.counts);
+        custody.was_recovered("after the death of all its processes");
     }
     Ok(left)
 }
@@ -86,8 +80,23 @@ impl Left {
         }
         // Open, it is somebody's, and no file is put in its place.
         drop(self.orphan);
-        reactor.custody_mut().keep_in(&self.run_directory);
+        // One that could not be read is not this one's.
+        let old = match self.unknown {
+            None => OldFile::IsReplaced,
+            Some(_) => OldFile::IsKept,
+        };
+        let kept = reactor.custody_mut().keep_in(&self.run_directory, old);
+        kept.unwrap_or_else(say_that_it_has_no_name);
     }
+}
+
+/// Says that the ledger does not outlive the daemon.
+pub fn say_that_it_has_no_name(refusal: Refusal) {
+    tracing::warn!(
+        target: "locking.lock_daemon",
+        "{refusal}. The daemon serves with a ledger that has no name: should all its processes be \
+         killed at once, the next start does not have the locks"
+    );
 }
 
 /// Whether a daemon was killed with locks cannot be found out.
@@ -110,40 +119,56 @@ fn say_that_nobody_knows(run_directory: &Path, reason: Errno) {
     }
 }
 
-/// The ledger of a daemon that was killed. One that cannot be read is kept for somebody to look at.
-fn find(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
-    // The kernel may still be closing the files of those that were killed.
-    let Some(orphan) = patience::patiently(|| ledger::find_orphan(run_directory))? else {
-        return Ok(None);
+/// The ledger of a daemon that was killed; why nobody knows whether there is one.
+///
+/// # Errors
+/// One that cannot be read stays where it is: another program may be able to, or the same one a moment later.
+fn find(run_directory: &Path) -> Result<(Option<Orphan>, Option<Errno>), StartError> {
+    // The kernel may still be closing the files of those that were killed; and memory comes back.
+    let found = patience::patiently(|| match ledger::find_orphan(run_directory) {
+        Ok(Some(Orphan {
+            state: Err(Unreadable::System(reason)),
+            ..
+        })) if errno::may_pass(reason) => Err(reason),
+        found => found,
+    });
+    let reason = match found {
+        Ok(None) => return Ok((None, None)),
+        Ok(Some(orphan)) => match &orphan.state {
+            Ok(state) if cold::is_of_another_boot(state) => {
+                tracing::info!(
+                    target: "locking.lock_daemon",
+                    "The ledger '{}' is of another boot of the host, of which nobody is left: it is removed",
+                    orphan.path.display()
+                );
+                orphan.remove();
+                return Ok((None, None));
+            }
+            Ok(_) => return Ok((Some(orphan), None)),
+            Err(reason) => reason.to_string(),
+        },
+        Err(reason) if errno::may_pass(reason) => Unreadable::System(reason).to_string(),
+        Err(reason) => return Ok((None, Some(reason))),
     };
-    match &orphan.state {
-        Ok(state) if cold::is_of_another_boot(state) => {
-            orphan.remove();
-            Ok(None)
-        }
-        Ok(_) => Ok(Some(orphan)),
-        Err(reason) => {
-            let kept = orphan.keep_aside();
-            tracing::error!(
-                target: "locking.lock_daemon",
-                "The ledger of a daemon that was killed cannot be used: {reason}. It is kept as '{}'. No \
-                 lock is taken again from it: guests that run without their locks are not protected from \
-                 others, so find out which ones run and restart them",
-                kept.display()
-            );
-            Ok(None)
-        }
-    }
+    let path = ledger::file_in(run_directory);
+    let path = path.display();
+    let message = format!(
+        "The ledger '{path}' of a daemon that was killed cannot be used: {reason}. It tells which locks running \
+         guests had, so nobody is given one, and the daemon does not start. If an earlier or a later \
+         version of it wrote the ledger, start that one. Otherwise find out which guests run, stop them, \
+         and remove the file"
+    );
+    Err(StartError::new(ExitCode::Initialisation, message))
 }
 
 type ToSettle = (Vec<Loss>, Vec<(Pid, OwnedFd)>);
 
 fn go_on(
     reactor: &mut Reactor,
-    path: &Path,
+    orphan: &Orphan,
     saved: &State<Saved>,
     limits: Limits,
-) -> Result<ToSettle, Refusal> {
+) -> Result<ToSettle, StartError> {
     let settings = reactor.custody().state().settings().clone();
     let TakenAgain {
         state,
@@ -151,9 +176,18 @@ fn go_on(
         losses,
         to_fence,
         unseen,
-    } = cold::take_again(saved, settings);
+        spared,
+    } = cold::take_again(saved, orphan.is_stale, settings);
     let (owners, locks) = (state.table().processes().count(), state.table().len());
-    reactor.go_on(state, None, Since::default())?;
+    reactor
+        .go_on(GoesOn {
+            state,
+            ledger: None,
+            since: Since::default(),
+            poll: None,
+            left: &mut Vec::new(),
+        })
+        .map_err(refused)?;
     reactor.configure_if_changed(limits);
     if owners > 0 || freed > 0 || !losses.is_empty() {
         tracing::warn!(
@@ -161,8 +195,16 @@ fn go_on(
             "A daemon was killed with all its processes: by its ledger '{}' {locks} locks of {owners} owners \
              were taken again, {freed} of dead owners are free, and {} are lost. Connections are gone: the \
              owners are watched",
-            path.display(),
+            orphan.path.display(),
             losses.len()
+        );
+    }
+    if orphan.is_stale {
+        tracing::warn!(
+            target: "locking.lock_daemon",
+            "The ledger could not be written for a while before the daemon was killed: locks that were given \
+             back then are held again, until they are once more or their owners are dead, and nobody is \
+             fenced for one that somebody else has by now"
         );
     }
     for owner in unseen {
@@ -170,6 +212,13 @@ fn go_on(
             target: "locking.lock_daemon",
             "{owner} has its locks again, and its process cannot be told from another one of its number: its \
              death frees nothing. Its locks stay until they are released in its name or the daemon ends"
+        );
+    }
+    for owner in spared {
+        tracing::error!(
+            target: "locking.lock_daemon",
+            "{owner} was to be fenced when the daemon was killed, and it is not proved which process that is: \
+             none is sent a signal. Its locks stay: stop it by hand"
         );
     }
     Ok((losses, to_fence))
@@ -180,7 +229,7 @@ fn go_on(
 fn lose(reactor: &mut Reactor, loss: Loss) {
     let Loss {
         owner,
-        pid,
+        key,
         process,
         is_fenced,
         path,
@@ -196,7 +245,7 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
                 Printable(&by)
             );
             match process {
-                Some(process) => reactor.fence_the_robbed(pid, process, &text),
+                Some(process) => reactor.fence_the_robbed(key.pid, process, &text),
                 None if is_fenced => tracing::error!(
                     target: "locking.lock_daemon",
                     "{text}. The owner is being fenced already"
@@ -204,7 +253,7 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
                 None => tracing::error!(
                     target: "locking.lock_daemon",
                     "{text}. Both may write it, and it cannot be fenced, because its process cannot be \
-                     told or stands for others: stop one of them by hand"
+                     told, or stands for others, or had perhaps given it back: stop one of them by hand"
                 ),
             }
             return;

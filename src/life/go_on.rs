@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -13,27 +13,27 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{serve, standard};
+use super::{cold_start, kept, serve, standard, takeover, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{self, Ledger, OldFile, Read, Unreadable};
 use crate::custody::servers::{Server, Service};
 use crate::custody::settings::{LogSettings, Settings as ProcessSettings};
 use crate::custody::since::Since;
 use crate::custody::state::State;
 use crate::desk::control::{Death, Failure, Order};
 use crate::desk::{Desk, turn};
-use crate::exit::{Failed, StartError, unusable};
+use crate::exit::{Failed, StartError, refused, unusable};
 use crate::host::descriptors::{self, Inherited};
 use crate::host::paths::Paths;
 use crate::host::patience::patiently;
-use crate::host::pid_file::PidFile;
+use crate::host::pid_file::{self, PidFile};
 use crate::host::{errno, listen, process};
 use crate::locks::lease::{self, LockKind};
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
-use crate::server::reactor::{Limits, Reactor};
+use crate::server::reactor::{GoesOn, Limits, Reactor};
 use crate::server::upgrade;
 
 /// Goes on for a predecessor of this program, or for a reactor that died, from the ledger with this number.
@@ -50,28 +50,42 @@ pub fn resume(
     mut command_line: CommandLine,
     desk: Guarded,
 ) -> Result<End, Failed> {
+    // Before the ledger gets its name, which that of the daemon before has as long as this is full.
+    let was_kept = desk.is_ok_and(kept::empty);
     let give_up = |error| end_without_loss(error, desk);
-    let not_open = |_| unusable("its descriptor is not open");
+    standard::keep_clear(desk);
+    let not_open = |_| (IsBroken::Yes, unusable("its descriptor is not open"));
     let descriptor = descriptors::adopt(number).map_err(not_open);
     let taken_over = descriptor.and_then(|descriptor| {
         let mark = desk
             .ok()
             .and_then(|desk| turn::ledger_before(desk.memory()));
-        Ledger::take_over_since(descriptor, mark).map_err(|reason| unusable(&reason.to_string()))
+        Ledger::take_over_since(descriptor, mark).map_err(|reason| {
+            let is_broken = match reason {
+                // Perhaps only for want of memory.
+                Unreadable::System(_) => IsBroken::No,
+                _ => IsBroken::Yes,
+            };
+            (is_broken, unusable(&reason.to_string()))
+        })
     });
     if let Ok((state, _, _)) = &taken_over {
-        standard::keep_clear_of(state);
+        standard::keep_clear_of(state, desk);
     }
     let (mut state, ledger, since) = match taken_over {
         Ok(theirs) => theirs,
-        Err(error) => {
+        Err((is_broken, error)) => {
             log::install(Settings::initial())?;
-            return cannot_read(error, desk);
+            return match is_broken {
+                IsBroken::Yes => cannot_read(error, desk),
+                IsBroken::No => Err(give_up(error).into()),
+            };
         }
     };
-    let before = desk
+    let open = descriptors::open_numbers();
+    let mut before = desk
         .ok()
-        .and_then(|desk| look_back(desk, &mut state, number, &since));
+        .and_then(|desk| look_back(desk, &mut state, number, &open, &since));
     log::install(Settings::initial())?;
     let log_restored = restore_log(&state.settings().logging);
     // As it was found at the first start: the working directory may have changed since.
@@ -81,14 +95,17 @@ pub fn resume(
     if !state.settings().program.is_empty() {
         command_line.program = OsString::from_vec(state.settings().program.clone());
     }
+    lock_again(&state);
     if let Some(Before {
         failed: Some((_, Failure::Ended | Failure::Late)),
         ..
     }) = &before
     {
-        lock_again(&state);
+        // The last of the dead may not be over yet, and has the ledger's name.
+        let run_directory = Paths::of_this_process().run_directory;
+        let _ = patiently(|| ledger::find_orphan(&run_directory).map(drop));
     }
-    let mut inherited = inherit(&state).map_err(give_up)?;
+    let mut inherited = inherit(&state, &open).map_err(give_up)?;
     let pid_file = match &state.settings().pid_file {
         None => None,
         Some((descriptor, path)) => {
@@ -97,7 +114,13 @@ pub fn resume(
                 .take(*descriptor)
                 .map_err(|_| unusable("the descriptor of its pid file is not open"))
                 .map_err(give_up)?;
-            Some(PidFile::inherited(descriptor, path))
+            let file = PidFile::inherited(descriptor, path);
+            let has_failed = before
+                .as_ref()
+                .is_some_and(|before| before.failed.is_some());
+            let file = if has_failed { file.put_back() } else { file };
+            keep_pid_file(&file);
+            Some(file)
         }
     };
     let config = match plan::load_configuration(&options, &Paths::of_this_process()) {
@@ -117,8 +140,21 @@ pub fn resume(
     let mut reactor = ManuallyDrop::new(reactor);
     let limits = limits_are_known.then_some(limits);
     let idle_timeout_s = state.settings().idle_timeout_s;
-    let theirs = (ledger, Some(idle_timeout_s));
-    set_up(&mut reactor, (state, since), &mut inherited, theirs, limits).map_err(give_up)?;
+    let is_first = matches!(ledger, Read::Old(_));
+    let has_failed = before.as_ref().is_some_and(|it| it.failed.is_some());
+    let mut nothing = Vec::new();
+    let theirs = Theirs {
+        state,
+        ledger: Some(ledger),
+        since,
+        idle_timeout_s: Some(idle_timeout_s),
+        poll: before.as_ref().and_then(|before| before.poll),
+        left: match &mut before {
+            Some(before) => &mut before.swept.left,
+            None => &mut nothing,
+        },
+    };
+    set_up(&mut reactor, theirs, &mut inherited, limits).map_err(give_up)?;
     match &before {
         None => reactor.custody_mut().was_upgraded(),
         Some(Before {
@@ -129,17 +165,29 @@ pub fn resume(
     }
     if let (Some(before), Ok(desk)) = (before, desk) {
         before.say(desk, &document);
-        for descriptor in before.swept.left {
-            reactor.close_left(descriptor);
-        }
+        desk.set_ending(None);
         for (socket, service) in before.swept.accepted {
             reactor.take_in(socket, service);
         }
     }
+    // Only now the ledger of a successor that failed is nobody's.
+    keep_in_run_directory(&mut reactor, is_first, has_failed || was_kept);
+    if let Ok(desk) = desk {
+        kept::forget(desk);
+        // All that it asks for is done.
+        desk.forget_failed_order();
+    }
     serve::run(reactor, pid_file, desk)
 }
 
-/// The POSIX locks were the dead successor's: this process has the files, and has to have the locks.
+/// Whether a ledger that could not be read never can.
+enum IsBroken {
+    Yes,
+    No,
+}
+
+/// After a successor that died the POSIX locks were that one's: this process has the files, and has to have the
+/// locks. Asked for a second time they stay as they are.
 fn lock_again(state: &State<Saved>) {
     for (_, resource) in state.table().iter() {
         if !matches!(resource.lease.kind, LockKind::Process { .. }) {
@@ -150,12 +198,24 @@ fn lock_again(state: &State<Saved>) {
         let again = patiently(|| lease::lock_again(number, resource.mode));
         if let Err(reason) = again {
             tracing::error!(
-                "The lock on '{}' was lost with the successor: {}. Its owner and another process may both \
-                 write the file: stop one of them",
+                "The lock on '{}' was lost with a process of the daemon that died: {}. Its owner and another \
+                 process may both write the file: stop one of them",
                 Printable(resource.name()),
                 errno::text(reason)
             );
         }
+    }
+}
+
+/// Whoever died may have closed another descriptor of the pid file, and with that its lock was gone.
+fn keep_pid_file(pid_file: &PidFile) {
+    if let Err(reason) = pid_file::lock_again(pid_file.as_fd().as_raw_fd()) {
+        tracing::error!(
+            "The lock of the pid file '{}' cannot be taken again: {}. If another process has it, stop that \
+             one: a second daemon must not run",
+            pid_file.path().display(),
+            errno::text(reason)
+        );
     }
 }
 
@@ -174,7 +234,8 @@ fn cannot_read(error: StartError, desk: Guarded) -> Result<End, Failed> {
     }
     tracing::error!(
         "The daemon cannot go on, because its own record of what is held cannot be used: {}. All locks stay, \
-         nobody is served, and it is tried again now and then. Stop the guests before you stop the daemon",
+         nobody is served, and it is tried again now and then. SIGTERM is put off until then: stop the guests, \
+         then end the daemon with SIGKILL",
         error.message
     );
     Ok(End::Unreadable)
@@ -185,6 +246,8 @@ struct Before {
     death: Option<(Death, u64)>,
     failed: Option<(Order, Failure)>,
     swept: Swept,
+    /// In which the reactor that died watched what it served.
+    poll: Option<RawFd>,
 }
 
 /// If there was another reactor before, what became of it, and of what it left open.
@@ -192,14 +255,19 @@ fn look_back(
     desk: &Desk,
     state: &mut State<Saved>,
     ledger: RawFd,
+    open: &[RawFd],
     since: &Since,
 ) -> Option<Before> {
-    let (death, failed) = (desk.take_death(), desk.take_failed_order());
+    let (death, failed) = (desk.take_death(), desk.failed_order());
     if death.is_none() && failed.is_none() {
-        sweep::respect_strangers(state, ledger, desk);
+        sweep::respect_strangers(state, ledger, open, desk);
         return None;
     }
-    let known: Vec<RawFd> = since.descriptors().collect();
+    // Whatever became of a successor, it may have another idea of what is in it.
+    let poll = desk
+        .poll()
+        .filter(|number| failed.is_none() && descriptors::is_poll(*number));
+    let known: Vec<RawFd> = since.descriptors().chain(poll).collect();
     if let Some((_, Failure::Ended | Failure::Late)) = failed {
         // The successor has taken out of it what it closed.
         state.forget_poll();
@@ -213,31 +281,47 @@ fn look_back(
     Some(Before {
         death,
         failed,
-        swept: sweep::sweep(state, ledger, &known, desk),
+        swept: sweep::sweep(state, ledger, (open, &known), desk),
+        poll,
     })
 }
 
 impl Before {
     /// Tells it.
     fn say(&self, desk: &Desk, document: &Path) {
-        if let Some((death, in_a_row)) = self.death {
-            say_death(death, in_a_row);
+        if let Some(death) = self.death {
+            say_death(death);
+        }
+        // To read the configuration once more is of no use to anybody whom it kills.
+        let _ = desk.ask_again(Signal::SIGHUP);
+        if !desk.ask_again(Signal::SIGUSR1) {
+            upgrade::say_given_up();
+        }
+        let is_libvirts = matches!(self.failed, Some((Order::Libvirt, _)));
+        if is_libvirts || takeover::is_awaited(&Paths::of_this_process()) {
+            // Nobody goes on from it any more. Another daemon would take it for its own, or not start.
+            let _ = std::fs::remove_file(document);
         }
         for number in &self.swept.kept {
             tracing::warn!(
                 "Descriptor {number} was left open and stays so: a lock of the same file would go with it"
             );
         }
-        if let Some((order, failure)) = self.failed {
-            if order == Order::Libvirt {
-                // Another daemon would take it for its own, or not start.
-                let _ = std::fs::remove_file(document);
+        if let Some((_, failure)) = self.failed {
+            desk.does_without_understudy(false);
+            match failure {
+                Failure::NoUnderstudy(reason) if !understudy::may_be_had_later(reason) => {
+                    upgrade::say_that_nobody_stands_by(reason, desk.ordered_path());
+                    desk.does_without_understudy(true);
+                    desk.ask(Signal::SIGUSR1);
+                }
+                _ => upgrade::say_what_failed(failure, desk.ordered_path()),
             }
-            upgrade::say_what_failed(failure, desk.ordered_path());
         }
     }
 }
 
+/// How a process of the daemon died.
 fn death_text(death: Death) -> String {
     match death {
         Death::Signal(signal) => match Signal::try_from(signal) {
@@ -251,7 +335,8 @@ fn death_text(death: Death) -> String {
     }
 }
 
-fn say_death(death: Death, in_a_row: u64) {
+/// Says how a process of the daemon died.
+pub fn say_death((death, in_a_row): (Death, u64)) {
     if matches!(death, Death::Guardian) {
         tracing::error!(
             "The daemon's main process died. Process {} is in its place; all locks and connections stay",
@@ -265,6 +350,24 @@ fn say_death(death: Death, in_a_row: u64) {
          connections stay"
     );
 }
+
+/// If a reactor died before it had taken over from the C daemon: closes what it left open that would be in the
+/// way of the next one. How it died.
+pub fn clear_up(desk: &Desk, state: &State<Saved>) -> Option<(Death, u64)> {
+    let death = desk.take_death()?;
+    let run_directory = Paths::of_this_process().run_directory;
+    let open = descriptors::open_numbers();
+    for left in sweep::sweep(state, NO_LEDGER, (&open, &[]), desk).left {
+        // With any other file a POSIX lock might go: nobody has said yet which files are locked.
+        if !ledger::is_in(&run_directory, &left) {
+            std::mem::forget(left);
+        }
+    }
+    Some(death)
+}
+
+/// Not the number of a descriptor.
+const NO_LEDGER: RawFd = -1;
 
 /// Goes on for the C daemon, from its state and the document in which it was. What its own program would
 /// not end for does not end this one; what cannot be helped leads back to it.
@@ -300,11 +403,18 @@ pub fn resume_started(
     let state = state.with(events).map_err(|why| back(unusable(&why)))?;
     let (reactor, limits) = open_reactor(plan, pid_file.as_ref(), desk).map_err(back)?;
     let mut reactor = ManuallyDrop::new(reactor);
-    let mut inherited = inherit(&state).map_err(back)?;
+    let mut inherited = inherit(&state, &descriptors::open_numbers()).map_err(back)?;
     // What it has taken by then stays open in the reactor until libvirt's program has it.
-    let nothing = (None, None);
-    let state = (state, Since::default());
-    set_up(&mut reactor, state, &mut inherited, nothing, Some(limits)).map_err(back)?;
+    let theirs = Theirs {
+        state,
+        ledger: None,
+        since: Since::default(),
+        idle_timeout_s: None,
+        poll: None,
+        left: &mut Vec::new(),
+    };
+    set_up(&mut reactor, theirs, &mut inherited, Some(limits)).map_err(back)?;
+    keep_in_run_directory(&mut reactor, true, false);
     // Everything is in our hands and in our ledger: now the only copy may go.
     if let Ok(desk) = desk {
         desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
@@ -321,11 +431,11 @@ pub fn resume_started(
     serve::run(reactor, pid_file, desk)
 }
 
-/// The descriptors that the state speaks of.
-fn inherit(state: &State<Saved>) -> Result<Inherited, StartError> {
+/// The descriptors that the state speaks of, of all that are open.
+fn inherit(state: &State<Saved>, open: &[RawFd]) -> Result<Inherited, StartError> {
     state.check_descriptors().map_err(|why| unusable(&why))?;
     let numbers: Vec<i32> = state.descriptors().map(|number| number.0).collect();
-    Inherited::of(&numbers).map_err(|number| {
+    Inherited::of(&numbers, open).map_err(|number| {
         let kind = state.meaning(Number(number));
         unusable(&format!(
             "descriptor {number}, which should be {kind}, is not open"
@@ -345,33 +455,53 @@ fn open_reactor(
     Ok((reactor, limits))
 }
 
+/// What is gone on from.
+struct Theirs<'a> {
+    state: State<Saved>,
+    ledger: Option<Read>,
+    since: Since,
+    /// libvirt's document does not say it: the option does.
+    idle_timeout_s: Option<u32>,
+    poll: Option<RawFd>,
+    left: &'a mut Vec<OwnedFd>,
+}
+
 /// The reactor as it was. Without a ledger of the predecessor's, or with one of an earlier format, one
 /// is written; without limits those in force stay. Whatever has been taken when this fails is the
 /// reactor's, and open.
 fn set_up(
     reactor: &mut Reactor,
-    (state, since): (State<Saved>, Since),
+    theirs: Theirs<'_>,
     inherited: &mut Inherited,
-    (ledger, idle_timeout_s): (Option<Ledger>, Option<u32>),
     limits: Option<Limits>,
 ) -> Result<(), StartError> {
+    let Theirs {
+        state,
+        ledger,
+        since,
+        idle_timeout_s,
+        poll,
+        left,
+    } = theirs;
     let settings = reactor.custody().state().settings().clone();
     let state = state.adopt(inherited).map_err(|why| unusable(&why))?;
     for listening in state.listeners() {
         // libvirt's backlog is 30: a host that boots its guests fills it at once.
         let _ = listen::widen_backlog(&listening.socket);
     }
-    // libvirt's document does not say it: the option does.
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
-    reactor
-        .go_on(state, ledger, since)
-        .map_err(serve::refused)?;
+    let from = GoesOn {
+        state,
+        ledger,
+        since,
+        poll,
+        left,
+    };
+    reactor.go_on(from).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {
         idle_timeout_s,
         ..settings
     });
-    let run_directory = Paths::of_this_process().run_directory;
-    reactor.custody_mut().keep_in(&run_directory);
     serve::say_what_is_refused(reactor);
     if let Some(limits) = limits {
         reactor.configure_if_changed(limits);
@@ -383,6 +513,22 @@ fn set_up(
         state.table().len()
     );
     Ok(())
+}
+
+/// The ledger is in the run directory from now on, if it can be. An earlier program, and libvirt's, know nothing of
+/// what lies there; and what a successor has left that did not serve was this daemon's, as is what one has left
+/// from which this one goes on.
+fn keep_in_run_directory(reactor: &mut Reactor, is_first: bool, is_own: bool) {
+    let old = match is_first || is_own {
+        true => OldFile::IsReplaced,
+        false => OldFile::IsKept,
+    };
+    let run_directory = Paths::of_this_process().run_directory;
+    let kept = reactor.custody_mut().keep_in(&run_directory, old);
+    // Otherwise it was said before.
+    if is_first {
+        kept.unwrap_or_else(cold_start::say_that_it_has_no_name);
+    }
 }
 
 /// The log as it was. If it cannot be restored, it stays that of a start; the reason why.

@@ -5,11 +5,13 @@
 pub mod cold_start;
 pub mod go_on;
 pub mod guardian;
+pub mod kept;
 pub mod plan;
 pub mod rehearsal;
 pub mod serve;
 pub mod standard;
 pub mod start;
+pub mod store;
 pub mod sweep;
 pub mod takeover;
 pub mod understudy;

@@ -6,14 +6,14 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::cold_start;
 use super::guardian::{self, End, Guarded};
+use super::kept;
 use super::plan::{self, Plan};
 use crate::custody::servers::{Listening, Service};
 use crate::custody::settings::Settings;
-use crate::desk::control::Message;
-use crate::exit::{ExitCode, Failed, StartError};
+use crate::exit::{ExitCode, Failed, StartError, refused};
 use crate::host::daemonize::StatusPipe;
 use crate::host::errno;
-use crate::host::listen::{self, Activation, Listener, Listeners};
+use crate::host::listen::{self, Given, Listener, Listeners};
 use crate::host::notify;
 use crate::host::pid_file::PidFile;
 use crate::host::refusal::Refusal;
@@ -27,7 +27,7 @@ use crate::server::upgrade::Upgrade;
 /// Why there is no daemon; a waiting parent knows it.
 pub fn serve(
     plan: Plan,
-    activation: Activation,
+    given: Given,
     status: Option<StatusPipe>,
     desk: Guarded,
 ) -> Result<End, Failed> {
@@ -35,7 +35,7 @@ pub fn serve(
         Ok(pid_file) => pid_file,
         Err(error) => return Err(tell_parent(status, error)),
     };
-    let reactor = match open_for_clients(plan, activation, pid_file.as_ref(), desk) {
+    let reactor = match open_for_clients(plan, given, pid_file.as_ref(), desk) {
         Ok(reactor) => reactor,
         Err(error) => {
             remove(pid_file);
@@ -45,35 +45,52 @@ pub fn serve(
     if let Some(status) = status {
         status.report(ExitCode::Success.number());
     }
-    run(ManuallyDrop::new(reactor), pid_file, desk)
+    run(reactor, pid_file, desk)
 }
 
-/// The reactor with its sockets, ready to run. What a daemon that was killed has left is taken before
+/// The reactor with its sockets, ready to run. What a daemon that stopped or was killed has left is taken before
 /// anybody can connect.
+///
+/// If this fails the reactor is not dropped, which would let go of locks that whoever comes next has, too.
 fn open_for_clients(
     plan: Plan,
-    activation: Activation,
+    given: Given,
     pid_file: Option<&PidFile>,
     desk: Guarded,
-) -> Result<Reactor, StartError> {
+) -> Result<ManuallyDrop<Reactor>, StartError> {
     let descriptors = plan::raise_limit();
     let limits = plan::client_limits(&plan.config, descriptors);
     let paths = plan.paths.clone();
-    let mut reactor = reactor(plan, descriptors, pid_file, desk)?;
+    let Given { activation, stored } = given;
+    let kept = kept::find(stored, &paths.run_directory)?;
+    let mut reactor = ManuallyDrop::new(reactor(plan, descriptors, pid_file, desk)?);
     reactor.configure(limits);
-    let left =
-        cold_start::take_again(&mut reactor, &paths.run_directory, limits).map_err(refused)?;
-    let listeners = Listeners::open(activation, &paths)
-        .map_err(|error| StartError::new(ExitCode::Network, error))?;
+    let network = |error| StartError::new(ExitCode::Network, error);
+    if let Some(kept) = kept {
+        let (before, left) = kept.go_on(&mut reactor, limits)?;
+        let opened = Listeners::open_again(activation, &paths, before);
+        let (listeners, old) = opened.map_err(network)?;
+        listen_at(&mut reactor, listeners)?;
+        left.settle(&mut reactor, old, &paths.run_directory, desk);
+        return Ok(reactor);
+    }
+    let left = cold_start::take_again(&mut reactor, &paths.run_directory, limits)?;
+    let listeners = Listeners::open(activation, &paths).map_err(network)?;
     left.settle(&mut reactor);
     let sockets = listeners.paths();
-    // They are closed by then, so there are descriptors to ask whether anybody else listens.
-    serving_reactor(reactor, listeners)
-        .inspect_err(|_| sockets.iter().for_each(|path| listen::remove_socket(path)))
+    match listen_at(&mut reactor, listeners) {
+        Ok(()) => Ok(reactor),
+        Err(error) => {
+            // They are closed then, so there are descriptors to ask whether anybody else listens.
+            drop(ManuallyDrop::into_inner(reactor));
+            sockets.iter().for_each(|path| listen::remove_socket(path));
+            Err(error)
+        }
+    }
 }
 
-fn serving_reactor(mut reactor: Reactor, listeners: Listeners) -> Result<Reactor, StartError> {
-    say_what_is_refused(&reactor);
+fn listen_at(reactor: &mut Reactor, listeners: Listeners) -> Result<(), StartError> {
+    say_what_is_refused(reactor);
     // Nothing is lost yet: what is only lacking now is better had than done without for ever.
     let mut refusals = reactor.refusals().into_iter().filter_map(|(_, it)| it);
     if let Some(lack) = refusals.find(|refusal| errno::may_pass(refusal.reason)) {
@@ -86,7 +103,7 @@ fn serving_reactor(mut reactor: Reactor, listeners: Listeners) -> Result<Reactor
             .listen(listening(listener, service))
             .map_err(refused)?;
     }
-    Ok(reactor)
+    Ok(())
 }
 
 /// A reactor without sockets that knows all about its process.
@@ -137,15 +154,19 @@ pub fn run(
         Ok(desk) => {
             desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
             desk.serves();
-            desk.tell(Message::Ready);
-            desk.wake_guardian();
-            guardian::outlive_understudy(desk);
+            guardian::begin_to_serve(desk);
         }
         Err(_) => notify::ready(),
     }
     let ran = reactor.run();
     match (&ran, desk) {
-        (Ok(Ended::Stopped), _) | (Err(_), Err(_)) => {
+        // Should this process die before it has ended, the next one finds everything open and ends.
+        (Ok(Ended::Stopped | Ended::Kept), Ok(_)) => {
+            if let Some(pid_file) = &*pid_file {
+                pid_file.remove();
+            }
+        }
+        (Ok(Ended::Stopped) | Err(_), Err(_)) => {
             remove(ManuallyDrop::into_inner(pid_file));
             drop(ManuallyDrop::into_inner(reactor));
         }
@@ -153,19 +174,16 @@ pub fn run(
     }
     match ran {
         Ok(Ended::Stopped) => Ok(End::Over(ExitCode::Success)),
+        Ok(Ended::Kept) => Ok(End::Kept),
         Ok(Ended::Ordered) => Ok(End::Ordered),
         Ok(Ended::Orphaned) => Ok(End::Orphaned),
+        // As if it was killed: nothing is closed or removed.
+        Ok(Ended::Left) => Ok(End::Over(ExitCode::Success)),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())
         }
     }
-}
-
-/// The error of a reactor that the host refuses something for which there is no other way.
-pub fn refused(refusal: Refusal) -> StartError {
-    let message = format!("The daemon cannot serve: {refusal}");
-    StartError::new(ExitCode::Initialisation, message)
 }
 
 /// Says what the host refuses, and what that costs.

@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use super::guardian::Guarded;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::state::State;
+use crate::desk::Desk;
 use crate::host::descriptors;
 use crate::log;
 
@@ -17,9 +18,21 @@ const LAST: RawFd = 2;
 /// What was moved, by its number and the one that it has now.
 pub type Moved = Vec<(RawFd, RawFd)>;
 
-/// Before anything is written: keeps the log away from what the state says is not standard error.
-pub fn keep_clear_of(state: &State<Saved>) {
-    if state.descriptors().any(|number| number == Number(LAST)) {
+/// Before anything is written: keeps the log away from what the state says is not standard error. Whoever
+/// comes next does so, too, even if it cannot read the state.
+pub fn keep_clear_of(state: &State<Saved>, desk: Guarded) {
+    if !state.descriptors().any(|number| number == Number(LAST)) {
+        return;
+    }
+    if let Ok(desk) = desk {
+        desk.has_no_stderr();
+    }
+    log::stderr_is_not_ours();
+}
+
+/// The same, for somebody who has not read the state yet.
+pub fn keep_clear(desk: Guarded) {
+    if desk.is_ok_and(Desk::lacks_stderr) {
         log::stderr_is_not_ours();
     }
 }
@@ -44,6 +57,6 @@ pub fn clear(state: &mut State<Saved>, desk: Guarded) -> Moved {
         state.renumber_socket(Number(number), Number(now));
         moved.push((number, now));
     }
-    keep_clear_of(state);
+    keep_clear_of(state, desk);
     moved
 }

@@ -8,23 +8,25 @@ use std::os::unix::ffi::OsStrExt;
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
 use super::way_back::WayBack;
-use super::{go_on, serve, standard, takeover, understudy};
+use super::{go_on, serve, standard, store, sweep, takeover, understudy};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
 use crate::custody::ledger::Ledger;
 use crate::custody::state::State;
+use crate::desk::control::Death;
 use crate::desk::{self, Desk};
 use crate::exit::{ExitCode, Failed, StartError, status_text, unusable};
 use crate::host::daemonize::{self, Background, Started};
 use crate::host::errno::{self, Errno};
-use crate::host::listen::Activation;
+use crate::host::listen::Given;
 use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
 use crate::host::{clone, descriptors, limits};
 use crate::log;
+use crate::restart::bag;
 use crate::restart::handover::CommandLine;
 
 /// From the options to the end of the daemon, or to the end of the process that started it.
@@ -32,11 +34,11 @@ use crate::restart::handover::CommandLine;
 /// # Errors
 /// Why there is no daemon any more, or never was.
 pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
-    let activation = match &outcome {
+    let given = match &outcome {
         // First of all, because it takes descriptors that nobody else may have opened. A daemon in
         // the background has another pid than the one that the descriptors are for.
-        Outcome::Run(options) if !options.daemon => Activation::take(),
-        _ => Activation::None,
+        Outcome::Run(options) if !options.daemon => Given::take(),
+        _ => Given::nothing(),
     };
     let command_line = CommandLine::of_this_process();
     // Before a word is written: standard error may be somebody's.
@@ -48,12 +50,16 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
             None,
         ));
     }
+    // Only these are somebody else's; a number that is given to what is opened here has another meaning one day.
+    let mut open = descriptors::open_numbers();
+    open.retain(|number| !given.has_stored(*number));
     if takeover::is_awaited(&Paths::of_this_process()) {
         // What was activated for a process before an exec is part of its state.
-        std::mem::forget(activation);
+        std::mem::forget(given);
         let (theirs, words) = (wanted(outcome), command_line.clone());
         let options = theirs.clone();
-        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        let first: First =
+            Box::new(move |desk| finish(go_on_from_document(theirs, words, &open, desk)));
         return Ok(guarded(
             options,
             command_line,
@@ -62,12 +68,13 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         ));
     }
     log::install(log::Settings::initial())?;
-    start_afresh(wanted(outcome)?, command_line, activation, program)
+    start_afresh(wanted(outcome)?, command_line, (given, open), program)
 }
 
 /// Who was here before.
 enum Before {
-    Nobody,
+    /// Nobody: what was open then, and what there is in the service manager's store.
+    Nobody(Vec<RawFd>, store::Given),
     Libvirts,
     /// This program, and the ledger that it left.
     Ours(RawFd),
@@ -83,12 +90,18 @@ fn guarded(
 ) -> ExitCode {
     let understudy = takeover::understudy();
     let prepared = prepare(&command_line);
-    let ledger = match before {
-        Before::Ours(number) => Some(number),
-        Before::Nobody | Before::Libvirts => None,
+    let is_fresh = matches!(before, Before::Nobody(..));
+    let (ledger, open, stored) = match before {
+        Before::Ours(number) => (Some(number), Vec::new(), Vec::new()),
+        Before::Nobody(open, stored) => (None, open, stored),
+        Before::Libvirts => (None, Vec::new(), Vec::new()),
     };
     let again: Again = Box::new(move |desk: Guarded| {
-        let number = desk.ok().and_then(Desk::ledger).or(ledger);
+        let number = match desk {
+            // Of what this process was given there may be nothing left, or something else of the same number.
+            Ok(desk) => desk.ledger(),
+            Err(_) => ledger,
+        };
         finish(go_on_from_ledger(
             number,
             options.clone(),
@@ -104,21 +117,18 @@ fn guarded(
             guardian::alone(refusal, first, &again)
         }
         Ok((desk, program)) => {
-            let is_fresh = matches!(before, Before::Nobody);
-            if is_fresh {
-                // Those of activation among them: they stay open as long as the daemon listens.
-                descriptors::open_numbers()
-                    .into_iter()
-                    .for_each(|number| desk.set_stranger(number));
-            }
+            // Those of activation among them: they stay open as long as the daemon listens.
+            open.into_iter()
+                .for_each(|number| desk.set_stranger(number));
             desk.set_ledger(ledger);
-            Guardian::new(desk, program, is_fresh, again, understudy).guard(first)
+            let from_before = (understudy, stored);
+            Guardian::new(desk, program, is_fresh, again, from_before).guard(first)
         }
     };
     match end {
         End::Over(exit) => exit,
         // What only a guardian's reactor comes to.
-        End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
+        End::Kept | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
     }
 }
 
@@ -133,6 +143,9 @@ fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refus
         Err(refusal) if !errno::may_pass(refusal.reason) => return Err(refusal),
         _ => (),
     }
+    while_it_may_pass(|| {
+        clone::try_out_signals().map_err(Refusal::of("the processes cannot wake each other (kill)"))
+    })?;
     // A reactor has the limits of its guardian, and says it if this one cannot be raised.
     let descriptors = limits::raise_open_files().unwrap_or(SUPPOSED_LIMIT);
     let desk = while_it_may_pass(|| Desk::new(desk::size(descriptors)))?;
@@ -140,7 +153,7 @@ fn prepare(command_line: &CommandLine) -> Result<(&'static Desk, Program), Refus
         what: "the command line cannot be passed on (execve)",
         reason: Errno::EINVAL,
     })?;
-    Ok((Box::leak(Box::new(desk)), program))
+    Ok((desk.for_ever(), program))
 }
 
 /// What a reactor does that is not the first.
@@ -160,21 +173,30 @@ fn go_on_from_ledger(
 fn go_on_from_document(
     options: Result<Options, StartError>,
     command_line: CommandLine,
+    open: &[RawFd],
     desk: Guarded,
 ) -> Result<End, Failed> {
+    let respect = |state: &State<Saved>| {
+        if let Ok(desk) = desk {
+            sweep::respect(open, state, desk);
+        }
+    };
     let mut way_back = WayBack {
         command_line,
         moved: Vec::new(),
         desk: desk.ok(),
     };
     if let Some(mut state) = takeover::awaited(&Paths::of_this_process()) {
+        respect(&state);
         way_back.moved = standard::clear(&mut state, desk);
-        return take_over(state, way_back, options, desk);
+        let died = desk.ok().and_then(|desk| go_on::clear_up(desk, &state));
+        return take_over((state, died), way_back, options, desk);
     }
     log::install(log::Settings::initial())?;
     let plan = Plan::prepare(options?, way_back.command_line.clone())?;
     match takeover::find_document(&plan, &way_back)? {
         Some(state) => {
+            respect(&state);
             let document = plan.paths.restart_state.clone();
             go_on::resume_started((state, document), plan, &way_back, desk)
         }
@@ -212,12 +234,15 @@ fn wanted(outcome: Outcome) -> Result<Options, StartError> {
 /// From libvirt's daemon. Nobody asked this program beforehand whether it could: what does not stop
 /// libvirt's own must not stop it, because every lock of the host would be lost.
 fn take_over(
-    state: State<Saved>,
+    (state, died): (State<Saved>, Option<(Death, u64)>),
     way_back: WayBack,
     options: Result<Options, StartError>,
     desk: Guarded,
 ) -> Result<End, Failed> {
     log::install(log::Settings::initial())?;
+    if let Some(died) = died {
+        go_on::say_death(died);
+    }
     let options = options.map_err(|error| way_back.go(error))?;
     let command_line = way_back.command_line.clone();
     let plan = Plan::prepare(options.clone(), command_line.clone()).unwrap_or_else(|failed| {
@@ -231,7 +256,7 @@ fn take_over(
 fn start_afresh(
     options: Options,
     command_line: CommandLine,
-    activation: Activation,
+    (given, open): (Given, Vec<RawFd>),
     program: &OsStr,
 ) -> Result<ExitCode, Failed> {
     let words = command_line.clone();
@@ -242,9 +267,10 @@ fn start_afresh(
         desk: None,
     };
     if takeover::find_document(&plan, &way_back)?.is_some() {
-        std::mem::forget(activation);
+        std::mem::forget(given);
         let theirs = Ok(options.clone());
-        let first: First = Box::new(move |desk| finish(go_on_from_document(theirs, words, desk)));
+        let first: First =
+            Box::new(move |desk| finish(go_on_from_document(theirs, words, &open, desk)));
         let options = Ok(options);
         return Ok(guarded(
             options,
@@ -260,12 +286,15 @@ fn start_afresh(
             Background::Parent(started) => return Ok(say_how_it_went(program, &started)),
         }
     }
-    let serve = move |desk| finish(serve::serve(plan, activation, waiting, desk));
+    let stored = given.stored.iter();
+    let stored = stored.map(|(name, bag)| (name.clone(), bag::is_full(bag)));
+    let stored = stored.collect();
+    let serve = move |desk| finish(serve::serve(plan, given, waiting, desk));
     let first: First = Box::new(serve);
     Ok(guarded(
         Ok(options),
         command_line,
-        Before::Nobody,
+        Before::Nobody(open, stored),
         Some(first),
     ))
 }

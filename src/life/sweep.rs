@@ -8,7 +8,7 @@ use crate::custody::descriptor::{Number, Saved};
 use crate::custody::servers::Service;
 use crate::custody::state::State;
 use crate::desk::Desk;
-use crate::host::descriptors;
+use crate::host::descriptors::{self, Marked};
 use crate::host::stream;
 
 /// The last of standard input, output and error.
@@ -25,18 +25,26 @@ pub struct Swept {
     pub kept: Vec<RawFd>,
 }
 
-/// Looks for what is in nobody's hands. Nothing may have been opened since the reactor died. `known` are
-/// those of which the ledger says that they are to be closed.
-pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) -> Swept {
+/// Looks for what is in nobody's hands among all that is `open`. Nothing may have been opened since the reactor
+/// died. `known` are those that are seen to otherwise: of which the ledger says that they are to be closed, and
+/// the poll.
+pub fn sweep(
+    state: &State<Saved>,
+    ledger: RawFd,
+    (open, known): (&[RawFd], &[RawFd]),
+    desk: &Desk,
+) -> Swept {
     let mut swept = Swept::default();
     let mut avoid = state.avoid().to_vec();
     avoid.extend(desk.pid_file().and_then(descriptors::identity));
-    for number in unknown(state, ledger, desk) {
+    for number in unknown(state, ledger, open, desk) {
         if known.contains(&number) {
             continue;
         }
         let mut listeners = state.listeners().iter();
-        let door = listeners.find(|it| stream::is_connection_to(it.socket.0, number));
+        let door = listeners
+            .find(|it| stream::is_connection_to(it.socket.0, number))
+            .filter(|_| desk.ending() != Some(number));
         let is_avoided = || descriptors::identity(number).is_some_and(|it| avoid.contains(&it));
         if door.is_none() && !avoid.is_empty() && is_avoided() {
             swept.kept.push(number);
@@ -47,31 +55,41 @@ pub fn sweep(state: &State<Saved>, ledger: RawFd, known: &[RawFd], desk: &Desk) 
         };
         match door {
             Some(door) => swept.accepted.push((descriptor, door.server)),
-            None => swept.left.push(descriptor),
+            None if descriptors::may_be_of_lock(&descriptor) => swept.left.push(descriptor),
+            // At once: there may be no others for what this reactor needs.
+            None => drop(descriptor),
         }
     }
     swept
 }
 
+/// What was open before anything was opened here, unless the state speaks of it: it is never touched.
+pub fn respect(open: &[RawFd], state: &State<Saved>, desk: &Desk) {
+    let known: Vec<RawFd> = state.descriptors().map(|Number(number)| number).collect();
+    let known = Marked::of(&known);
+    open.iter()
+        .filter(|number| !known.has(**number))
+        .for_each(|number| desk.set_stranger(*number));
+}
+
 /// What is open and was opened by nobody here: it is never touched.
-pub fn respect_strangers(state: &State<Saved>, ledger: RawFd, desk: &Desk) {
-    for number in unknown(state, ledger, desk) {
+pub fn respect_strangers(state: &State<Saved>, ledger: RawFd, open: &[RawFd], desk: &Desk) {
+    for number in unknown(state, ledger, open, desk) {
         desk.set_stranger(number);
     }
 }
 
-/// The descriptors that are open and that neither the state nor anything else of the daemon speaks of.
-fn unknown(state: &State<Saved>, ledger: RawFd, desk: &Desk) -> Vec<RawFd> {
+/// Those of the open descriptors of which neither the state nor anything else of the daemon speaks.
+fn unknown(state: &State<Saved>, ledger: RawFd, open: &[RawFd], desk: &Desk) -> Vec<RawFd> {
     let mut known: Vec<RawFd> = state.descriptors().map(|Number(number)| number).collect();
     known.push(ledger);
     known.extend(desk.herald());
     known.extend(desk.pid_file());
-    known.sort_unstable();
-    let mut open = descriptors::open_numbers();
-    open.retain(|number| {
-        *number > LAST_STANDARD
-            && known.binary_search(number).is_err()
-            && !desk.is_stranger(*number)
-    });
-    open
+    known.extend(desk.mouth());
+    known.extend(desk.taken());
+    let known = Marked::of(&known);
+    let is_unknown = |number: &RawFd| {
+        *number > LAST_STANDARD && !known.has(*number) && !desk.is_stranger(*number)
+    };
+    open.iter().copied().filter(is_unknown).collect()
 }

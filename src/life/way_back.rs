@@ -37,8 +37,9 @@ impl WayBack {
     pub fn execute(&self, why: &str) -> String {
         // It was tried by the reactor before.
         if let Some(desk) = self.desk
-            && let Some((Order::WayBack, Failure::Exec(reason))) = desk.take_failed_order()
+            && let Some((Order::WayBack, Failure::Exec(reason))) = desk.failed_order()
         {
+            desk.forget_failed_order();
             let program = desk.ordered_path().to_string_lossy();
             let reason = errno::text(reason);
             return format!(

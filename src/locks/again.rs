@@ -92,6 +92,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
 
     #[test]
+    #[cfg_attr(miri, ignore = "it locks a real file")]
     fn the_same_file_is_locked_again_and_another_one_of_its_name_is_not_touched() {
         let path = std::env::temp_dir().join(format!("virtlockd-again-{}", std::process::id()));
         std::fs::write(&path, "").unwrap();

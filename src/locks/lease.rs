@@ -163,6 +163,13 @@ impl From<NotLocked> for Missed {
     }
 }
 
+/// Notes whether the file that is open, or about to be, is one that was made for this lock.
+fn note(making: Option<Word<'_>>, is_made: bool) {
+    if let Some(word) = making {
+        word.store(u64::from(is_made));
+    }
+}
+
 /// Whether opening a file anew, by its name, may mend what failed with the open one. (Where that cannot
 /// be done, it is tried once more with the same.)
 fn is_mended_by_name(errno: Errno) -> bool {
@@ -177,6 +184,8 @@ impl Acquisition<'_> {
         let mut made = None;
         let mut stale = 0;
         for _ in 0..ROUNDS {
+            // What this round opens may be another file than the one that was made.
+            note(making, false);
             match self.round(&mut made, making, stale == STALE_ROUNDS) {
                 Ok(locked) => return Ok(locked),
                 Err(Missed::Replaced) => (),
@@ -225,6 +234,7 @@ impl Acquisition<'_> {
             *made = Some(identity);
         }
         let created = *made == Some(identity);
+        note(making, created);
         let lock_type = match self.mode {
             Mode::Exclusive => LockType::Write,
             Mode::Shared => LockType::Read,
@@ -322,13 +332,9 @@ impl Acquisition<'_> {
 
     /// Makes the file.
     fn make(&self, making: Option<Word<'_>>) -> Result<OwnedFd, Unreachable> {
-        let note = |value| {
-            if let Some(word) = making {
-                word.store(value);
-            }
-        };
-        note(1);
-        self.place.reach(file::create).inspect_err(|_| note(0))
+        note(making, true);
+        let made = self.place.reach(file::create);
+        made.inspect_err(|_| note(making, false))
     }
 
     fn open_at_once(&self, making: Option<Word<'_>>) -> Result<(OwnedFd, bool), Unreachable> {

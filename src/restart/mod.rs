@@ -3,5 +3,6 @@
 //! ledger in which this program passes it on, are [`custody`](crate::custody)'s.
 #![forbid(unsafe_code)]
 
+pub mod bag;
 pub mod handover;
 pub mod libvirt_json;

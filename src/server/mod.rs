@@ -12,6 +12,7 @@ pub mod clients;
 pub mod deadlines;
 pub mod flow;
 pub mod hall;
+pub mod keep;
 pub mod lines;
 pub mod owners;
 pub mod reactor;

@@ -11,7 +11,7 @@
 //! The reactor owns what passes, piece by piece, and lends it side by side; what lasts is
 //! [`Custody`]'s. Nobody in this room imports the reactor: what others want of it they return.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use mio::{Events, Poll};
@@ -23,6 +23,7 @@ use super::clients::recovery::{self, Making};
 use super::clients::turn::{Buffers, Pace, Turn, Turned, whose};
 use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
+use super::keep;
 use super::lines::{Line, Lines, ROTATION};
 use super::owners::fence::Left;
 use super::owners::{Freeing, Owners, Wanted};
@@ -34,7 +35,7 @@ use super::watch::{Source, Watch};
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
-use crate::custody::ledger::Ledger;
+use crate::custody::ledger::{self, Ledger, Read};
 use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
@@ -44,14 +45,15 @@ use crate::desk::Desk;
 use crate::desk::control::Message;
 use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::clock::Moment;
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
+use crate::host::memory::Adopted;
 use crate::host::names::Names;
 use crate::host::patience::{patiently, while_it_may_pass};
 use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
-use crate::host::signals::Signals;
+use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
-use crate::host::{descriptors, heap, notify};
+use crate::host::{descriptors, heap, notify, passing};
 use crate::locks::lease;
 use crate::locks::table::Pid;
 use crate::log::{self, Printable};
@@ -104,10 +106,14 @@ pub enum Way {
 pub enum Ended {
     /// The daemon has stopped.
     Stopped,
+    /// It has, and everything is kept for the next start.
+    Kept,
     /// The guardian has the order to execute a program.
     Ordered,
     /// There is no guardian any more.
     Orphaned,
+    /// The daemon leaves without an end in order.
+    Left,
 }
 
 /// What the daemon is doing.
@@ -115,10 +121,16 @@ pub enum Ended {
 enum Doing {
     /// It serves.
     Serving,
+    /// It serves until everything can be put away for the next start.
+    Keeping,
+    /// Everything is.
+    Kept,
     /// It ends when the owners it fences are dead, or at a deadline.
     Ending,
     /// It has ended.
     Ended,
+    /// It leaves as it is.
+    Leaving,
 }
 
 /// The poll and what it watches, and all that passes.
@@ -159,6 +171,33 @@ pub struct Reactor {
     told: u64,
 }
 
+/// Whether the poll has the connections that are gone on with.
+#[derive(Clone, Copy)]
+enum Watched {
+    /// Those of an earlier image of this process, which had done what it had heard of.
+    Already,
+    /// Most of them, from a reactor that died in the middle of it.
+    Unheard,
+    /// None of them.
+    Not,
+}
+
+/// What a reactor goes on from.
+#[derive(Debug)]
+pub struct GoesOn<'a> {
+    /// What lasts.
+    pub state: State<Open>,
+    /// The ledger that says so, if there is one: else another one is written.
+    pub ledger: Option<Read>,
+    /// What happened behind the mark that [`step::ledger_before`] finds on the desk, if somebody died there.
+    pub since: Since,
+    /// The poll of a reactor that died: what that one had heard of and not done is said once more.
+    pub poll: Option<RawFd>,
+    /// What a reactor that died left open and nobody knows: closed, before anybody is served. A file that it
+    /// was about to lock may have to be removed again.
+    pub left: &'a mut Vec<OwnedFd>,
+}
+
 impl Reactor {
     /// A reactor that watches signals and the timer; listeners are added with
     /// [`Reactor::listen`]. It works at the guardian's desk, if there is a guardian. What can be done another way
@@ -170,7 +209,7 @@ impl Reactor {
         let desk = match guard {
             Some(desk) => desk,
             // There is one reactor in a process, and it lives as long.
-            None => Box::leak(Box::new(patiently(Desk::private)?)),
+            None => patiently(Desk::private)?.for_ever(),
         };
         let no_poll = Refusal::of("events cannot be waited for (epoll_create1)");
         // Where there is no other way it is tried for a while, whatever the reason.
@@ -198,6 +237,12 @@ impl Reactor {
         heap::settle();
         // Before the reserve takes what descriptors there are.
         let gate = Gate::new();
+        let mut custody = Custody::new(ledger);
+        if let Some(desk) = guard {
+            custody.is_read_after_death();
+            // It keeps its number where another one is put in its place.
+            desk.set_poll(poll.as_raw_fd());
+        }
         let mut reserve = Reserve::default();
         reserve.refill();
         Ok(Reactor {
@@ -207,7 +252,7 @@ impl Reactor {
             timer,
             reload,
             doing: Doing::Serving,
-            custody: Custody::new(ledger),
+            custody,
             connections: Roll::default(),
             waiting: WaitingRoom::new(gate.names_processes()),
             gate,
@@ -305,23 +350,42 @@ impl Reactor {
         patiently(|| add(&self.watch, source, Some(descriptor)))
     }
 
-    /// Goes on where a state says that somebody stopped, with the ledger that says so, or another one
-    /// that is to be written, and from the desk, if somebody died at it: `since` is what happened behind
-    /// the mark that [`step::ledger_before`] finds there. Whatever has been taken when this fails is the
-    /// reactor's, and open.
+    /// Goes on where somebody stopped, also in the middle of a turn at the desk. Whatever has been taken
+    /// when this fails is the reactor's, and open.
     ///
     /// # Errors
     /// What the host refuses for which there is no other way.
-    pub fn go_on(
-        &mut self,
-        state: State<Open>,
-        ledger: Option<Ledger>,
-        mut since: Since,
-    ) -> Result<(), Refusal> {
-        self.custody.go_on(state, ledger);
-        let is_watched = match self.custody.take_poll() {
-            Some(poll) => self.inherit(poll)?,
-            None => false,
+    pub fn go_on(&mut self, from: GoesOn<'_>) -> Result<(), Refusal> {
+        let GoesOn {
+            state,
+            ledger,
+            mut since,
+            poll,
+            left,
+        } = from;
+        match ledger {
+            Some(Read::Ours(ledger)) => self.custody.go_on(state, Some(ledger)),
+            Some(Read::Old(old)) => {
+                self.custody.go_on(state, None);
+                self.custody.count_more(&ledger::counts_of(old.bytes()));
+                self.have_ledger_instead(old)?;
+            }
+            None => self.custody.go_on(state, None),
+        }
+        if let Some(Number(old_poll)) = self.custody.take_old_poll() {
+            drop(descriptors::adopt(old_poll));
+        }
+        let found = match (self.custody.take_poll(), poll) {
+            (Some(Number(theirs)), poll) => {
+                // Nobody died who watched anything in another one.
+                drop(poll.filter(|poll| *poll != theirs).map(descriptors::adopt));
+                match self.inherit(theirs)? {
+                    true => Watched::Already,
+                    false => Watched::Not,
+                }
+            }
+            (None, Some(poll)) if self.inherit(poll)? => Watched::Unheard,
+            _ => Watched::Not,
         };
         let doors: Vec<(Service, i32)> = self
             .custody
@@ -343,11 +407,13 @@ impl Reactor {
             .collect();
         let mut interrupted = None;
         for (id, is_refused, is_over) in clients {
-            if !is_watched {
-                let watched = || self.watch.add(Source::Connection(id), id.0);
-                patiently(watched)
-                    .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
-            }
+            let source = Source::Connection(id);
+            patiently(|| match found {
+                Watched::Already => Ok(()),
+                Watched::Unheard => self.watch.add_again(source, id.0),
+                Watched::Not => self.watch.add(source, id.0),
+            })
+            .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
             let (mut connection, of_turn) = self.find_traffic(id, &mut since);
             let has_traffic = !connection.is_quiet();
             if self.custody.state().subscribers().contains(&id) {
@@ -379,17 +445,46 @@ impl Reactor {
             .for_each(|pid| owners.follow_watched(pid));
         owners.watch_the_unwatched();
         self.carry_out_orders();
+        // As long as the call counts as interrupted the next one knows that a file was being made for it.
+        for descriptor in std::mem::take(left) {
+            lease::take_back(descriptor, self.making.as_ref().map(Making::place));
+        }
         if let Some((id, rest)) = interrupted {
             // From here on the call that a reactor died in is one that waits like others. It goes first:
             // what it may have been told already must still be true.
             let whose = self.whose(id);
-            self.buffers.settle(self.desk, whose, &rest);
+            let is_kept = whose.is_some_and(|it| self.buffers.settle(self.desk, it, &rest));
             if let Some(connection) = self.connections.get_mut(id.0) {
                 connection.appetite = Appetite::Small;
+                if is_kept {
+                    connection.lies_on_desk();
+                }
             }
             self.enqueue(id);
         }
         step::none(self.desk.memory());
+        Ok(())
+    }
+
+    /// Should this reactor die, the next one reads the ledger that was written, and not the old one any more,
+    /// which is closed only then. Nothing has been closed before that it tells of.
+    fn have_ledger_instead(&self, old: Adopted) -> Result<(), Refusal> {
+        let Some(desk) = self.guard else {
+            return Ok(());
+        };
+        let lack = match self.custody.ledger() {
+            Ok(_) if self.custody.is_behind() => Some(Refusal {
+                what: "there is no memory for a ledger",
+                reason: Errno::ENOMEM,
+            }),
+            Ok(_) => None,
+            Err(refusal) => Some(refusal).filter(|refusal| errno::may_pass(refusal.reason)),
+        };
+        if let Some(refusal) = lack {
+            std::mem::forget(old);
+            return Err(refusal);
+        }
+        desk.set_ledger(self.custody.ledger().ok().map(AsRawFd::as_raw_fd));
         Ok(())
     }
 
@@ -428,25 +523,23 @@ impl Reactor {
             (None, true) => (passed_on.unwrap_or_default(), false),
             (None, false) => return (Connection::default(), None),
         };
-        if !is_known {
-            self.buffers.settle(self.desk, Some(whose), &rest);
-        }
+        let is_kept = is_known || self.buffers.settle(self.desk, whose, &rest);
         // Passed on once more it would be worked on or sent twice.
         self.custody.take_traffic(id);
-        let connection = Connection::resume(recovery::traffic(&rest));
-        (connection, is_of_turn.then_some((id, rest)))
-    }
-
-    /// Closes a descriptor that a reactor which died left open and nobody knows, before anybody is served: a
-    /// file that it was about to lock may have to be removed again.
-    pub fn close_left(&self, descriptor: OwnedFd) {
-        lease::take_back(descriptor, self.making.as_ref().map(Making::place));
+        let mut connection = Connection::resume(recovery::traffic(&rest));
+        if is_of_turn {
+            return (connection, Some((id, rest)));
+        }
+        if is_kept {
+            connection.lies_on_desk();
+        }
+        (connection, None)
     }
 
     /// What was ordered is done: the step in which it was ends. How the turn ends, if it does.
     fn end_step(&mut self, id: ClientId) -> Option<Turned> {
         let whose = self.whose(id)?;
-        let connection = self.connections.get(id.0)?;
+        let connection = self.connections.get_mut(id.0)?;
         (!self.buffers.end(self.desk, whose, connection)).then_some(Turned::Over)
     }
 
@@ -458,8 +551,8 @@ impl Reactor {
     /// Goes on with the poll of an earlier image of this process, which watches the connections
     /// already: to take thousands out of one poll and into another would keep all of them waiting.
     /// False if that cannot be done, and everything is to be watched anew.
-    fn inherit(&mut self, poll: Number) -> Result<bool, Refusal> {
-        let Ok(poll) = descriptors::adopt(poll.0) else {
+    fn inherit(&mut self, poll: RawFd) -> Result<bool, Refusal> {
+        let Ok(poll) = descriptors::adopt(poll) else {
             return Ok(false);
         };
         if patiently(|| descriptors::put_in_place(&poll, self.watch.descriptor())).is_err() {
@@ -492,8 +585,13 @@ impl Reactor {
     /// Those of epoll_wait(2).
     pub fn run(&mut self) -> std::io::Result<Ended> {
         let mut events = Events::with_capacity(EVENTS);
+        // Not heard of, it is found out by a stop.
+        let _ = add(&self.watch, Source::Store, self.guard.and_then(Desk::mouth));
         self.do_what_was_asked();
-        while self.doing != Doing::Ended {
+        // Somebody may have died at the end who left nothing to do.
+        self.pack_if_settled();
+        self.finish();
+        while !matches!(self.doing, Doing::Ended | Doing::Kept) {
             if let Some(ended) = self.is_over_before_the_daemon() {
                 return Ok(ended);
             }
@@ -524,9 +622,13 @@ impl Reactor {
             self.wake_subscribers();
             self.tend_ledger();
             self.upgrade_if_ready();
+            self.pack_if_settled();
             self.finish();
         }
-        Ok(Ended::Stopped)
+        Ok(match self.doing {
+            Doing::Kept => Ended::Kept,
+            _ => Ended::Stopped,
+        })
     }
 
     /// What whoever goes on must know before anything else, should this be the last that is heard of this
@@ -541,6 +643,8 @@ impl Reactor {
     fn is_over_before_the_daemon(&self) -> Option<Ended> {
         if self.upgrade.is_ordered() {
             Some(Ended::Ordered)
+        } else if self.doing == Doing::Leaving {
+            Some(Ended::Left)
         } else {
             self.is_orphaned.then_some(Ended::Orphaned)
         }
@@ -590,6 +694,7 @@ impl Reactor {
                 let (upgrade, mut going) = self.going();
                 upgrade.look_at_successor(&mut going);
             }
+            Some(Source::Store) => self.look_at_store(),
             None => (),
         }
     }
@@ -605,6 +710,19 @@ impl Reactor {
             if let Some(connection) = self.connections.get_mut(id.0) {
                 self.lines.enqueue(*id, connection);
             }
+        }
+    }
+
+    /// The service manager may have dropped what a stop would use.
+    fn look_at_store(&self) {
+        let mouth = self.guard.and_then(Desk::mouth);
+        if mouth.is_some_and(|mouth| !passing::has_other_end(mouth)) {
+            tracing::error!(
+                target: "rpc.netdaemon",
+                "The service manager keeps nothing for this unit any more (FileDescriptorStoreMax=, or it is \
+                 masked): a stop would fence every owner of a lock. Put the unit right, and have the daemon \
+                 replace itself (SIGUSR1), which changes nothing else"
+            );
         }
     }
 
@@ -889,8 +1007,11 @@ impl Reactor {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
         }
         self.buffers.leave(self.desk, id);
-        // Behind what becomes of its owner, and before anybody else can have its number.
+        // Behind what becomes of its owner, and before anybody else can have its number. Who finds a connection
+        // that nobody knows would let it in again.
+        self.desk.set_ending(Some(id.0));
         drop(self.custody.gone(id));
+        self.desk.set_ending(None);
         self.reserve.refill();
         self.deadlines.give_memory_back_later();
         self.let_in(service);
@@ -908,7 +1029,7 @@ impl Reactor {
             lines: &mut self.lines,
             wanted: &mut self.wanted,
             freeing: &mut self.freeing,
-            is_ending: self.doing != Doing::Serving,
+            is_ending: matches!(self.doing, Doing::Ending | Doing::Ended),
         }
     }
 
@@ -916,6 +1037,7 @@ impl Reactor {
         let going = Going {
             custody: &mut self.custody,
             connections: &mut self.connections,
+            desk: self.desk,
             lines: &mut self.lines,
             deadlines: &mut self.deadlines,
             watch: &self.watch,
@@ -928,7 +1050,13 @@ impl Reactor {
         if self.doing != Doing::Serving || !self.upgrade.is_ready() {
             return;
         }
-        // Connections that are over and owners that are dead need not be handed over.
+        self.settle();
+        let (upgrade, mut going) = self.going();
+        upgrade.go_ahead(&mut going);
+    }
+
+    /// Connections that are over and owners that are dead need not be handed over.
+    fn settle(&mut self) {
         while let Some(id) = self.lines.endings.pop_front() {
             self.clear_away(id);
         }
@@ -937,8 +1065,6 @@ impl Reactor {
             owners.bury(pid);
         }
         while owners.free_some() {}
-        let (upgrade, mut going) = self.going();
-        upgrade.go_ahead(&mut going);
     }
 
     /// Writes the ledger anew if it has grown too long or lacks something.
@@ -991,6 +1117,9 @@ impl Reactor {
             Deadline::ClearAway(id) => self.lines.endings.push_back(id),
             Deadline::Accept => self.gate.try_again(),
             Deadline::Idle => self.end_if_idle(),
+            Deadline::Stop if self.doing == Doing::Keeping => {
+                self.cannot_keep("it would have to wait too long for owners that are being fenced");
+            }
             Deadline::Stop => {
                 self.owners().give_up();
                 self.doing = Doing::Ended;
@@ -1062,25 +1191,121 @@ impl Reactor {
         self.stop();
     }
 
-    /// Begins the end: no new clients, every connection closed, every owner that holds something
-    /// over its own connection fenced.
-    fn stop(&mut self) {
-        if self.doing != Doing::Serving {
+    /// Whether the service manager has something to keep everything in, and there is anything to be kept.
+    fn mouth(&self) -> Option<i32> {
+        let is_needed = !self.is_idle() || !self.custody.state().fences().is_empty();
+        self.guard?.mouth().filter(|_| is_needed)
+    }
+
+    /// Begins the end for which nobody is fenced who need not be: everything is kept for the next start.
+    fn begin_to_keep(&mut self) {
+        self.doing = Doing::Keeping;
+        self.tell_that_it_ends();
+        self.deadlines
+            .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
+        if self
+            .guard
+            .is_some_and(|desk| desk.begins_to_pack() >= keep::TRIES)
+        {
+            return self.cannot_keep("the process that serves died of it again and again");
+        }
+        let state = self.custody.state();
+        let unkeepable = keep::unkeepable(state);
+        let connections = keep::connections_of(state, &unkeepable);
+        for pid in unkeepable {
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "{} has locks that libvirt's daemon took, which end with this process: it is fenced. What the \
+                 others have is kept",
+                self.owners().text(pid)
+            );
+        }
+        for id in connections {
+            self.end_connection(id);
+        }
+    }
+
+    /// Puts everything away for the next start, at the end of a turn, if nothing stands in the way of that.
+    fn pack_if_settled(&mut self) {
+        if self.doing != Doing::Keeping {
             return;
         }
-        self.doing = Doing::Ending;
+        self.settle();
+        let state = self.custody.state();
+        let waits_for = keep::unkeepable(state);
+        if !waits_for.is_empty() {
+            if !waits_for.iter().all(|pid| state.fences().contains_key(pid)) {
+                self.cannot_keep(
+                    "an owner has locks that end with this process, and cannot be fenced",
+                );
+            }
+            return;
+        }
+        let Some(mouth) = self.mouth() else {
+            return self.stop();
+        };
+        self.reserve = Reserve::default();
+        let (_, mut going) = self.going();
+        match going.pack(mouth) {
+            Ok(()) => {
+                let state = self.custody.state();
+                tracing::info!(
+                    target: "rpc.netdaemon",
+                    "The service manager keeps {} connections and {} locks until the next start",
+                    state.client_count(),
+                    state.table().len()
+                );
+                self.doing = Doing::Kept;
+            }
+            Err(reason) => {
+                self.custody.reopen();
+                self.reserve.refill();
+                self.cannot_keep(&reason);
+            }
+        }
+    }
+
+    fn cannot_keep(&mut self, reason: &str) {
+        if self.guard.is_some_and(Desk::is_to_leave) {
+            tracing::error!(
+                target: "rpc.netdaemon",
+                "The service manager cannot keep the locks until the next start: {reason}"
+            );
+            return self.leave_as_it_is();
+        }
+        tracing::error!(
+            target: "rpc.netdaemon",
+            "The service manager cannot keep the locks until the next start: {reason}. So the owners are \
+             fenced"
+        );
+        self.stop();
+    }
+
+    fn tell_that_it_ends(&mut self) {
         let (upgrade, mut going) = self.going();
         upgrade.abandon_upgrade(&mut going);
         match self.guard {
             Some(desk) => {
-                // Whoever goes on should this reactor die goes on with the end.
-                desk.ask(Signal::SIGTERM);
                 desk.tell(Message::Stopping);
                 desk.wake_guardian();
             }
             None => notify::stopping(),
         }
         self.deadlines.unset(Deadline::Idle);
+    }
+
+    /// Begins the end: no new clients, every connection closed, every owner that holds something
+    /// over its own connection fenced.
+    fn stop(&mut self) {
+        if !matches!(self.doing, Doing::Serving | Doing::Keeping) {
+            return;
+        }
+        self.doing = Doing::Ending;
+        if let Some(desk) = self.guard {
+            // Whoever goes on should this reactor die goes on with this end.
+            desk.ask(Signal::SIGINT);
+        }
+        self.tell_that_it_ends();
         self.deadlines
             .set(Deadline::Stop, Moment::now().plus_ms(stop::STOP_MS));
         self.gate.close();
@@ -1101,10 +1326,18 @@ impl Reactor {
         }
     }
 
+    /// What is sent to a process that has a guardian counts for nothing; but what comes when that is dead is
+    /// meant for this one, as the next guardian.
     fn take_signals(&mut self) {
         while let Some(signal) = self.signals.next() {
-            if self.guard.is_none() {
-                self.act_on(signal);
+            match self.guard {
+                None => self.act_on(signal),
+                Some(desk) if !desk.has_guardian() => {
+                    // It is pending again, and read when this process waits for it.
+                    signals::keep(signal);
+                    break;
+                }
+                Some(_) => (),
             }
         }
         self.do_what_was_asked();
@@ -1116,23 +1349,62 @@ impl Reactor {
             return;
         };
         self.is_orphaned = !desk.has_guardian();
+        if desk.is_to_leave() && self.doing == Doing::Serving {
+            self.leave();
+        }
         if let Some(signal) = desk.asked_to_end() {
             self.act_on(signal);
         }
         for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
-            if desk.take_asked(signal) {
+            if desk.begin_asked(signal) {
                 self.act_on(signal);
             }
         }
     }
 
+    /// The service manager ends what is left of a daemon whose main process has died: that is no end in order. If
+    /// it keeps everything, all the better.
+    fn leave(&mut self) {
+        if self.mouth().is_some() && keep::unkeepable(self.custody.state()).is_empty() {
+            tracing::info!(
+                target: "rpc.netdaemon",
+                "The service manager ends the daemon, which has lost its main process"
+            );
+            self.begin_to_keep();
+        } else {
+            self.leave_as_it_is();
+        }
+    }
+
+    fn leave_as_it_is(&mut self) {
+        tracing::error!(
+            target: "rpc.netdaemon",
+            "The service manager has lost the daemon's main process and ends this one as well. No guest is \
+             ended for that: the locks are free until the next start takes them again. Start the daemon at \
+             once, and let its unit say NotifyAccess=all and ExitType=cgroup"
+        );
+        self.doing = Doing::Leaving;
+    }
+
     fn act_on(&mut self, signal: Signal) {
         match signal {
-            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM if self.doing == Doing::Serving => {
+            Signal::SIGTERM if self.doing == Doing::Serving && self.mouth().is_some() => {
+                tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
+                self.begin_to_keep();
+            }
+            Signal::SIGTERM if self.doing == Doing::Keeping => (),
+            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM
+                if matches!(self.doing, Doing::Serving | Doing::Keeping) =>
+            {
                 tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
                 self.stop();
             }
-            Signal::SIGHUP => self.reload_configuration(),
+            Signal::SIGHUP => {
+                self.reload_configuration();
+                if let Some(desk) = self.guard {
+                    desk.end(signal);
+                }
+            }
             Signal::SIGUSR1 if self.doing == Doing::Serving => {
                 let (upgrade, mut going) = self.going();
                 upgrade.begin(&mut going);

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use super::owners::Owners;
 use crate::custody::Custody;
 use crate::host::listen;
+use crate::host::paths::Paths;
 use crate::locks::table::Pid;
 use crate::server::watch::Watch;
 
@@ -17,7 +18,15 @@ pub const STOP_MS: u64 = 30_000;
 
 /// Nobody is let in any more: the sockets are closed, and the daemon's own removed.
 pub fn close_listeners(custody: &mut Custody, watch: &Watch) {
-    for listening in custody.stops_listening() {
+    let listeners = custody.stops_listening();
+    if listeners.is_empty() {
+        // A reactor that died had begun with this, and may not have come to it.
+        let paths = Paths::of_this_process();
+        for path in [paths.lock_socket, paths.admin_socket] {
+            listen::remove_socket(&path);
+        }
+    }
+    for listening in listeners {
         watch.remove(listening.socket.as_raw_fd());
         listen::Listener {
             socket: listening.socket,

@@ -6,9 +6,11 @@
 //! daemon says so and goes on as if nothing had been asked.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+
+use nix::sys::signal::Signal;
 
 use super::clients::connection::Connection;
 use super::deadlines::{Deadline, Deadlines};
@@ -117,6 +119,9 @@ impl Upgrade {
             return;
         };
         let command_line = command_line.clone();
+        if let Some(desk) = self.desk {
+            desk.begin(Signal::SIGUSR1);
+        }
         descriptors::fill_standard_places();
         self.seen = command_line.file();
         self.earlier = None;
@@ -275,6 +280,9 @@ impl Upgrade {
         self.looked_again = false;
         going.deadlines.unset(Deadline::Quiet);
         say_failed(reason);
+        if let Some(desk) = self.desk {
+            desk.end(Signal::SIGUSR1);
+        }
         if std::mem::take(&mut self.again) {
             self.begin(going);
         }
@@ -357,7 +365,7 @@ impl Upgrade {
             warn_of_unwatched(going, "this earlier version of the daemon");
         }
         let kept = going.kept_for_earlier(version, number);
-        going.custody.leaves_file();
+        self.leave_file(going);
         self.replace(going, successor, &kept, Some(number));
         if self.is_ordered {
             // The guardian passes it on.
@@ -383,6 +391,14 @@ impl Upgrade {
         })
     }
 
+    /// A successor that does not write our ledger makes it untrue. Where there is an understudy, it removes the
+    /// ledger from the run directory when the successor serves.
+    fn leave_file(&self, going: &mut Going<'_>) {
+        if self.desk.is_none() {
+            going.custody.leaves_file();
+        }
+    }
+
     fn hand_over_to_libvirt(&mut self, going: &mut Going<'_>) {
         if let Some(reason) = going.gone_client() {
             return self.failed(going, &reason);
@@ -403,7 +419,7 @@ impl Upgrade {
         }
         warn_of_unwatched(going, "libvirt's daemon");
         let kept = libvirt_json::descriptors(going.custody.state());
-        going.custody.leaves_file();
+        self.leave_file(going);
         self.replace(going, Successor::Libvirt, &kept, None);
         if !self.is_ordered {
             let _ = std::fs::remove_file(&self.document);
@@ -504,6 +520,24 @@ pub fn say_what_failed(failure: Failure, program: &CStr) {
     say_failed(&reason);
 }
 
+/// The host refuses for ever what a copy of the guardian needs that would go on should the successor not
+/// serve: it is executed without one.
+pub fn say_that_nobody_stands_by(reason: Errno, program: &CStr) {
+    tracing::warn!(
+        target: "rpc.netdaemon",
+        "SIGUSR1: the host refuses a copy of this daemon that could go on should {} not serve once it is \
+         executed: {}. It is executed all the same, and has shown that it can take over; should it crash \
+         then, all locks are free while the guests run on",
+        program.to_string_lossy(),
+        errno::text(reason)
+    );
+}
+
+/// Reactors died of it, or while it was under way.
+pub fn say_given_up() {
+    say_failed("the process that serves the clients died twice while it was looked at");
+}
+
 fn say_failed(reason: &str) {
     tracing::error!(
         target: "rpc.netdaemon",
@@ -518,6 +552,8 @@ pub struct Going<'a> {
     pub custody: &'a mut Custody,
     /// All connections.
     pub connections: &'a mut Roll<Connection>,
+    /// Where what they have on their way lies.
+    pub desk: &'a Desk,
     /// Who waits.
     pub lines: &'a mut Lines,
     /// What happens when.
@@ -565,22 +601,29 @@ impl Going<'_> {
                 self.lines.enqueue(id, connection);
             }
         }
+        self.close_ledger(Some(self.watch.descriptor()))
+    }
+
+    /// Closes the ledger, with all bytes that are on their way.
+    pub fn close_ledger(&mut self, poll: Option<RawFd>) -> Result<(), Errno> {
+        let memory = self.desk.memory();
         let traffic = self
             .connections
             .iter()
             .filter(|(_, connection)| !connection.is_quiet())
-            .map(|(number, connection)| (ClientId(number), connection.traffic()));
-        self.custody.close(traffic, self.watch.descriptor())
+            .map(|(number, connection)| (ClientId(number), connection.traffic(number, memory)));
+        self.custody.close(traffic, poll)
     }
 
     /// The state for an earlier version of this program. What is on its way goes with it; what the poll
     /// has said is not needed, because that version asks anew.
     fn for_earlier(&self, version: u32) -> Result<Memory, Errno> {
+        let memory = self.desk.memory();
         let traffic = self
             .connections
             .iter()
             .filter(|(_, connection)| !connection.is_quiet())
-            .map(|(number, connection)| (ClientId(number), connection.traffic()));
+            .map(|(number, connection)| (ClientId(number), connection.traffic(number, memory)));
         self.custody.for_earlier(version, traffic)
     }
 
@@ -657,7 +700,7 @@ fn warn_of_unwatched(going: &Going<'_>, successor: &str) {
     }
 }
 
-fn cannot_write(reason: Errno) -> String {
+pub(super) fn cannot_write(reason: Errno) -> String {
     format!("the state cannot be written: {}", errno::text(reason))
 }
 

@@ -27,6 +27,8 @@ pub enum Source {
     Successor,
     /// An owner without a connection of its own.
     Watched(Pid),
+    /// Whether the service manager has something to keep everything in.
+    Store,
 }
 
 const KINDS: usize = 8;
@@ -44,6 +46,7 @@ impl Source {
             Source::Fence(pid) => (4, number(pid)),
             Source::Successor => (5, 0),
             Source::Watched(pid) => (6, number(pid)),
+            Source::Store => (7, 0),
         };
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
     }
@@ -60,6 +63,7 @@ impl Source {
             4 => Some(Source::Fence(number)),
             5 => Some(Source::Successor),
             6 => Some(Source::Watched(number)),
+            7 => Some(Source::Store),
             _ => None,
         }
     }
@@ -90,6 +94,19 @@ impl Watch {
         {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                 self.change(source, descriptor, false)
+            }
+            result => result,
+        }
+    }
+
+    /// The same of one that most likely is watched already.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn add_again(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
+        match self.change(source, descriptor, false) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.add(source, descriptor)
             }
             result => result,
         }

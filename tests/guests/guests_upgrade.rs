@@ -69,14 +69,14 @@ impl Installed {
 
 /// A program that tries to lock disks, again and again, as one of another host would. It must
 /// never succeed.
-struct Competitor<'a> {
+pub struct Competitor<'a> {
     disks: &'a [PathBuf],
-    stop: AtomicBool,
-    tries: AtomicUsize,
+    pub stop: AtomicBool,
+    pub tries: AtomicUsize,
 }
 
 impl<'a> Competitor<'a> {
-    fn new(disks: &'a [PathBuf]) -> Competitor<'a> {
+    pub fn new(disks: &'a [PathBuf]) -> Competitor<'a> {
         Competitor {
             disks,
             stop: AtomicBool::new(false),
@@ -85,7 +85,7 @@ impl<'a> Competitor<'a> {
     }
 
     /// Tries until [`Competitor::stop`]; gives the disk that it has got, which ends it at once.
-    fn run(&self) -> Option<PathBuf> {
+    pub fn run(&self) -> Option<PathBuf> {
         let open = |disk: &PathBuf| {
             let file = std::fs::File::options().read(true).write(true).open(disk);
             (disk.clone(), file.expect("open a disk"))
@@ -106,7 +106,7 @@ impl<'a> Competitor<'a> {
 }
 
 /// Ends what runs beside a test, also when the test fails.
-struct StopOnDrop<'a>(&'a AtomicBool);
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
@@ -204,7 +204,7 @@ fn assert_refused_by_lock_daemon(result: Result<(), String>, disk: &Path) {
 }
 
 /// Guests that run for the whole test, two disks each, and two more that share one.
-fn start_guests(libvirt: &Libvirt, count: usize) -> (Vec<String>, Vec<PathBuf>) {
+pub fn start_guests(libvirt: &Libvirt, count: usize) -> (Vec<String>, Vec<PathBuf>) {
     let mut names = Vec::new();
     let mut disks = Vec::new();
     for number in 0..count {
@@ -226,7 +226,7 @@ fn start_guests(libvirt: &Libvirt, count: usize) -> (Vec<String>, Vec<PathBuf>) 
 }
 
 /// Old guests stop and leave their disks free, new ones start there, and conflicts are refused.
-fn check_afterwards(libvirt: &Libvirt, names: &[String], disks: &[PathBuf]) {
+pub fn check_afterwards(libvirt: &Libvirt, names: &[String], disks: &[PathBuf]) {
     for name in names {
         assert_eq!(libvirt.state(name), "running");
         libvirt.destroy(name);
@@ -243,7 +243,7 @@ fn check_afterwards(libvirt: &Libvirt, names: &[String], disks: &[PathBuf]) {
 
 /// A connection whose calls all have a known answer: one that was lost, or carried out twice, would
 /// change it. Gives the number of calls.
-fn call_until(stop: &AtomicBool, socket: &Path, disk: &Path) -> usize {
+pub fn call_until(stop: &AtomicBool, socket: &Path, disk: &Path) -> usize {
     let mut client = Client::connect(socket);
     client.call(&register_as("caller", 1)).expect_ok();
     let (take, give) = (acquire("", text(disk), 0), release("", text(disk)));
@@ -263,7 +263,7 @@ fn call_until(stop: &AtomicBool, socket: &Path, disk: &Path) -> usize {
 }
 
 /// Guests that start and die, one after the other.
-fn churn_until(
+pub fn churn_until(
     stop: &AtomicBool,
     libvirt: &Libvirt,
     name: &str,

@@ -4,6 +4,8 @@
 mod support;
 
 mod guests;
+mod guests_crash;
+mod guests_stop;
 mod guests_upgrade;
 mod who;
 

@@ -2,23 +2,27 @@
 //!
 //! Owners, each a real process, take and give back a few files under all their names, over
 //! connections of their own or as libvirtd does for them. They are killed, between calls and in the
-//! midst of one, or leave and are killed by the daemon. The daemon is replaced again and again. All
+//! midst of one, or leave and are killed by the daemon. The daemon is replaced again and again, and its
+//! processes are killed ([`blows`]); each call has one answer all the same, but those over connections
+//! that are lost because all of its processes were killed at once. All
 //! the time a rival tries to lock the same files without the daemon, and another host takes and
 //! removes the one that is made and removed with its lock ([`outside`]). Everything is written down
 //! with the time, and afterwards a judge ([`record`]) looks for an instant with two exclusive owners,
-//! or one in which a granted lock was free.
+//! or one in which a granted lock was free. A history that has not shown everything yet when its time is
+//! over goes on for a while, and fails if it still has not then.
 //!
 //! `VIRTLOCKD_HISTORY_SECONDS` makes it longer, `VIRTLOCKD_HISTORY_SEED` draws the same numbers
 //! again: not the same history, which depends on who is faster.
 
+mod blows;
 mod outside;
 mod record;
 
 use crate::support;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::support::client::{
@@ -28,8 +32,9 @@ use crate::support::client::{
 use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner, runs};
 use crate::support::random::Random;
-use crate::support::upgrade::{Disturbed, Host, upgrade};
-use crate::support::{DEADLINE, lock_probe, require_root, skip, wait_until};
+use crate::support::upgrade::{Disturbed, Host};
+use crate::support::{DEADLINE, lock_probe, require_root, skip};
+use blows::{Blow, Victim};
 use record::{Entry, FileId, Mode, Moment, OwnerId, What};
 
 /// How long the owners are at work without being asked for more, seconds.
@@ -40,7 +45,25 @@ const WORKERS: u32 = 6;
 /// How many files an owner has at the most, and how many calls it makes.
 const FILES_AT_ONCE: usize = 2;
 const CALLS: usize = 150;
-const BETWEEN_UPGRADES: Duration = Duration::from_millis(60);
+
+type IsOne = fn(&What) -> bool;
+
+/// What owners do in a history that shows something.
+const KINDS: [(&str, IsOne); 7] = [
+    ("granted exclusively", |what| {
+        matches!(what, What::Granted(_, _, Mode::Exclusive))
+    }),
+    ("granted shared", |what| {
+        matches!(what, What::Granted(_, _, Mode::Shared))
+    }),
+    ("leases granted", |what| {
+        matches!(what, What::Granted(_, LEASE, _))
+    }),
+    ("released", |what| matches!(what, What::Released(..))),
+    ("refused", |what| matches!(what, What::Refused(..))),
+    ("killed", |what| matches!(what, What::Killed(_))),
+    ("left", |what| matches!(what, What::Left(_))),
+];
 
 /// Two histories at once would be half as dense.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -119,6 +142,12 @@ struct Run<'a> {
     begun: Instant,
     stop: AtomicBool,
     owners: AtomicU32,
+    /// Closed while there is no daemon.
+    gate: RwLock<()>,
+    /// How often all of the daemon was killed.
+    cold_starts: AtomicU32,
+    /// The kinds of what owners did so far, one bit each.
+    seen: AtomicU32,
 }
 
 /// Tells the threads to stop, also when this one fails: it would wait for them for ever.
@@ -139,6 +168,18 @@ impl Run<'_> {
         let before = self.now();
         let done = act();
         (before, done, self.now())
+    }
+
+    fn see(&self, what: &What) {
+        for (bit, (_, is)) in KINDS.iter().enumerate() {
+            self.seen
+                .fetch_or(u32::from(is(what)) << bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether owners did everything that makes a history worth its judgement.
+    fn has_shown_all(&self) -> bool {
+        self.seen.load(Ordering::Relaxed) == (1 << KINDS.len()) - 1
     }
 
     /// Owner after owner, until it is told to stop.
@@ -171,10 +212,15 @@ struct Life<'a> {
     line: Line,
     held: Vec<(FileId, Name)>,
     end: End,
+    /// How often all of the daemon had been killed when the connections were made.
+    cold_starts: u32,
+    /// The connections are lost for that.
+    is_cut_off: bool,
 }
 
 impl<'a> Life<'a> {
     fn begin(run: &'a Run<'a>, random: &'a mut Random, entries: &'a mut Vec<Entry>) -> Life<'a> {
+        let _daemon = run.gate.read().expect("the gate");
         let id = run.owners.fetch_add(1, Ordering::Relaxed);
         let end = match random.below(100) {
             0..20 => End::GivesAllBack,
@@ -206,12 +252,14 @@ impl<'a> Life<'a> {
             line,
             held: Vec::new(),
             end,
+            cold_starts: run.cold_starts.load(Ordering::Relaxed),
+            is_cut_off: false,
         }
     }
 
     fn live(mut self) {
         for _ in 0..self.random.below(CALLS) + 1 {
-            if self.run.stop.load(Ordering::Relaxed) {
+            if self.run.stop.load(Ordering::Relaxed) || self.is_cut_off {
                 break;
             }
             self.take_or_give_back();
@@ -220,10 +268,16 @@ impl<'a> Life<'a> {
                 std::thread::sleep(Duration::from_micros(pause));
             }
         }
+        self.is_answered_once();
         match self.end {
+            _ if self.is_cut_off => self.outlive_its_connections(),
             End::GivesAllBack => {
-                while !self.held.is_empty() {
+                while !self.held.is_empty() && !self.is_cut_off {
                     self.give_back(0);
+                }
+                if self.is_cut_off {
+                    // What it still has it has until it is dead.
+                    self.outlive_its_connections();
                 }
             }
             End::Killed => self.kill(),
@@ -233,6 +287,7 @@ impl<'a> Life<'a> {
     }
 
     fn note(&mut self, before: Moment, after: Moment, what: What) {
+        self.run.see(&what);
         self.entries.push(Entry {
             before,
             after,
@@ -240,12 +295,45 @@ impl<'a> Life<'a> {
         });
     }
 
-    fn call(&mut self, call: &Call) -> (Moment, Reply, Moment) {
+    /// `None` if the connection is lost, for the one reason that there is.
+    fn call(&mut self, call: &Call) -> (Moment, Option<Reply>, Moment) {
         let (run, line, owner) = (self.run, &mut self.line, &mut self.owner);
-        run.timed(|| match line {
-            Line::Own => owner.call(call),
-            Line::Helper(client) => client.call(call),
-        })
+        let called = run.timed(|| match line {
+            Line::Own => owner.try_call(call),
+            Line::Helper(client) => client.try_call(call),
+        });
+        let (before, reply, after) = called;
+        (before, self.or_cut_off(reply), after)
+    }
+
+    fn or_cut_off(&mut self, reply: Result<Reply, String>) -> Option<Reply> {
+        if let Err(reason) = &reply {
+            assert!(self.may_be_cut_off(), "an answer was due: {reason}");
+            self.is_cut_off = true;
+        }
+        reply.ok()
+    }
+
+    fn may_be_cut_off(&self) -> bool {
+        self.run.cold_starts.load(Ordering::Relaxed) > self.cold_starts
+    }
+
+    /// Nothing has come that answers no call: what answers the next one would not be its own.
+    fn is_answered_once(&mut self) {
+        if let Line::Helper(client) = &mut self.line
+            && !client.has_nothing_to_read()
+        {
+            assert!(self.may_be_cut_off(), "an answer to no call");
+            self.is_cut_off = true;
+        }
+    }
+
+    /// Its locks are there for as long as it is, under the next daemon.
+    fn outlive_its_connections(&mut self) {
+        drop(self.run.gate.read().expect("the gate"));
+        let pause = self.random.below(50) as u64;
+        std::thread::sleep(Duration::from_millis(pause));
+        self.kill();
     }
 
     fn take_or_give_back(&mut self) {
@@ -258,7 +346,9 @@ impl<'a> Life<'a> {
             return self.give_back(first);
         }
         let (name, mode) = self.choose(file);
-        let (before, reply, after) = self.call(&wish(file, &name, mode));
+        let (before, Some(reply), after) = self.call(&wish(file, &name, mode)) else {
+            return;
+        };
         if self.note_acquire(file, mode, before, &reply, after) {
             self.held.push((file, name));
         }
@@ -293,7 +383,8 @@ impl<'a> Life<'a> {
     fn give_back(&mut self, held: usize) {
         let (file, name) = self.held.swap_remove(held);
         let (before, reply, after) = self.call(&release(name.lockspace, &name.name));
-        reply.expect_ok();
+        // It may have been released.
+        reply.iter().for_each(Reply::expect_ok);
         self.note(before, after, What::Released(self.id, file));
     }
 
@@ -319,21 +410,23 @@ impl<'a> Life<'a> {
         let Line::Helper(client) = &mut self.line else {
             panic!("an owner's own call ends with it");
         };
-        client.post(&call);
+        let posted = client.try_send(&call.frame(u32::MAX));
         self.kill();
         let Line::Helper(client) = &mut self.line else {
             panic!("an owner's own call ends with it");
         };
-        let reply = Reply::parse(&client.receive());
+        let reply = posted.map_err(|error| error.to_string());
+        let reply = reply.and_then(|()| client.try_receive(u32::MAX));
+        let reply = self.or_cut_off(reply);
         let after = self.run.now();
         if held.is_some() {
-            expect_released_or_gone(&reply);
+            reply.iter().for_each(expect_released_or_gone);
             return self.note(before, after, What::Released(self.id, file));
         }
-        if self.note_acquire(file, mode, before, &reply, after) {
+        if reply.is_some_and(|reply| self.note_acquire(file, mode, before, &reply, after)) {
             self.wait_for_death();
             let (before, reply, after) = self.call(&release(name.lockspace, &name.name));
-            expect_released_or_gone(&reply);
+            reply.iter().for_each(expect_released_or_gone);
             self.note(before, after, What::Released(self.id, file));
         }
     }
@@ -358,6 +451,10 @@ impl<'a> Life<'a> {
                 break;
             }
             seen = Some((before, after));
+            if self.may_be_cut_off() {
+                // Nobody may have noticed that it left.
+                return self.kill();
+            }
             assert!(begun.elapsed() < DEADLINE, "owner {pid} is not ended");
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -375,8 +472,8 @@ fn expect_released_or_gone(reply: &Reply) {
     }
 }
 
-/// Runs a history of so many seconds and judges it.
-fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
+/// Runs a history of so many seconds, in which these things befall the daemon, and judges it.
+fn run_and_judge(host: &Host, daemon: Daemon, seconds: u64, blows: &[Blow]) {
     // A history that failed leaves nothing behind that could harm the next one.
     let _turn = ONE_AT_A_TIME
         .lock()
@@ -389,9 +486,13 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
         begun: Instant::now(),
         stop: AtomicBool::new(false),
         owners: AtomicU32::new(1),
+        gate: RwLock::new(()),
+        cold_starts: AtomicU32::new(0),
+        seen: AtomicU32::new(0),
     };
     let tries = AtomicU64::new(0);
-    let mut upgrades = 0;
+    let mut victim = Victim::new(daemon);
+    let mut random = Random::new(seed.rotate_left(32));
     let entries: Vec<Entry> = std::thread::scope(|scope| {
         let (run, tries) = (&run, &tries);
         let stop = StopAtEnd(&run.stop);
@@ -404,10 +505,15 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             threads.push(scope.spawn(move || run.work(random)));
         }
         let end = run.begun + Duration::from_secs(seconds);
-        while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
-            upgrade(&daemon);
-            upgrades += 1;
-            std::thread::sleep(BETWEEN_UPGRADES);
+        // On a slow machine few owners have come to their end by then.
+        let latest = end + DEADLINE;
+        let goes_on = || {
+            let now = Instant::now();
+            now < end || (now < latest && !run.has_shown_all())
+        };
+        while goes_on() && !threads.iter().any(|thread| thread.is_finished()) {
+            victim.suffer(victim.next_of(blows, &mut random), run);
+            std::thread::sleep(blows::BETWEEN);
         }
         drop(stop);
         let joined = threads.into_iter().map(|thread| thread.join());
@@ -416,28 +522,20 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
             .collect()
     });
     judge(&entries, seed);
-    assert_eq!(daemon.ended(), None);
-    let count = |is: fn(&What) -> bool| entries.iter().filter(|entry| is(&entry.what)).count();
-    let exclusively = |what: &What| matches!(what, What::Granted(_, _, Mode::Exclusive));
-    let shared = |what: &What| matches!(what, What::Granted(_, _, Mode::Shared));
-    let needed = [
-        ("granted exclusively", count(exclusively)),
-        ("granted shared", count(shared)),
-        ("released", count(|what| matches!(what, What::Released(..)))),
+    victim.check();
+    let count = |is: IsOne| entries.iter().filter(|entry| is(&entry.what)).count();
+    let mut needed = KINDS.map(|(kind, is)| (kind, count(is))).to_vec();
+    needed.extend([
         (
             "had by the rival",
             count(|what| matches!(what, What::Robbed(..))),
         ),
         ("tries of the rival", tries.load(Ordering::Relaxed) as usize),
-        ("upgrades", upgrades),
-        ("killed", count(|what| matches!(what, What::Killed(_)))),
-        ("left", count(|what| matches!(what, What::Left(_)))),
-        (
-            "leases granted",
-            count(|what| matches!(what, What::Granted(_, LEASE, _))),
-        ),
-        ("refused", count(|what| matches!(what, What::Refused(..)))),
-    ];
+    ]);
+    let names = blows.iter().map(|blow| format!("{blow:?}"));
+    let names: Vec<String> = names.collect();
+    let fallen = blows.iter().map(|blow| victim.count(*blow));
+    needed.extend(names.iter().map(String::as_str).zip(fallen));
     let seen_to_run = count(|what| matches!(what, What::Runs(_)));
     eprintln!("{needed:?}, seen to run after they left {seen_to_run}");
     for (what, count) in needed {
@@ -445,10 +543,13 @@ fn run_and_judge(host: &Host, mut daemon: Daemon, seconds: u64) {
     }
     // Everybody is dead or has given back: nothing is left.
     for disk in 0..DISKS {
-        let path = host.path(format!("/run/h/disks/{disk}"));
-        wait_until(DEADLINE, "the last lock to be free", || {
-            lock_probe(&path).is_none()
-        });
+        let name = format!("/run/h/disks/{disk}");
+        let (path, begun) = (host.path(&name), Instant::now());
+        while let Some(seen) = lock_probe(&path) {
+            let is_late = begun.elapsed() >= DEADLINE;
+            assert!(!is_late, "{seen:?}: {:?}", victim.who_has(&name));
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
@@ -495,7 +596,29 @@ fn no_instant_has_two_exclusive_owners_and_no_granted_lock_is_ever_free() {
     }
     let host = host();
     let daemon = host.start(&[], &[]);
-    run_and_judge(&host, daemon, seconds(SECONDS));
+    run_and_judge(&host, daemon, seconds(SECONDS), &[Blow::Upgrade]);
+}
+
+#[test]
+fn nor_when_one_of_its_processes_is_killed_again_and_again() {
+    if !can_run() {
+        return;
+    }
+    let host = host();
+    let daemon = host.start(&[], &[]);
+    let blows = [Blow::Reactor, Blow::Guardian, Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS), &blows);
+}
+
+#[test]
+fn nor_when_all_of_it_is_killed_and_started_again() {
+    if !can_run() {
+        return;
+    }
+    let host = host();
+    let daemon = host.start(&[], &[]);
+    let blows = [Blow::Both, Blow::Reactor, Blow::Guardian, Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS), &blows);
 }
 
 #[test]
@@ -509,5 +632,6 @@ fn nor_when_every_fcntl_and_close_is_slow() {
     let host = host();
     let daemon = host.start(&[], &[daemon::WATCHED]);
     let _slowed = Disturbed::slow(&daemon);
-    run_and_judge(&host, daemon, seconds(SECONDS_SLOWED));
+    let blows = [Blow::Upgrade];
+    run_and_judge(&host, daemon, seconds(SECONDS_SLOWED), &blows);
 }

@@ -1,8 +1,9 @@
 //! A host's life at high speed, for as long as wanted: guests come and go, some are killed, disks are
 //! plugged in and out, strangers send nonsense, administrators ask, and every few seconds the daemon
-//! is replaced by its successor. Nobody ever loses a lock, and with the same number of guests the
-//! daemon has as many descriptors as ever and no more memory. The second half of the time there are no
-//! upgrades, for a successor starts with an empty heap: what leaks has to add up.
+//! is replaced by its successor, and every second the process that serves is killed. Nobody ever loses a
+//! lock, and with the same number of guests the daemon has as many descriptors as ever and no more memory.
+//! For a third of the time there are no upgrades, which begin with an empty desk, and for another no kills
+//! either, after which a heap is empty: what leaks has to add up.
 //!
 //! `VIRTLOCKD_SOAK_SECONDS` says for how long (default 20; a day is 86400), with a line of progress
 //! every minute; `VIRTLOCKD_SOAK_SEED` repeats the choices of a run whose seed was printed.
@@ -11,7 +12,7 @@ use crate::support;
 use crate::support::client::{
     ADMIN_PROGRAM, CALL, Call, Reply, acquire, frame, put_string, register_as, release, restrict,
 };
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, children_of};
 use crate::support::libvirt::guest::Guest as Domain;
 use crate::support::libvirt::{self, Libvirt};
 use crate::support::owner::{OnTerm, Owner};
@@ -21,6 +22,8 @@ use crate::support::upgrade::{Host, upgrade};
 use crate::support::{DEADLINE, assert_memory, lock_probe, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::fs::MetadataExt;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How many guests there are whenever the daemon is looked at.
@@ -29,6 +32,8 @@ const GUESTS: usize = 16;
 const MOST_GUESTS: usize = 32;
 /// Between two upgrades.
 const UPGRADE_EVERY: Duration = Duration::from_secs(2);
+/// Between two kills: those that are closer count as one after the other, and are waited with.
+const KILL_EVERY: Duration = Duration::from_millis(1100);
 /// How much more memory the daemon may have in the end than after the first third, KiB: a page here
 /// and there, for an allocator is not the same twice. A leak of one KiB a guest would be many times
 /// that within minutes.
@@ -86,6 +91,15 @@ struct Soak {
     random: Random,
     started: usize,
     upgrades: usize,
+    kills: Kills,
+}
+
+/// What becomes of the daemon while a host lives.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Blows {
+    UpgradesAndKills,
+    Kills,
+    None,
 }
 
 #[test]
@@ -115,40 +129,54 @@ fn with_the_same_guests_the_daemon_has_the_same_memory_and_descriptors_after_any
         random: Random::new(seed),
         started: 0,
         upgrades: 0,
+        kills: Kills::new(),
     };
-    let mut watch = Watch::new(seconds() / 2);
+    let mut watch = Watch::new(seconds() / 3);
     while !watch.is_over() {
-        soak.live(true);
+        soak.live(Blows::UpgradesAndKills);
         watch.steady.push(Look::at(&soak.daemon));
         upgrade(&soak.daemon);
         soak.upgrades += 1;
         soak.check_all();
         watch.upgraded.push(Look::at(&soak.daemon));
-        watch.progress(|| format!("{} guests, {} upgrades", soak.started, soak.upgrades));
+        watch.progress(|| soak.numbers());
     }
     watch.everything_is_flat();
-    let mut watch = Watch::new(seconds() / 2);
-    while !watch.is_over() {
-        soak.live(false);
-        watch.steady.push(Look::at(&soak.daemon));
-        watch.progress(|| format!("{} guests, no upgrades", soak.started));
+    for blows in [Blows::Kills, Blows::None] {
+        let mut watch = Watch::new(seconds() / 3);
+        while !watch.is_over() {
+            soak.live(blows);
+            watch.steady.push(Look::at(&soak.daemon));
+            watch.progress(|| soak.numbers());
+        }
+        watch.everything_is_flat();
     }
-    watch.everything_is_flat();
-    eprintln!("soak: {} guests, {} upgrades", soak.started, soak.upgrades);
+    eprintln!("soak: {}", soak.numbers());
+    assert!(soak.kills.count > 0, "a soak without kills");
 }
 
 impl Soak {
     /// A while in the life of a host, until there are [`GUESTS`] guests and nobody else.
-    fn live(&mut self, with_upgrades: bool) {
+    fn live(&mut self, blows: Blows) {
         let until = Instant::now() + UPGRADE_EVERY;
         while Instant::now() < until {
             self.something_happens();
+            if blows != Blows::None {
+                self.kills.kill_in_time(&self.daemon, &mut self.random);
+            }
             // An upgrade that nobody waits for.
+            let with_upgrades = blows == Blows::UpgradesAndKills && !self.kills.is_one_on_its_way();
             if with_upgrades && self.random.percent(1) {
                 self.daemon.signal(Signal::SIGUSR1);
             }
         }
+        self.kills.wait();
         self.settle();
+    }
+
+    fn numbers(&self) -> String {
+        let (started, upgrades, kills) = (self.started, self.upgrades, self.kills.count);
+        format!("{started} guests, {upgrades} upgrades, {kills} kills")
     }
 
     fn something_happens(&mut self) {
@@ -330,6 +358,54 @@ impl Soak {
     }
 }
 
+/// The process that serves is killed, again and again, whatever it does at that moment.
+struct Kills {
+    count: usize,
+    last: Instant,
+    on_its_way: Option<JoinHandle<()>>,
+}
+
+impl Kills {
+    fn new() -> Kills {
+        Kills {
+            count: 0,
+            last: Instant::now(),
+            on_its_way: None,
+        }
+    }
+
+    /// If it is time to. Not while there is an understudy, which would take over, in a process of another
+    /// number.
+    fn kill_in_time(&mut self, daemon: &Daemon, random: &mut Random) {
+        if self.last.elapsed() < KILL_EVERY {
+            return;
+        }
+        self.wait();
+        daemon.client().ping();
+        if let [reactor] = children_of(daemon.pid())[..] {
+            let pause = Duration::from_micros(random.below(5000) as u64);
+            self.on_its_way = Some(std::thread::spawn(move || {
+                std::thread::sleep(pause);
+                kill(Pid::from_raw(reactor), Signal::SIGKILL)
+                    .expect("kill the process that serves");
+            }));
+            self.count += 1;
+        }
+        self.last = Instant::now();
+    }
+
+    fn is_one_on_its_way(&self) -> bool {
+        let kill = self.on_its_way.as_ref();
+        kill.is_some_and(|kill| !kill.is_finished())
+    }
+
+    fn wait(&mut self) {
+        if let Some(kill) = self.on_its_way.take() {
+            kill.join().expect("a kill");
+        }
+    }
+}
+
 /// What libvirtd does for a guest: a connection that registers with the pid of the guest, makes its
 /// calls and ends.
 #[track_caller]
@@ -346,6 +422,8 @@ fn speak_for(daemon: &Daemon, guest: &Guest, calls: &[Call]) {
 #[derive(Clone, Copy, Debug)]
 struct Look {
     memory_kib: u64,
+    /// What lies on the desk, which the next process that serves finds there.
+    desk_kib: u64,
     descriptors: usize,
 }
 
@@ -357,9 +435,23 @@ impl Look {
         daemon.wait_until_asleep();
         Look {
             memory_kib: daemon.memory_kib("VmRSS"),
+            desk_kib: desk_kib(daemon),
             descriptors: daemon.descriptors(),
         }
     }
+}
+
+/// A size of what a look saw, KiB.
+type Kib = fn(&Look) -> u64;
+
+/// What the memory file takes that both processes of the daemon have mapped.
+fn desk_kib(daemon: &Daemon) -> u64 {
+    let process = format!("/proc/{}", daemon.pid());
+    let maps = std::fs::read_to_string(format!("{process}/maps")).expect("what it has mapped");
+    let desk = maps.lines().find(|line| line.contains("virtlockd-desk"));
+    let range = desk.and_then(|line| line.split_whitespace().next());
+    let file = range.map(|range| std::fs::metadata(format!("{process}/map_files/{range}")));
+    file.map_or(0, |file| file.expect("the desk's file").blocks() / 2)
 }
 
 /// The looks so far, in the steady state and right after an upgrade.
@@ -410,19 +502,25 @@ impl Watch {
             let third = looks.len() / 3;
             let (warm_up, rest) = looks.split_at(third);
             let last = &rest[rest.len() - third..];
-            let most = |looks: &[Look]| looks.iter().map(|look| look.memory_kib).max();
-            let least = |looks: &[Look]| looks.iter().map(|look| look.memory_kib).min();
-            let (before, after) = (most(warm_up).expect("looks"), least(last).expect("looks"));
-            eprintln!(
-                "soak, {what}: {} KiB at first, {before} KiB at most in the first third, {after} \
-                 KiB at least and {} KiB at most in the last; {} descriptors",
-                looks[0].memory_kib,
-                most(last).expect("looks"),
-                looks[0].descriptors
-            );
-            assert_memory(after <= before + SLACK_KIB, || {
-                format!("memory grows: {looks:?}")
-            });
+            let kinds: [(&str, Kib); 2] = [
+                ("memory", |look| look.memory_kib),
+                ("the desk", |look| look.desk_kib),
+            ];
+            for (kind, kib) in kinds {
+                let most = |looks: &[Look]| looks.iter().map(kib).max().expect("looks");
+                let least = |looks: &[Look]| looks.iter().map(kib).min().expect("looks");
+                let (before, after) = (most(warm_up), least(last));
+                eprintln!(
+                    "soak, {what}, {kind}: {} KiB at first, {before} KiB at most in the first third, \
+                     {after} KiB at least and {} KiB at most in the last; {} descriptors",
+                    kib(&looks[0]),
+                    most(last),
+                    looks[0].descriptors
+                );
+                assert_memory(after <= before + SLACK_KIB, || {
+                    format!("{kind} grows: {looks:?}")
+                });
+            }
             let descriptors = looks[0].descriptors;
             assert!(
                 looks.iter().all(|look| look.descriptors == descriptors),
@@ -454,6 +552,7 @@ fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
     let mut watch = Watch::new(seconds());
     let mut started = REAL_GUESTS;
     let mut upgrades = 0;
+    let mut kills = Kills::new();
     while !watch.is_over() {
         for _ in 0..2 {
             let (domain, disk) = random.pick(&domains);
@@ -466,12 +565,14 @@ fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
             wait_until(DEADLINE, "the disk to be free", || {
                 lock_probe(disk).is_none()
             });
+            kills.kill_in_time(libvirt.lockd(), &mut random);
             // libvirtd may take a moment to notice.
             wait_until(DEADLINE, "the guest to start again", || {
                 libvirt.create(domain).is_ok()
             });
             started += 1;
         }
+        kills.wait();
         let steady = Look::at(libvirt.lockd());
         upgrade(libvirt.lockd());
         upgrades += 1;
@@ -481,8 +582,17 @@ fn with_the_same_real_guests_the_daemon_has_the_same_memory_and_descriptors() {
         let upgraded = Look::at(libvirt.lockd());
         watch.steady.push(steady);
         watch.upgraded.push(upgraded);
-        watch.progress(|| format!("{started} guests, {upgrades} upgrades"));
+        watch.progress(|| {
+            format!(
+                "{started} guests, {upgrades} upgrades, {} kills",
+                kills.count
+            )
+        });
     }
-    eprintln!("soak with libvirtd: {started} guests, {upgrades} upgrades");
+    eprintln!(
+        "soak with libvirtd: {started} guests, {upgrades} upgrades, {} kills",
+        kills.count
+    );
+    assert!(kills.count > 0, "a soak without kills");
     watch.everything_is_flat();
 }

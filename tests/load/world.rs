@@ -299,15 +299,18 @@ impl World {
         self.session_ended(slot, session);
     }
 
-    /// The same, of an owner that lives.
+    /// The same, of an owner that lives. It has left with the last connection that stands for it.
     fn session_ended(&mut self, slot: usize, session: Option<Session>) {
-        let actor = self.actors[slot].as_mut().expect("an owner");
+        let actor = self.actors[slot].as_ref().expect("an owner");
         let pid = actor.pid();
         let is_its_end = actor.stands_for_it(session) && self.model.holds(pid);
-        if !is_its_end || actor.leaving.is_some() {
+        let mut others = actor.sessions.iter();
+        let is_last = !others.any(|other| actor.stands_for_it(*other));
+        if !is_its_end || actor.leaving.is_some() || !is_last || self.is_own_lent(pid) {
             self.settle();
             return;
         }
+        let actor = self.actors[slot].as_mut().expect("an owner");
         actor.leaving = Some(Leaving {
             since: Instant::now(),
             at_step: self.step,

@@ -268,7 +268,7 @@ fn what_libvirts_daemon_granted_any_domain_of_the_process_gives_back_and_it_goes
     scene.host.install(&theirs);
     upgrade(&scene.daemon);
     scene.calls(2, &release("", &own)).expect_ok();
-    scene.host.assert_free(&own);
+    scene.host.wait_free(&own);
     scene.host.install(&daemon::program());
     upgrade(&scene.daemon);
     scene.close(2);

@@ -300,7 +300,7 @@ fn an_owner_without_locks_may_leave_and_live() {
 }
 
 #[test]
-fn of_two_connections_of_a_process_the_first_end_ends_it() {
+fn an_owner_with_two_connections_has_left_when_both_are_over() {
     let Some(scene) = Scene::new() else { return };
     let disks = [scene.disk("first"), scene.disk("second")];
     let mut owner = scene.owner("guest", OnTerm::Ignore);
@@ -308,6 +308,14 @@ fn of_two_connections_of_a_process_the_first_end_ends_it() {
     owner.connect_again();
     owner.call(&register_as("guest", owner.pid())).expect_ok();
     owner.call(&take(&disks[1])).expect_ok();
+    owner.close_connection();
+    owner.use_connection(0);
+    // It is answered behind what becomes of the end of the other.
+    owner.call(&take(&disks[1])).expect_error(87, 51);
+    scene.daemon.wait_until_asleep();
+    assert!(owner.is_alive());
+    assert!(disks.iter().all(|disk| lock_probe(disk).is_some()));
+    assert_eq!(scene.logged(&["'guest'", "SIGTERM now"]), 0);
     owner.close_connection();
     assert_eq!(owner.wait_signal(), Some(Signal::SIGKILL as i32));
     for disk in &disks {
@@ -578,9 +586,8 @@ fn the_locks_of_an_owner_whose_number_a_fenced_one_had_stay() {
         scene.daemon.signal(Signal::SIGCONT);
         sent.join().expect("the second owner's calls");
     });
-    // What comes now is the reply to the one before.
     second
-        .exchange(&register_as("second", pid).frame(3))
+        .exchange_behind(&register_as("second", pid).frame(3), &calls[1])
         .expect_ok();
     wait_until(DEADLINE, "what the others had to be handled", || {
         scene.logged(&["a later one of the same number"]) > 0

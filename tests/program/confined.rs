@@ -8,7 +8,7 @@ use crate::support;
 use crate::support::client::{AUTOCREATE, acquire, create_lockspace, register_as, release};
 use crate::support::daemon::{self, Daemon};
 use crate::support::owner::{OnTerm, Owner};
-use crate::support::upgrade::{Host, PROGRAM, refused_upgrade, upgrade};
+use crate::support::upgrade::{Host, PROGRAM, refusals, refused_upgrade, upgrade};
 use crate::support::{DEADLINE, require_root, skip, wait_until};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -39,8 +39,12 @@ const OF_THE_LEDGER: [(&str, i64); 2] = [
     ("mmap", libc::SYS_mmap),
 ];
 
+/// Not the number of a call: clone(2) as fork(2), with a table of descriptors of its own, refused to a process
+/// that may make one that shares it. So is the copy of a daemon that goes on should a successor not serve.
+const FORK: i64 = -1;
+
 /// For these there is another way, or they are not needed to serve.
-const OF_OTHERS: [(&str, i64); 19] = [
+const OF_OTHERS: [(&str, i64); 22] = [
     ("timerfd_create", libc::SYS_timerfd_create),
     ("timerfd_settime", libc::SYS_timerfd_settime),
     ("signalfd4", libc::SYS_signalfd4),
@@ -61,6 +65,10 @@ const OF_OTHERS: [(&str, i64); 19] = [
     ("sigaltstack", libc::SYS_sigaltstack),
     ("gettid", libc::SYS_gettid),
     ("dup3", libc::SYS_dup3),
+    // The daemon serves in the process that was started.
+    ("clone", libc::SYS_clone),
+    ("kill", libc::SYS_kill),
+    ("fork", FORK),
 ];
 
 /// Each of these with each error.
@@ -81,6 +89,9 @@ def confine(number, errno):
     if number == @MMAP@:
         # Flags with MAP_SHARED, and a file.
         test = [(0x15, 0, 5, number), load(40), (0x45, 0, 3, 1), load(48), (0x15, 1, 0, 0xffffffff)]
+    elif number == @FORK@:
+        # A table of descriptors of its own.
+        test = [(0x15, 0, 3, @CLONE@), load(16), (0x45, 1, 0, 0x400)]
     else:
         test = [(0x15, 0, 1, number)]
     code = b''.join(struct.pack('HBBI', *one) for one in [load(0), *test, refuse, allow])
@@ -91,7 +102,14 @@ def confine(number, errno):
 "#;
 
 fn confine() -> String {
-    CONFINE.replace("@MMAP@", &libc::SYS_mmap.to_string())
+    let numbers = [
+        ("@MMAP@", libc::SYS_mmap),
+        ("@FORK@", FORK),
+        ("@CLONE@", libc::SYS_clone),
+    ];
+    let fill_in =
+        |text: String, (name, number): (&str, i64)| text.replace(name, &number.to_string());
+    numbers.into_iter().fold(CONFINE.to_owned(), fill_in)
 }
 
 const PYTHON: &str = "/usr/bin/python3";
@@ -183,6 +201,22 @@ impl Scene {
         refusal.expect_error(87, 51);
     }
 
+    /// What cannot be had of the survival of deaths is said, and nothing else.
+    #[track_caller]
+    fn says_what_it_does_not_survive(&self, cell: Refused, is_upgraded: bool) {
+        let log = self.daemon.stderr();
+        let is_of_the_ledger = OF_THE_LEDGER.iter().any(|(call, _)| *call == cell.call);
+        let has_guardian = !is_of_the_ledger && !["clone", "kill"].contains(&cell.call);
+        let says = |what: &str| log.contains(what);
+        let is_alone = self.daemon.reactor() == self.daemon.pid();
+        assert_eq!(is_alone, !has_guardian, "{cell:?}");
+        assert_eq!(says("without a guardian"), !has_guardian, "{cell:?}: {log}");
+        let has_copy = !["fork", "memfd_create"].contains(&cell.call);
+        let is_told = has_guardian && is_upgraded && !has_copy;
+        let text = "the host refuses a copy of this daemon";
+        assert_eq!(says(text), is_told, "{cell:?}: {log}");
+    }
+
     /// The file at a path is the one that the daemon runs.
     fn runs(&self, program: &Path) -> bool {
         let file = |path: &Path| {
@@ -196,12 +230,15 @@ impl Scene {
     /// SIGUSR1, and waits until this program runs.
     #[track_caller]
     fn becomes(&mut self, program: &Path, what: &dyn std::fmt::Debug) {
+        let refused = refusals(&self.daemon).len();
         self.daemon.signal(Signal::SIGUSR1);
         wait_until(
             DEADLINE,
             &format!("{} ({what:?})", program.display()),
             || {
-                assert_eq!(self.daemon.ended(), None, "{}", self.daemon.stderr());
+                let log = self.daemon.stderr();
+                assert_eq!(self.daemon.ended(), None, "{log}");
+                assert_eq!(refusals(&self.daemon).len(), refused, "{log}");
                 self.runs(program)
             },
         );
@@ -254,6 +291,8 @@ fn a_daemon_serves_whatever_of_these_calls_is_refused_to_it() {
             upgrade(&scene.daemon);
         }
         scene.serves(&cell);
+        let is_upgraded = !is_of_the_ledger && cell.call != "pidfd_open";
+        scene.says_what_it_does_not_survive(cell, is_upgraded);
         assert_eq!(scene.daemon.stop().code(), Some(0), "{cell:?}");
     }
 }
@@ -331,6 +370,7 @@ fn nothing_that_libvirts_daemon_did_not_need_costs_a_lock_when_it_is_replaced() 
             assert!(reason.contains(cell.call), "{cell:?}: {reason}");
             scene.serves(&cell);
         }
+        scene.says_what_it_does_not_survive(cell, false);
         if cell.call == "pidfd_open" {
             continue;
         }

@@ -1,32 +1,34 @@
 //! Every system call that the daemon makes is made to fail once, from its start over an upgrade to
 //! its end; it must go on, or end and say why.
 //!
-//! strace lets the first call of a name fail, in the next run the second, and so on until a run is
-//! over before the one that would fail. In each run a story is played to the daemon: owners that
-//! lock, share, conflict, release and leave, the admin socket, SIGHUP, SIGUSR1, SIGTERM. Since one
-//! call fails only once, whatever was refused because of it must work when it is asked for again.
-//! All the time what was granted is compared with what the kernel says.
+//! The first call of a name fails, in the next run the second, and so on until a run is over before the
+//! one that would fail: each for itself in the process that was started, in those that serve, and in the
+//! copy that goes on should a successor not serve. In each run a story is played to the daemon: owners
+//! that lock, share, conflict, release and leave, the admin socket, SIGHUP, SIGUSR1, SIGTERM. Since one
+//! call fails only once, whatever was refused because of it must work when it is asked for again. All the
+//! time what was granted is compared with what the kernel says.
 //!
 //! By default each name fails with one of its errors, chosen by a printed seed. `CI=true` or
-//! `VIRTLOCKD_FAULTS=all` tries all errors, `VIRTLOCKD_FAULTS=openat:EMFILE:17,read:EIO,poll` these
+//! `VIRTLOCKD_FAULTS=all` tries all errors, `VIRTLOCKD_FAULTS=reactor:openat:EMFILE:17,read:EIO,poll` these
 //! (one failure, all calls with one error, all errors), `VIRTLOCKD_FAULTS_SEED` repeats a choice.
 
 use crate::support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::injector::{self, Injector};
 use crate::support::client::{
     ADMIN_PROGRAM, AUTOCREATE, CALL, Call, Client, PING, PONG, RESOURCE_BUSY, Received, Reply,
     SHARED, acquire, create_resource, delete_resource, frame, new_lockspace, put_string, put_u32,
     register_as, release, restrict,
 };
 use crate::support::daemon::{self, Daemon};
-use crate::support::faults::{self, ESSENTIAL, FAILING, Fault, Kernel, LEFT_ALONE};
+use crate::support::faults::{self, ESSENTIAL, FAILING, Failing, Fault, Kernel, LEFT_ALONE, Role};
 use crate::support::namespace::Namespace;
 use crate::support::owner::{OnTerm, Owner, runs};
 use crate::support::random::Random;
@@ -34,8 +36,6 @@ use crate::support::upgrade::{Disturbed, image, refusals};
 use crate::support::{DEADLINE, lock_probe, wait_for, wait_until};
 use nix::sys::signal::Signal;
 
-/// Where strace writes to, inside the namespace.
-const TRACE: &str = "/run/strace";
 const CONFIG: &str = "/run/virtlockd-test.conf";
 const PID_FILE: &str = "/run/virtlockd-test.pid";
 /// The log file that the admin client turns on and off again.
@@ -54,9 +54,6 @@ fn whatever_system_call_fails_no_lock_is_lost_and_none_is_left() {
     }
     if daemon::c_daemon().is_some_and(|path| path == daemon::program()) {
         return support::skip("libvirt's own daemon has other rules");
-    }
-    if !support::require_strace() {
-        return;
     }
     let censuses = [Kernel::This, Kernel::NamesNoPeers].map(census);
     let jobs = Mutex::new(jobs(&censuses));
@@ -143,8 +140,9 @@ fn an_error_number_without_a_name_is_told_as_it_is() {
     assert!(error.message.ends_with("Unknown error 512"), "{error:?}");
 }
 
-/// All calls of one name, failing with one error.
+/// All calls of one name by processes of one role, failing with one error.
 struct Job<'a> {
+    role: Role,
     call: &'static str,
     error: &'static str,
     next: usize,
@@ -159,30 +157,36 @@ fn jobs(censuses: &[Census]) -> Vec<Job<'_>> {
     eprintln!("VIRTLOCKD_FAULTS_SEED={seed}");
     let mut random = Random::new(seed);
     let mut jobs = Vec::new();
-    for (call, errors) in FAILING {
+    for Failing { name, errors, .. } in FAILING {
         let errors: Vec<&'static str> = errors.split(' ').collect();
-        let chosen = *random.pick(&errors);
-        for error in errors {
-            let numbers: Vec<(usize, usize)> = match wanted.as_str() {
-                "" if error == chosen => vec![(1, usize::MAX)],
-                "" => Vec::new(),
-                "all" => vec![(1, usize::MAX)],
-                list => list
-                    .split(',')
-                    .filter_map(|one| numbers(one, call, error))
-                    .collect(),
-            };
-            for (next, last) in numbers {
-                let with = censuses
-                    .iter()
-                    .filter(|census| census.calls.contains_key(*call));
-                jobs.extend(with.map(|census| Job {
-                    call,
-                    error,
-                    next,
-                    last,
-                    census,
-                }));
+        for role in Role::ALL {
+            let chosen = chosen(&mut random, &errors, |error| {
+                let mut censuses = censuses.iter();
+                censuses.any(|census| census.has_one_for(role, name, error))
+            });
+            for error in &errors {
+                let numbers: Vec<(usize, usize)> = match wanted.as_str() {
+                    "" if Some(*error) == chosen => vec![(1, usize::MAX)],
+                    "" => Vec::new(),
+                    "all" => vec![(1, usize::MAX)],
+                    list => list
+                        .split(',')
+                        .filter_map(|one| numbers(one, role, name, error))
+                        .collect(),
+                };
+                for (next, last) in numbers {
+                    let with = censuses
+                        .iter()
+                        .filter(|census| census.calls.contains_key(&(role, (*name).to_owned())));
+                    jobs.extend(with.map(|census| Job {
+                        role,
+                        call: name,
+                        error,
+                        next,
+                        last,
+                        census,
+                    }));
+                }
             }
         }
     }
@@ -193,6 +197,20 @@ fn jobs(censuses: &[Census]) -> Vec<Job<'_>> {
     jobs
 }
 
+/// One of the errors that the kernel would give for a call that was seen: with another one none would fail.
+/// Where it would give none of them a number is used up as well, so that a seed chooses the same for the rest.
+fn chosen(
+    random: &mut Random,
+    errors: &[&'static str],
+    would_be_given: impl Fn(&'static str) -> bool,
+) -> Option<&'static str> {
+    let mut possible = errors.to_vec();
+    possible.retain(|error| would_be_given(error));
+    let number = random.next();
+    let at = number.checked_rem(possible.len() as u64)?;
+    possible.get(at as usize).copied()
+}
+
 /// Which failures are asked for; nothing for one error of each call.
 fn wanted() -> String {
     std::env::var("VIRTLOCKD_FAULTS").unwrap_or_else(|_| {
@@ -201,10 +219,18 @@ fn wanted() -> String {
     })
 }
 
-/// The first and last call that `wanted` (a name, or with an error, or with a number, too) asks for.
-fn numbers(wanted: &str, call: &str, error: &str) -> Option<(usize, usize)> {
-    let words: Vec<&str> = wanted.split(':').collect();
+/// The first and last call that `wanted` (a name, or with an error, or with a number, too; perhaps with a role
+/// in front) asks for.
+fn numbers(wanted: &str, role: Role, call: &str, error: &str) -> Option<(usize, usize)> {
+    let mut words: Vec<&str> = wanted.split(':').collect();
+    if let Some(asked_for) = Role::of(words[0]) {
+        words.remove(0);
+        if asked_for != role {
+            return None;
+        }
+    }
     match words[..] {
+        [] => Some((1, usize::MAX)),
         [name] if name == call => Some((1, usize::MAX)),
         [name, code] if (name, code) == (call, error) => Some((1, usize::MAX)),
         [name, code, nth] if (name, code) == (call, error) => {
@@ -225,8 +251,9 @@ fn next(jobs: &Mutex<Vec<Job<'_>>>) -> Option<Fault> {
             continue;
         }
         job.next += 1;
-        let (call, error, kernel) = (job.call, job.error, job.census.kernel);
+        let (role, call, error, kernel) = (job.role, job.call, job.error, job.census.kernel);
         let fault = Fault {
+            role,
             call,
             error,
             nth,
@@ -235,23 +262,29 @@ fn next(jobs: &Mutex<Vec<Job<'_>>>) -> Option<Fault> {
         match job
             .census
             .calls
-            .get(call)
+            .get(&(role, call.to_owned()))
             .and_then(|lines| lines.get(nth - 1))
         {
-            Some(line) if faults::cannot_fail(line) || faults::is_untrue(&fault, line) => (),
-            // The rest is as on this kernel.
-            Some(line) if kernel != Kernel::This && !faults::is_about_processes(line) => (),
+            Some(line) if !is_to_fail(&fault, line) => (),
             None if kernel != Kernel::This => job.last = nth,
             _ => return Some(fault),
         }
     }
 }
 
+/// Whether this call of an undisturbed run is worth a run in which it fails so.
+fn is_to_fail(fault: &Fault, line: &str) -> bool {
+    // On a kernel that names no peers the rest is as on this one.
+    let is_another = fault.kernel == Kernel::This || faults::is_about_processes(line);
+    is_another && !faults::cannot_fail(line) && !faults::is_untrue(fault, line)
+}
+
 /// There were not as many calls: no further one is tried.
 fn over(jobs: &Mutex<Vec<Job<'_>>>, fault: &Fault) {
     let mut jobs = jobs.lock().expect("the jobs");
     let is_meant = |job: &Job<'_>| {
-        (job.call, job.error, job.census.kernel) == (fault.call, fault.error, fault.kernel)
+        let job = (job.role, job.call, job.error, job.census.kernel);
+        job == (fault.role, fault.call, fault.error, fault.kernel)
     };
     jobs.retain(|job| !is_meant(job));
 }
@@ -259,40 +292,62 @@ fn over(jobs: &Mutex<Vec<Job<'_>>>, fault: &Fault) {
 /// The calls of an undisturbed run.
 struct Census {
     kernel: Kernel,
-    /// By name, each with its lines.
-    calls: BTreeMap<String, Vec<String>>,
+    /// By role and name, each with its lines.
+    calls: BTreeMap<(Role, String), Vec<String>>,
+}
+
+impl Census {
+    /// Whether there is a call for which the kernel would give this error.
+    fn has_one_for(&self, role: Role, call: &'static str, error: &'static str) -> bool {
+        let fault = Fault {
+            role,
+            call,
+            error,
+            nth: 1,
+            kernel: self.kernel,
+        };
+        let lines = self.calls.get(&(role, call.to_owned()));
+        lines.is_some_and(|lines| lines.iter().any(|line| is_to_fail(&fault, line)))
+    }
 }
 
 /// Plays the story once undisturbed. A system call that is in neither list is a failure: somebody
 /// has to say what happens when it fails.
 fn census(kernel: Kernel) -> Census {
     let scene = Scene::new();
-    scene.story(None, kernel);
-    let trace = faults::complete_trace(&scene.namespace.path(TRACE));
-    let mut calls: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (name, line) in faults::calls(&trace) {
-        calls
-            .entry(name.to_owned())
-            .or_default()
-            .push(line.to_owned());
+    let (_, injector) = scene.story(None, kernel);
+    let mut calls: BTreeMap<(Role, String), Vec<String>> = BTreeMap::new();
+    for (role, line) in injector.seen() {
+        let (name, _) = line.split_once('(').expect("a call");
+        calls.entry((role, name.to_owned())).or_default().push(line);
     }
     let is_known = |name: &str| {
-        let mut failing = FAILING.iter().map(|(known, _)| *known);
-        let mut left_alone = LEFT_ALONE.iter().map(|(known, _)| *known);
+        let mut failing = FAILING.iter().map(|known| known.name);
+        let mut left_alone = LEFT_ALONE.iter().map(|(known, ..)| *known);
         failing.any(|known| known == name) || left_alone.any(|known| known == name)
     };
-    let unknown: Vec<&String> = calls.keys().filter(|name| !is_known(name)).collect();
+    let unknown: Vec<_> = calls.keys().filter(|(_, name)| !is_known(name)).collect();
     assert!(
         unknown.is_empty(),
         "the daemon makes calls that nobody makes fail: {unknown:?}"
     );
-    let missing = |name: &&&str| kernel == Kernel::This && !calls.contains_key(**name);
-    let missing: Vec<&&str> = ESSENTIAL.iter().filter(missing).collect();
-    assert!(
-        missing.is_empty(),
-        "the daemon was not seen to make these calls: {missing:?}"
-    );
+    if kernel == Kernel::This {
+        let missing = essential().filter(|call| !calls.contains_key(call));
+        let missing: Vec<_> = missing.collect();
+        assert!(
+            missing.is_empty(),
+            "the daemon was not seen to make these calls: {missing:?}"
+        );
+    }
     Census { kernel, calls }
+}
+
+fn essential() -> impl Iterator<Item = (Role, String)> {
+    let of_one = |(role, names): &(Role, &'static [&'static str])| {
+        let role = *role;
+        names.iter().map(move |name| (role, (*name).to_owned()))
+    };
+    ESSENTIAL.iter().flat_map(of_one)
 }
 
 /// How a run ended.
@@ -301,8 +356,6 @@ enum End {
     Served,
     /// It did not start, and said this.
     NoStart(String),
-    /// It was lost in an upgrade, and said this.
-    NoUpgrade(String),
     /// Something is wrong.
     Wrong(String),
 }
@@ -310,29 +363,26 @@ enum End {
 /// Plays the story with a fault: how it ended, and the call that failed.
 fn play(fault: &Fault) -> (End, Option<String>) {
     let scene = Scene::new();
-    let trace = scene.namespace.path(TRACE);
     let ran = catch_unwind(AssertUnwindSafe(|| {
-        let end = scene.story(Some(fault), fault.kernel);
-        faults::complete_trace(&trace);
-        end
+        let (end, injector) = scene.story(Some(fault), fault.kernel);
+        let seen = injector.seen();
+        (end, injector::injected(&seen).map(str::to_owned))
     }));
-    let end = ran.unwrap_or_else(|cause| {
+    ran.unwrap_or_else(|cause| {
         let text = cause.downcast::<String>().map_or_else(
             |other| other.downcast::<&str>().map_or("", |text| *text).to_owned(),
             |text| *text,
         );
-        End::Wrong(text)
-    });
-    let trace = std::fs::read_to_string(trace).unwrap_or_default();
-    (end, faults::injected(&trace, fault).map(str::to_owned))
+        (End::Wrong(text), scene.injected())
+    })
 }
 
 /// What all runs brought.
 #[derive(Default)]
 struct Outcomes {
     runs: usize,
-    /// How often each call failed.
-    injected: BTreeMap<&'static str, usize>,
+    /// How often each call failed as the kernel would let it fail.
+    injected: BTreeMap<(Role, String), usize>,
     untrue: usize,
     wrong: Vec<String>,
     ended: BTreeMap<String, Vec<String>>,
@@ -347,11 +397,12 @@ impl Outcomes {
             }
             return;
         };
-        *self.injected.entry(fault.call).or_default() += 1;
         if faults::is_untrue(fault, line) {
             self.untrue += 1;
             return;
         }
+        let call = (fault.role, fault.call.to_owned());
+        *self.injected.entry(call).or_default() += 1;
         let mut ended = |how: &str, text: String| {
             self.ended
                 .entry(format!("{how}: {text}"))
@@ -361,8 +412,11 @@ impl Outcomes {
         match end {
             End::Served => (),
             End::NoStart(text) => ended("no start", text),
-            End::NoUpgrade(text) => ended("lost in the upgrade", text),
-            End::Wrong(text) => self.wrong.push(format!("{fault}: {line}\n    {text}")),
+            End::Wrong(text) => {
+                // At once: whoever waits for a thousand runs may not want to.
+                eprintln!("{fault}: {line}\n    {text}");
+                self.wrong.push(format!("{fault}: {line}\n    {text}"));
+            }
         }
     }
 
@@ -380,18 +434,18 @@ impl Outcomes {
         let ends: usize = ended.values().map(Vec::len).sum();
         let calls: Vec<_> = injected
             .iter()
-            .map(|(call, count)| format!("{call} {count}"))
+            .map(|((role, call), count)| format!("{} {call} {count}", role.name()))
             .collect();
         eprintln!("failed: {}", calls.join(", "));
         if matches!(wanted().as_str(), "" | "all") {
-            let spared = |name: &&&str| !injected.contains_key(**name);
-            let spared: Vec<&&str> = ESSENTIAL.iter().filter(spared).collect();
+            let spared = essential().filter(|call| !injected.contains_key(call));
+            let spared: Vec<_> = spared.collect();
             assert!(spared.is_empty(), "these calls never failed: {spared:?}");
         }
         let injected: usize = injected.values().sum();
         eprintln!(
-            "{runs} runs, {injected} of them with a call that failed ({untrue} in a way that the \
-             kernel would not); the daemon ended and said why in {ends}"
+            "{runs} runs, {injected} of them with a call that failed, {untrue} with one that failed as the \
+             kernel would not let it; the daemon ended and said why in {ends}"
         );
         assert!(
             wrong.is_empty(),
@@ -444,20 +498,22 @@ impl Scene {
         Scene { namespace }
     }
 
-    fn start(&self, fault: Option<&Fault>, kernel: Kernel) -> Daemon {
-        let program = daemon::program();
-        let program = program.to_str().expect("a path in UTF-8");
-        let mut words = faults::strace_words(fault, kernel, TRACE);
-        words.extend([program, "-f", CONFIG, "-p", PID_FILE].map(str::to_owned));
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    /// The line of the call that was made to fail, if it came to that.
+    fn injected(&self) -> Option<String> {
+        let seen = injector::read(&self.namespace);
+        injector::injected(&seen).map(str::to_owned)
+    }
+
+    fn start(&self, fault: Option<&Fault>, kernel: Kernel) -> (Daemon, Injector) {
+        let words = ["-f", CONFIG, "-p", PID_FILE];
         // cargo's directories of libraries would be searched, with dozens of calls.
         let env = [("LD_LIBRARY_PATH", "")];
-        Daemon::spawn(Path::new(words[0]), &self.namespace, &words[1..], &env)
+        Injector::start(&self.namespace, &words, &env, fault, kernel)
     }
 
     /// From the start of a daemon to its end.
-    fn story(&self, fault: Option<&Fault>, kernel: Kernel) -> End {
-        let mut daemon = self.start(fault, kernel);
+    fn story(&self, fault: Option<&Fault>, kernel: Kernel) -> (End, Injector) {
+        let (mut daemon, injector) = self.start(fault, kernel);
         let is_there = wait_for(DEADLINE, "the daemon to serve or to end", || {
             if daemon.ended().is_some() {
                 return Some(false);
@@ -465,7 +521,7 @@ impl Scene {
             serves(&daemon).then_some(true)
         });
         if !is_there {
-            return self.not_started(&mut daemon, fault);
+            return (self.not_started(&mut daemon, fault), injector);
         }
         // SIGKILL is sent to those alone that do not die of SIGTERM, and after a while only; as long
         // it takes until memory is given back.
@@ -478,21 +534,10 @@ impl Scene {
         play.locks();
         play.administration();
         play.reload();
-        if let Err(said) = play.upgrade() {
-            assert!(
-                said_enough(&said, fault),
-                "lost in the upgrade without a word"
-            );
-            // Before its first line of code nothing can be done about a failure, afterwards it can.
-            assert!(
-                is_before_our_first_line(&said),
-                "lost in the upgrade: {said}"
-            );
-            return End::NoUpgrade(said);
-        }
+        play.upgrade();
         play.owner_leaves();
         play.end();
-        End::Served
+        (End::Served, injector)
     }
 
     /// The daemon ended at its start: it says why, and nothing of it is left.
@@ -524,17 +569,6 @@ impl Scene {
 /// crashes, before any line of ours has run.
 fn said_enough(said: &str, fault: Option<&Fault>) -> bool {
     !said.is_empty() || fault.is_some_and(|fault| fault.call == "mmap")
-}
-
-/// Whether these are words of the dynamic loader, of the C library's start or of the runtime's. For want
-/// of memory the loader may not even find words.
-fn is_before_our_first_line(said: &str) -> bool {
-    const WORDS: [&str; 3] = [
-        "error while loading shared libraries: ",
-        "cannot allocate TLS data structures",
-        "fatal runtime error: initialization",
-    ];
-    said.is_empty() || WORDS.iter().any(|words| said.contains(words))
 }
 
 /// No failure of the system is a mistake in the program. (The runtime panics, before the program
@@ -604,14 +638,16 @@ impl Said {
 struct Play<'a> {
     namespace: &'a Namespace,
     daemon: Daemon,
+    /// The process that is the daemon: another one after an upgrade whose successor did not serve.
+    pid: i32,
     guest: Owner,
     helper: Client,
     helper_pid: i32,
     /// Lock files by their paths in the namespace: who holds it, and whether shared.
     held: BTreeMap<String, (BTreeSet<Who>, bool)>,
     watch: Option<Watch>,
-    /// Descriptors that strace left open in the daemon, by number: they stay open over an exec, which
-    /// no descriptor of the daemon's own does.
+    /// Descriptors that were open when the daemon was started, by number: they stay open over an exec,
+    /// which no descriptor of the daemon's own does.
     inherited: BTreeSet<i32>,
 }
 
@@ -622,6 +658,7 @@ impl Play<'_> {
         let helper_pid = i32::try_from(namespace.holder_pid()).expect("a pid");
         let mut play = Play {
             namespace,
+            pid: daemon.pid(),
             daemon,
             guest,
             helper,
@@ -634,7 +671,7 @@ impl Play<'_> {
             .descriptors()
             .into_iter()
             .filter(|(number, _)| {
-                let path = format!("/proc/{}/fdinfo/{number}", play.daemon.pid());
+                let path = format!("/proc/{}/fdinfo/{number}", play.pid);
                 std::fs::read_to_string(path).is_ok_and(|text| !is_close_on_exec(&text))
             })
             .map(|(number, _)| number)
@@ -645,9 +682,8 @@ impl Play<'_> {
     }
 
     fn call_once(&mut self, who: Who, call: &Call) -> Said {
-        assert_eq!(
-            self.daemon.ended(),
-            None,
+        assert!(
+            runs(self.pid),
             "the daemon ended: {}",
             last_words(&self.daemon.stderr())
         );
@@ -867,12 +903,12 @@ impl Play<'_> {
 
     /// The daemon's descriptors but for the first three, and what each is of.
     fn descriptors(&self) -> Vec<(i32, String)> {
-        let directory = PathBuf::from(format!("/proc/{}/fd", self.daemon.pid()));
+        let directory = PathBuf::from(format!("/proc/{}/fd", self.pid));
         let entries = std::fs::read_dir(&directory).expect("the daemon's descriptors");
         entries
             .filter_map(|entry| {
                 let name = entry.expect("a descriptor").file_name();
-                let number = name.to_str()?.parse().ok()?;
+                let number: i32 = name.to_str()?.parse().ok()?;
                 // One that was closed meanwhile cannot be read.
                 let of = std::fs::read_link(directory.join(&name)).ok()?;
                 (number > 2).then(|| (number, of.to_string_lossy().into_owned()))
@@ -885,7 +921,7 @@ impl Play<'_> {
         let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
         for (number, of) in self.descriptors() {
             // The log may open stderr, and the runtime a source of random numbers, once for all.
-            let stderr = std::fs::read_link(format!("/proc/{}/fd/2", self.daemon.pid()));
+            let stderr = std::fs::read_link(format!("/proc/{}/fd/2", self.pid));
             let is_stderr = stderr.is_ok_and(|path| path.as_os_str() == of.as_str());
             if !self.inherited.contains(&number) && !is_stderr && of != "/dev/urandom" {
                 let mut kind = ["socket:", LEDGER_FILE].into_iter();
@@ -1022,47 +1058,49 @@ impl Play<'_> {
     }
 
     fn reload(&mut self) {
-        self.daemon.signal(Signal::SIGHUP);
+        self.signal(Signal::SIGHUP);
         // Signals come before calls: when this is answered, the configuration has been read.
         self.granted(Who::Helper, &acquire("", HANDED_ON, 0));
         self.granted(Who::Helper, &release("", HANDED_ON));
         self.compare();
     }
 
-    /// SIGUSR1. One that is refused must succeed the second time. A daemon that is lost must have
-    /// said why.
-    fn upgrade(&mut self) -> Result<(), String> {
+    fn signal(&self, signal: Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.pid);
+        nix::sys::signal::kill(pid, signal).expect("signal the daemon");
+    }
+
+    /// SIGUSR1. One that is refused must succeed the second time. Should the successor be executed and
+    /// not serve, the daemon is another process, and says why.
+    fn upgrade(&mut self) {
         for _ in 0..TRIES {
-            let before = image(self.daemon.pid());
+            let before = image(self.pid);
             let refused = refusals(&self.daemon).len();
-            let log = self.daemon.stderr().len();
-            self.daemon.signal(Signal::SIGUSR1);
+            self.signal(Signal::SIGUSR1);
             let is_done = wait_for(DEADLINE, "the upgrade to be done or refused", || {
-                if self.daemon.ended().is_some() {
-                    return Some(None);
-                }
                 if refusals(&self.daemon).len() > refused {
-                    return Some(Some(false));
+                    return Some(false);
                 }
-                // The next image serves, or ends on its way.
-                let is_another = image(self.daemon.pid()) != before;
-                (is_another && serves(&self.daemon)).then_some(Some(true))
+                let now = image(self.pid);
+                let is_another = !now.is_empty() && now != before;
+                // One that is about to be over has not served.
+                (is_another && serves(&self.daemon) && runs(self.pid)).then_some(true)
             });
-            match is_done {
-                None => {
-                    did_not_panic(&self.daemon);
-                    return Err(last_words(&self.daemon.stderr()[log..]));
-                }
-                Some(false) => {
-                    let now = image(self.daemon.pid());
-                    assert_eq!(now, before, "refused, and another image");
-                    self.compare();
-                }
-                Some(true) => {
-                    self.compare();
-                    return Ok(());
-                }
+            if is_done {
+                self.compare();
+                return;
             }
+            if runs(self.pid) {
+                let now = image(self.pid);
+                assert_eq!(now, before, "refused, and another image");
+            } else {
+                let text = std::fs::read_to_string(self.namespace.path(PID_FILE));
+                let text = text.expect("read the pid file");
+                self.pid = text.trim().parse().expect("a pid");
+                assert!(runs(self.pid), "the daemon ended");
+            }
+            did_not_panic(&self.daemon);
+            self.compare();
         }
         let refusals = refusals(&self.daemon);
         panic!("the upgrade was refused {TRIES} times: {refusals:?}");
@@ -1082,14 +1120,17 @@ impl Play<'_> {
 
     /// SIGTERM: the owner is fenced before its lock is free, and the daemon leaves nothing.
     fn end(&mut self) {
-        self.daemon.signal(Signal::SIGTERM);
-        let status = self.daemon.wait_end();
+        self.signal(Signal::SIGTERM);
+        wait_until(DEADLINE, "the end of the daemon", || !runs(self.pid));
         did_not_panic(&self.daemon);
-        assert!(
-            status.success(),
-            "the daemon ended with {status}: {}",
-            last_words(&self.daemon.stderr())
-        );
+        if self.pid == self.daemon.pid() {
+            let status = self.daemon.wait_end();
+            assert!(
+                status.success(),
+                "the daemon ended with {status}: {}",
+                last_words(&self.daemon.stderr())
+            );
+        }
         self.watch
             .take()
             .expect("the witness was held")

@@ -6,6 +6,7 @@ mod support;
 
 mod confined;
 mod faults;
+mod injector;
 mod logging;
 mod program;
 mod system_calls;

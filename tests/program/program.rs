@@ -487,7 +487,10 @@ impl UsersDaemon {
 
 impl Drop for UsersDaemon {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        // It is not waited for before: the number is its own.
+        if let Some(main) = support::daemon::Main::of(self.0.id().cast_signed()) {
+            main.kill_all();
+        }
         let _ = self.0.wait();
     }
 }

@@ -29,8 +29,9 @@ const SEQUENCES: u64 = 60;
 const CALLS_PER_SEQUENCE: usize = 250;
 const CALLS_BETWEEN_LOOKS: usize = 5;
 const CONNECTIONS: usize = 4;
-/// None of them is the pid of this process, so that closing a connection ends no owner.
-const PIDS: [u32; 5] = [4242, 5555, 6666, 0, 0xffff_fffe];
+/// Owners' numbers that no process has (the highest is 4,194,304): closing a connection ends no owner, and no
+/// owner's locks are freed because a process of its number ends.
+const PIDS: [u32; 5] = [1_000_004_242, 1_000_005_555, 1_000_006_666, 0, 0xffff_fffe];
 
 /// A daemon with its files.
 struct World {
@@ -828,7 +829,7 @@ fn c_program() -> Option<PathBuf> {
 #[test]
 fn a_path_longer_than_the_system_takes_gets_the_same_answer() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         let deep = format!("/run/diff{}", format!("/{}", "d".repeat(200)).repeat(20));
         client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         client.call(&create_lockspace(&deep)).expect_ok();
@@ -868,7 +869,10 @@ fn in_both<T>(scene: impl Fn(&World) -> T) -> Option<[T; 2]> {
 fn a_second_name_of_a_held_file_is_busy_where_libvirts_daemon_grants_it() {
     for second in ["/run/diff/a.hard", "/run/diff/./a", "run/diff/a"] {
         let scene = |world: &World| {
-            let (mut one, mut two) = (world.registered(4242), world.registered(5555));
+            let (mut one, mut two) = (
+                world.registered(1_000_004_242),
+                world.registered(1_000_005_555),
+            );
             one.call(&acquire("", "/run/diff/a", 0)).expect_ok();
             two.call(&acquire("", second, 0))
         };
@@ -882,7 +886,7 @@ fn a_second_name_of_a_held_file_is_busy_where_libvirts_daemon_grants_it() {
         for word in [
             "guest",
             "10111213-1415-1617-1819-1a1b1c1d1e1f",
-            "4242",
+            "1000004242",
             "/run/diff/a",
         ] {
             assert!(text[start.len()..].contains(word), "no {word} in: {text}");
@@ -893,7 +897,10 @@ fn a_second_name_of_a_held_file_is_busy_where_libvirts_daemon_grants_it() {
 #[test]
 fn a_symlink_to_a_held_file_is_busy() {
     let scene = |world: &World| {
-        let (mut one, mut two) = (world.registered(4242), world.registered(5555));
+        let (mut one, mut two) = (
+            world.registered(1_000_004_242),
+            world.registered(1_000_005_555),
+        );
         one.call(&acquire("", "/run/diff/b", 0)).expect_ok();
         two.call(&acquire("", "/run/diff/b.sym", 0))
     };
@@ -907,7 +914,10 @@ fn a_symlink_to_a_held_file_is_busy() {
 #[test]
 fn a_file_held_in_one_lockspace_is_busy_in_every_other() {
     let scene = |world: &World| {
-        let (mut one, mut two) = (world.registered(4242), world.registered(5555));
+        let (mut one, mut two) = (
+            world.registered(1_000_004_242),
+            world.registered(1_000_005_555),
+        );
         one.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         one.call(&acquire("/run/diff/ls1", "r1", 0)).expect_ok();
         two.call(&acquire("", "/run/diff/ls1/r1", 0))
@@ -922,7 +932,10 @@ fn a_file_held_in_one_lockspace_is_busy_in_every_other() {
 #[test]
 fn releasing_one_name_never_drops_the_lock_under_another() {
     let scene = |world: &World| {
-        let (mut one, mut two) = (world.registered(4242), world.registered(5555));
+        let (mut one, mut two) = (
+            world.registered(1_000_004_242),
+            world.registered(1_000_005_555),
+        );
         one.call(&acquire("", "/run/diff/a", 0)).expect_ok();
         if two.call(&acquire("", "/run/diff/a.hard", 0)).is_ok() {
             two.call(&release("", "/run/diff/a.hard")).expect_ok();
@@ -944,7 +957,7 @@ fn a_name_that_leaves_its_lockspace_directory_is_refused() {
         create_resource(directory, "../c"),
     ] {
         let scene = |world: &World| {
-            let mut client = world.registered(4242);
+            let mut client = world.registered(1_000_004_242);
             client.call(&create_lockspace(directory)).expect_ok();
             client.call(&call)
         };
@@ -964,7 +977,7 @@ fn a_name_that_leaves_its_lockspace_directory_is_refused() {
 fn a_symlink_that_leaves_its_lockspace_directory_is_refused() {
     let scene = |world: &World| {
         std::os::unix::fs::symlink("../c", world.path("/run/diff/ls1/out")).unwrap();
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         client.call(&acquire("/run/diff/ls1", "out", 0))
     };
@@ -981,7 +994,7 @@ fn a_symlink_that_leaves_its_lockspace_directory_is_refused() {
 #[test]
 fn a_deleted_name_that_leaves_its_lockspace_directory_is_refused_and_the_file_stays() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         let reply = client.call(&delete_resource("/run/diff/ls1", "../c"));
         (reply, world.path("/run/diff/c").exists())
@@ -997,7 +1010,7 @@ fn a_deleted_name_that_leaves_its_lockspace_directory_is_refused_and_the_file_st
 #[test]
 fn delete_resource_in_the_default_lockspace_is_refused_and_the_disk_stays() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         let reply = client.call(&delete_resource("", "/run/diff/c"));
         (reply, world.path("/run/diff/c").exists())
     };
@@ -1014,7 +1027,7 @@ fn delete_resource_in_the_default_lockspace_is_refused_and_the_disk_stays() {
 fn autocreate_in_the_default_lockspace_keeps_a_disk_that_it_found() {
     for flags in [AUTOCREATE, AUTOCREATE | SHARED] {
         let scene = |world: &World| {
-            let mut client = world.registered(4242);
+            let mut client = world.registered(1_000_004_242);
             client.call(&acquire("", "/run/diff/c", flags)).expect_ok();
             client.call(&release("", "/run/diff/c")).expect_ok();
             std::fs::read_to_string(world.path("/run/diff/c")).ok()
@@ -1030,7 +1043,7 @@ fn autocreate_in_the_default_lockspace_keeps_a_disk_that_it_found() {
 #[test]
 fn new_reports_that_its_directory_cannot_be_made() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         ["/run/diff/plain", "/run/diff/plain/x"].map(|path| client.call(&new_lockspace(path)))
     };
     let Some([theirs, ours]) = in_both(scene) else {
@@ -1050,7 +1063,7 @@ fn new_reports_that_its_directory_cannot_be_made() {
 #[test]
 fn an_acquire_in_an_unknown_lockspace_opens_it_if_its_directory_is_there() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         ["/run/diff/ls3", "/run/diff/nowhere"].map(|path| client.call(&acquire(path, "r1", 0)))
     };
     let Some([theirs, ours]) = in_both(scene) else {
@@ -1094,7 +1107,7 @@ fn a_shared_lock_taken_twice_by_one_owner_is_free_when_the_owner_is_dead() {
 #[test]
 fn create_resource_leaves_a_file_that_is_there_alone() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         client.call(&acquire("", "/run/diff/ls1/r1", 0)).expect_ok();
         client.call(&create_resource("/run/diff/ls1", "r1"));
@@ -1115,7 +1128,7 @@ fn create_resource_leaves_a_file_that_is_there_alone() {
 #[test]
 fn delete_resource_refuses_a_file_that_is_held_under_another_name() {
     let scene = |world: &World| {
-        let mut client = world.registered(4242);
+        let mut client = world.registered(1_000_004_242);
         client.call(&create_lockspace("/run/diff/ls1")).expect_ok();
         client.call(&acquire("", "/run/diff/ls1/r1", 0)).expect_ok();
         let reply = client.call(&delete_resource("/run/diff/ls1", "r1"));

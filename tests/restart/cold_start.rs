@@ -1,6 +1,9 @@
 //! A daemon that is killed with all its processes: its ledger stays in the run directory, and the next start
 //! has every lock again before it serves anybody. What it must not believe, and what must not be left for it.
 
+mod places;
+mod proof;
+
 use crate::support;
 use crate::support::client::{acquire, create_lockspace, register_as, release};
 use crate::support::daemon::{Daemon, c_daemon, program};
@@ -18,6 +21,8 @@ use std::time::Instant;
 
 /// Where a daemon of root's has its ledger.
 const LEDGER: &str = "/run/libvirt/virtlockd-ledger";
+/// Greater than any process id can be.
+const NO_PROCESS: i32 = i32::MAX;
 const SHARED: u32 = 1;
 const AUTOCREATE: u32 = 2;
 /// What the log says of a ledger that was gone on from.
@@ -252,7 +257,7 @@ fn nobody_gets_a_lock_over_the_daemon_before_those_who_had_it() {
                     continue;
                 };
                 let mut client = support::client::Client::over(stream);
-                client.call(&register_as("rival", 4242)).expect_ok();
+                client.call(&register_as("rival", NO_PROCESS)).expect_ok();
                 for disk in &disks {
                     client.call(&acquire("", disk, 0)).expect_error(87, 51);
                     asked += 1;
@@ -387,8 +392,7 @@ fn an_owner_that_cannot_be_seen_keeps_its_lock_and_no_process_is_taken_for_it() 
         return;
     };
     let disk = scene.host.disk("disk");
-    // Greater than any process id can be.
-    let nobody = i32::MAX;
+    let nobody = NO_PROCESS;
     let mut helper = scene.daemon.client();
     helper.call(&register_as("nobody", nobody)).expect_ok();
     helper.call(&acquire("", &disk, 0)).expect_ok();
@@ -421,26 +425,152 @@ fn a_ledger_of_another_boot_of_the_host_is_removed() {
     assert!(!scene.logged(AGAIN));
 }
 
+/// Changes a daemon's ledger, does what says that a start refuses it, and puts it back.
+fn refused_with(scene: &mut Scene, disk: &str, change: impl FnOnce(&mut Vec<u8>), why: &str) {
+    let whole = std::fs::read(scene.ledger()).expect("read the ledger");
+    let mut content = whole.clone();
+    change(&mut content);
+    std::fs::write(scene.ledger(), &content).expect("change it");
+    // Tried as often as somebody likes.
+    for _ in 0..2 {
+        scene.daemon = Daemon::spawn(
+            std::path::Path::new(support::upgrade::PROGRAM),
+            &scene.host.namespace,
+            &[],
+            &[],
+        );
+        assert_eq!(scene.daemon.wait_end().code(), Some(3));
+        scene.assert_logged("cannot be used");
+        scene.assert_logged(why);
+        let socket = std::os::unix::net::UnixStream::connect(scene.daemon.lock_socket());
+        assert!(socket.is_err(), "nobody is served");
+        let kept = std::fs::read(scene.ledger()).expect("it is kept");
+        assert!(kept == content, "it is as it was");
+        assert_eq!(scene.lock(disk), None);
+    }
+    // In the background whoever started it knows.
+    let status = scene
+        .host
+        .namespace
+        .command(support::upgrade::PROGRAM)
+        .arg("-d")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    assert_eq!(status.expect("start it").code(), Some(1));
+    std::fs::write(scene.ledger(), whole).expect("put it back");
+}
+
 #[test]
-fn a_ledger_that_cannot_be_read_is_kept_aside_and_reported() {
+fn with_a_ledger_that_cannot_be_read_nothing_is_granted_until_it_can_or_somebody_removes_it() {
     let Some(mut scene) = Scene::new() else {
         return;
     };
     let disk = scene.host.disk("disk");
-    let _owner = scene.owner("owner", &[("", &disk, 0)]);
+    let mut owner = scene.owner("owner", &[("", &disk, 0)]);
     scene.kill();
-    let mut content = std::fs::read(scene.ledger()).expect("read the ledger");
-    content[64] = 0xff;
-    std::fs::write(scene.ledger(), &content).expect("damage it");
+    type Change = fn(&mut Vec<u8>);
+    let changes: [(Change, &str); 4] = [
+        (|content| content[64] = 0xff, "it is damaged"),
+        (|content| content[8] = 99, "its format 99 is newer"),
+        (|content| content[0] = b'x', "it is not a ledger"),
+        (|content| content.truncate(100), "it is damaged"),
+    ];
+    for (change, why) in changes {
+        refused_with(&mut scene, &disk, change, why);
+    }
     scene.start();
-    scene.assert_logged("cannot be used");
-    let kept = std::fs::read(scene.host.path(format!("{LEDGER}.damaged"))).expect("it is kept");
-    assert_eq!(kept, content);
-    // This daemon has one of its own.
-    let mut next = scene.owner("next", &[("", &disk, 0)]);
-    scene.cold_start();
+    scene.assert_logged("1 locks of 1 owners were taken again");
     assert_eq!(scene.lock(&disk), Some(true));
-    assert!(next.is_alive());
+    assert!(owner.is_alive());
+    // Removed by hand.
+    scene.kill();
+    std::fs::remove_file(scene.ledger()).expect("remove it");
+    scene.start();
+    assert_eq!(scene.lock(&disk), None);
+    assert!(owner.is_alive());
+    scene.wait_for_ledger();
+}
+
+#[test]
+fn a_ledger_that_there_is_no_memory_to_read_is_read_when_there_is() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !support::require_strace() {
+        return;
+    }
+    let disk = scene.host.disk("disk");
+    let mut owner = scene.owner("owner", &[("", &disk, 0)]);
+    scene.kill();
+    let start = |scene: &mut Scene, error: &str, when: &str| {
+        let inject = format!("inject=mmap,pread64:error={error}:when={when}");
+        let ledger = "/run/libvirt/virtlockd-ledger";
+        let words = ["-f", "-qq", "-o", "/dev/null", "-P", ledger, "-e", &inject];
+        scene.daemon = Daemon::spawn(
+            std::path::Path::new("strace"),
+            &scene.host.namespace,
+            &[&words[..], &[support::upgrade::PROGRAM]].concat(),
+            &[support::daemon::WATCHED],
+        );
+    };
+    for (error, text) in [
+        ("ENOMEM", "Cannot allocate memory"),
+        ("EIO", "output error"),
+    ] {
+        start(&mut scene, error, "1+");
+        assert_eq!(scene.daemon.wait_end().code(), Some(3));
+        scene.assert_logged(text);
+        assert!(scene.ledger().exists());
+    }
+    start(&mut scene, "ENOMEM", "1..3");
+    wait_until(DEADLINE, "the ledger to be read", || {
+        scene.logged("1 locks of 1 owners were taken again")
+    });
+    assert_eq!(scene.lock(&disk), Some(true));
+    assert!(owner.is_alive());
+    // strace is its parent, and goes first.
+    let pid = std::fs::read_to_string(scene.host.path("/run/virtlockd.pid")).expect("its number");
+    let main = support::daemon::Main::of(pid.trim().parse().expect("a number"));
+    main.expect("it runs").kill_all();
+}
+
+#[test]
+fn a_ledger_that_cannot_be_looked_at_is_reported_and_never_replaced() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let disk = scene.host.disk("disk");
+    let mut owner = scene.owner("owner", &[("", &disk, 0)]);
+    scene.kill();
+    let aside = scene.host.path("/run/libvirt/aside");
+    std::fs::rename(scene.ledger(), &aside).expect("move it");
+    std::os::unix::fs::symlink("aside", scene.ledger()).expect("link it");
+    let before = std::fs::read(&aside).expect("read it");
+    scene.start();
+    scene.assert_logged("cannot be looked at");
+    scene.assert_logged("a ledger that has no name");
+    assert!(scene.ledger().is_symlink());
+    assert!(std::fs::read(&aside).expect("read it") == before);
+    scene.kill();
+    std::fs::rename(&aside, scene.ledger()).expect("put it back");
+    scene.start();
+    assert_eq!(scene.lock(&disk), Some(true));
+    assert!(owner.is_alive());
+}
+
+#[test]
+fn a_daemon_that_was_waited_for_is_not_killed_once_more_by_its_number() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let pid = scene.daemon.pid();
+    scene.kill();
+    let Some(_another) = Sleeper::with_number(pid) else {
+        return skip("the number of a process cannot be given again here");
+    };
+    drop(scene);
+    assert!(runs(pid));
 }
 
 #[test]
@@ -560,6 +690,48 @@ fn a_run_directory_that_is_full_keeps_nobody_from_a_lock_and_leaves_no_ledger_th
 }
 
 #[test]
+fn a_ledger_that_could_only_be_shorter_keeps_its_name_where_there_is_no_room() {
+    let Some(scene) = Scene::new() else {
+        return;
+    };
+    drop(scene);
+    let host = Host::new();
+    let status = host
+        .namespace
+        .command("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs", "/run/libvirt"])
+        .status();
+    assert!(status.expect("run mount").success());
+    let mut daemon = host.start(&[], &[]);
+    let ledger = host.path(LEDGER);
+    let disk = host.disk("disk");
+    let mut owner = Owner::register(daemon.lock_socket(), "owner", OnTerm::Die);
+    // Each holding is an event of its own, however often the ledger is written anew: until it has been once,
+    // and then until there is no room to do it again, neither in front of what counts nor behind it.
+    let mut acquire_one = || owner.call(&acquire("", &disk, SHARED)).expect_ok();
+    while std::fs::metadata(&ledger).map_or(0, |it| it.len()) <= 128 << 10 {
+        acquire_one();
+    }
+    (0..800).for_each(|_| acquire_one());
+    let _ = std::fs::write(host.path("/run/libvirt/filler"), vec![1; 1 << 20]);
+    let reactor = daemon.reactor();
+    let signalled = nix::unistd::Pid::from_raw(reactor);
+    nix::sys::signal::kill(signalled, Signal::SIGKILL).expect("kill the process that serves");
+    wait_until(DEADLINE, "another process that serves", || {
+        ![reactor, daemon.pid()].contains(&daemon.reactor())
+    });
+    // There is room for this: nothing is written behind it.
+    owner.call(&release("", &disk)).expect_ok();
+    daemon.wait_until_asleep();
+    assert!(ledger.exists(), "{}", daemon.stderr());
+    daemon.kill();
+    let daemon = host.start(&[], &[]);
+    assert!(daemon.stderr().contains(AGAIN), "{}", daemon.stderr());
+    assert!(owner.is_alive());
+    assert!(lock_probe(&host.path(&disk)).is_some());
+}
+
+#[test]
 fn an_upgrade_goes_on_with_the_same_ledger_and_the_next_cold_start_knows_what_came_after() {
     let Some(mut scene) = Scene::new() else {
         return;
@@ -604,7 +776,9 @@ fn a_program_that_writes_no_such_ledger_leaves_none_that_is_believed() {
     assert!(scene.ledger().exists());
     scene.host.install(&libvirts);
     upgrade(&scene.daemon);
-    assert!(!scene.ledger().exists());
+    wait_until(DEADLINE, "the understudy to end", || {
+        !scene.ledger().exists()
+    });
     // And back: its POSIX locks are in a ledger with a name again, and are taken again as locks of our kind.
     scene.host.install(&program());
     upgrade(&scene.daemon);

@@ -32,7 +32,7 @@ use virtlockd::desk::{self, Desk};
 use virtlockd::host::descriptors::{self, Inherited};
 use virtlockd::host::stream::Peer;
 use virtlockd::server::clients::turn::whose;
-use virtlockd::server::reactor::Reactor;
+use virtlockd::server::reactor::{GoesOn, Reactor};
 
 /// How long nothing may come of a call.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -319,15 +319,41 @@ fn open_descriptors() -> BTreeSet<RawFd> {
         .collect()
 }
 
-/// A child that shares this process's descriptors: 0 in the child.
-fn clone_sharing_descriptors() -> libc::pid_t {
+/// A reactor. It ends before the test's connections are closed when a check fails: it would fence this
+/// process for them, and nobody would read what failed.
+struct Child(libc::pid_t);
+
+impl Child {
+    fn signal(&self, signal: i32) {
+        // SAFETY: numbers; the child is ours and not reaped yet.
+        unsafe { libc::kill(self.0, signal) };
+    }
+
+    /// Whether it has ended, or stopped, with what.
+    fn wait(&self, options: i32) -> Option<i32> {
+        let mut status = 0;
+        // SAFETY: takes a pointer to a living number.
+        let pid = unsafe { libc::waitpid(self.0, &raw mut status, options) };
+        (pid == self.0).then_some(status)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+        self.wait(0);
+    }
+}
+
+/// A child that shares this process's descriptors: nothing in the child.
+fn clone_sharing_descriptors() -> Option<Child> {
     let flags = libc::CLONE_FILES | libc::SIGCHLD;
     // SAFETY: to ignore a signal runs no code of this program.
     unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
     // SAFETY: a null stack makes it a fork; no other thread of this process works at the moment.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     assert!(pid >= 0);
-    pid as libc::pid_t
+    (pid > 0).then(|| Child(pid as libc::pid_t))
 }
 
 /// What the guardian's reactor does. `known` are descriptors that are not its own.
@@ -338,7 +364,8 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         let file = descriptors::adopt(ledger).unwrap();
         let (state, ledger, since) = Ledger::take_over_since(file, mark).unwrap();
         let numbers: Vec<RawFd> = state.descriptors().map(|number| number.0).collect();
-        let mut inherited = Inherited::of(&numbers).expect("they are open");
+        let mut inherited =
+            Inherited::of(&numbers, &descriptors::open_numbers()).expect("they are open");
         let spared: BTreeSet<RawFd> = numbers.into_iter().chain(since.descriptors()).collect();
         let state = state.adopt(&mut inherited).unwrap();
         let reload = Box::new(|| Err("there is no configuration".to_owned()));
@@ -346,15 +373,17 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
         // The test is its guardian, and does not listen to it.
         desk.set_guardian(std::os::unix::process::parent_id());
         let mut reactor = Reactor::new(reload, Some(desk)).unwrap();
-        reactor.go_on(state, ledger, since).unwrap();
-        for number in before {
-            if !known.contains(&number)
-                && !spared.contains(&number)
-                && let Ok(left) = descriptors::adopt(number)
-            {
-                reactor.close_left(left);
-            }
-        }
+        let is_left = |number: &RawFd| !known.contains(number) && !spared.contains(number);
+        let left = before.into_iter().filter(is_left);
+        let mut left = left.flat_map(descriptors::adopt).collect();
+        let from = GoesOn {
+            state,
+            ledger: Some(ledger),
+            since,
+            poll: None,
+            left: &mut left,
+        };
+        reactor.go_on(from).unwrap();
         // A word that nobody uses otherwise.
         reactor.desk().memory().store(serving_at, 1);
         reactor.run().unwrap();
@@ -502,18 +531,19 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     };
     loop {
         desk.memory().store(SERVING_AT, 0);
-        let pid = clone_sharing_descriptors();
-        if pid == 0 {
+        let Some(child) = clone_sharing_descriptors() else {
             reactor(desk, ledger, &known, SERVING_AT);
-        }
+        };
         let is_last = killed >= kills;
         let begun = Instant::now();
         let dies_in_start = world.random.percent(15);
         let life = Duration::from_micros(world.random.below(1500) as u64);
         let mut served_since = None;
         loop {
+            // Nobody is refused what the last one has before it has it.
+            let is_set_up = scripts.last().is_some_and(|it| it.due.is_empty());
             for script in &mut scripts {
-                let may_begin = !is_last && script.number != 5;
+                let may_begin = is_set_up && !is_last && script.number != 5;
                 script.go(&mut world, may_begin);
             }
             if served_since.is_none() && desk.memory().load(SERVING_AT) == 1 {
@@ -524,10 +554,8 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
                 Some(since) => since.elapsed() >= life,
                 None => dies_in_start && begun.elapsed() >= life,
             };
-            let mut status = 0;
-            // SAFETY: takes a pointer to a living number.
-            let ended = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
-            assert_eq!(ended, 0, "the reactor ended by itself, with {status:#x}");
+            let ended = child.wait(libc::WNOHANG);
+            assert_eq!(ended, None, "the reactor ended by itself");
             if !is_time {
                 continue;
             }
@@ -539,22 +567,14 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
             if is_served || is_last {
                 break;
             }
-            // SAFETY: numbers; the child is ours and not reaped yet.
-            unsafe {
-                libc::kill(pid, libc::SIGSTOP);
-                libc::waitpid(pid, std::ptr::null_mut(), libc::WUNTRACED);
-            }
+            child.signal(libc::SIGSTOP);
+            child.wait(libc::WUNTRACED);
             if desk.memory().load(SERVING_AT) == 0 {
                 break;
             }
-            // SAFETY: as above.
-            unsafe { libc::kill(pid, libc::SIGCONT) };
+            child.signal(libc::SIGCONT);
         }
-        // SAFETY: numbers; the child is ours and not reaped yet.
-        unsafe {
-            libc::kill(pid, libc::SIGKILL);
-            libc::waitpid(pid, std::ptr::null_mut(), 0);
-        }
+        drop(child);
         killed += 1;
         if is_last {
             break;
@@ -604,16 +624,15 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     turn::none(memory);
     assert!(turn::settle(
         memory,
-        &mut Places::find(memory),
+        &mut Places::find(memory, None),
         client.whose,
         &once
     ));
     turn::begin(memory, client.whose);
     turn::frame_begins(memory, 0, 0);
-    let pid = clone_sharing_descriptors();
-    if pid == 0 {
+    let Some(child) = clone_sharing_descriptors() else {
         reactor(desk, ledger, &known, SERVING_AT);
-    }
+    };
     client.stream.set_nonblocking(false).unwrap();
     client.stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut reply = vec![0; 4];
@@ -625,11 +644,7 @@ fn however_often_the_reactor_is_killed_each_call_has_its_one_right_answer() {
     let mut pong = [0; PONG.len()];
     client.stream.read_exact(&mut pong).unwrap();
     assert_eq!(pong, PONG, "what waits behind it is worked on");
-    // SAFETY: numbers; the child is ours and not reaped yet.
-    unsafe {
-        libc::kill(pid, libc::SIGKILL);
-        libc::waitpid(pid, std::ptr::null_mut(), 0);
-    }
+    drop(child);
     let file = descriptors::adopt(ledger).unwrap();
     let state = ledger::load(&file).unwrap();
     judge(&world.directory, &scripts, &state);

@@ -301,6 +301,13 @@ fn everything_of_format_3() -> Plain {
     all
 }
 
+/// What a ledger says of it that is still written, or of which nobody knows whether somebody went on from it
+/// since: that one has the poll, or closed it.
+fn still_written(mut all: Plain) -> Plain {
+    all.poll = None;
+    all.sorted()
+}
+
 fn sorted(state: &State<Saved>) -> Plain {
     Plain::of(state).sorted()
 }
@@ -355,7 +362,7 @@ fn a_small_ledger_is_written_anew_in_its_file_and_a_large_one_is_given_back() {
         let now = file(ledger);
         assert_eq!((now.0, now.1), (descriptor, inode));
     };
-    let expected = everything().sorted();
+    let expected = still_written(everything());
     let state = everything().state();
     ledger.rewrite(state.entries()).expect("write it anew");
     is_the_same(&ledger);
@@ -382,7 +389,7 @@ fn a_small_ledger_that_grows_long_again_and_again_keeps_its_pages() {
         append(&mut ledger, 35_000);
         let long = file(&ledger);
         ledger.rewrite(state.entries()).expect("write it anew");
-        assert_eq!(said(&ledger), everything().sorted());
+        assert_eq!(said(&ledger), still_written(everything()));
         assert_eq!(file(&ledger), long, "pages went");
         long
     };
@@ -396,7 +403,7 @@ fn a_small_ledger_that_grows_long_again_and_again_keeps_its_pages() {
 
 #[test]
 fn the_memory_of_a_large_ledger_comes_back_and_can_be_written_again() {
-    let expected = everything().sorted();
+    let expected = still_written(everything());
     let state = everything().state();
     let mut ledger = Ledger::new().expect("make a ledger");
     for _ in 0..3 {
@@ -449,7 +456,7 @@ fn a_ledger_has_one_descriptor_for_its_life_also_when_it_is_passed_on() {
         assert_eq!((now.0, now.1), (number, inode));
         append(&mut taken_over, 100_000);
         taken_over.rewrite(state.entries()).expect("write it anew");
-        assert_eq!(said(&taken_over), everything().sorted());
+        assert_eq!(said(&taken_over), still_written(everything()));
         // The first one looks at the same file and goes on for itself.
         drop(taken_over);
         ledger = Ledger::take_over(
@@ -477,7 +484,7 @@ fn a_ledger_in_the_process_s_own_memory_is_written_anew_as_well() {
     for _ in 0..5 {
         append(&mut ledger, 100_000);
         ledger.rewrite(state.entries()).expect("write it anew");
-        assert_eq!(said(&ledger), everything().sorted());
+        assert_eq!(said(&ledger), still_written(everything()));
     }
 }
 
@@ -531,11 +538,11 @@ fn bytes_of(descriptor: &OwnedFd) -> Vec<u8> {
 
 #[test]
 fn a_rewrite_that_is_cut_short_at_any_point_leaves_one_whole_state() {
-    let old = everything().sorted();
+    let old = still_written(everything());
     let mut new = everything();
     new.resources.truncate(1);
     new.settings.idle_timeout_s = 7;
-    let new = new.sorted();
+    let new = still_written(new);
     let mut ledger = ledger_of(&everything().state());
     let witness = ledger.descriptor().expect("a memory file");
     let witness = witness.try_clone().expect("a descriptor of our own");
@@ -568,6 +575,31 @@ fn a_rewrite_that_is_cut_short_at_any_point_leaves_one_whole_state() {
 }
 
 #[test]
+fn a_ledger_that_lacks_something_says_so_until_it_is_written_anew() {
+    let state = everything().state();
+    let mut ledger = ledger_of(&state);
+    let says_so = |ledger: &Ledger| ledger.content()[24..32] == 1u64.to_le_bytes();
+    assert!(!says_so(&ledger));
+    ledger.lose();
+    assert!(says_so(&ledger) && ledger.is_stale());
+    // Whoever goes on from it, because the other one died, knows it.
+    let passed_on = ledger.descriptor().expect("a memory file");
+    let passed_on = passed_on.try_clone().expect("a descriptor of our own");
+    let (read, taken_over) = Ledger::take_over(passed_on).expect("take it over");
+    assert_eq!(sorted(&read), still_written(everything()));
+    let mut taken_over = taken_over.expect("one of the present format");
+    assert!(says_so(&taken_over) && taken_over.is_stale());
+    taken_over.rewrite(state.entries()).expect("write it anew");
+    assert!(!says_so(&taken_over) && !taken_over.is_stale());
+    // In one that is closed there is a checksum, whatever it is.
+    taken_over.close();
+    let passed_on = taken_over.descriptor().expect("a memory file");
+    let passed_on = passed_on.try_clone().expect("a descriptor of our own");
+    let (_, again) = Ledger::take_over(passed_on).expect("take it over");
+    assert!(!again.expect("one of the present format").is_stale());
+}
+
+#[test]
 fn a_rewrite_for_which_the_room_in_front_is_too_small_goes_behind() {
     let mut ledger = ledger_of(&Plain::default().state());
     append(&mut ledger, 500);
@@ -585,7 +617,7 @@ fn a_rewrite_for_which_the_room_in_front_is_too_small_goes_behind() {
     ledger.rewrite(state.entries()).expect("write it anew");
     let (_, now) = counts(ledger.content());
     assert!(now.start >= live.end);
-    assert_eq!(said(&ledger), large.sorted());
+    assert_eq!(said(&ledger), still_written(large));
     ledger.rewrite(small.entries()).expect("write it anew");
     assert_eq!(said(&ledger), Plain::default());
 }
@@ -635,7 +667,7 @@ fn an_append_that_is_cut_short_leaves_what_was_before() {
         let mut content = after[..end].to_vec();
         content[length_at..length_at + 8].copy_from_slice(&before[length_at..length_at + 8]);
         let state = ledger::replay(&content).expect("a whole state");
-        assert_eq!(sorted(&state), everything().sorted());
+        assert_eq!(sorted(&state), still_written(everything()));
     }
     assert_eq!(
         said(&ledger).resources.len(),
@@ -935,12 +967,12 @@ fn a_ledger_of_an_earlier_format_is_written_anew_before_it_is_gone_on_with() {
             Some(ledger) => {
                 assert_eq!(version, ledger::VERSION);
                 assert!(!ledger.is_stale());
-                assert_eq!(said(&ledger), everything().sorted());
+                assert_eq!(said(&ledger), still_written(everything()));
             }
         }
         // Written anew it says the same, in the present format.
         let mut ledger = ledger_of(&state);
-        assert_eq!(said(&ledger), sorted(&expected));
+        assert_eq!(said(&ledger), still_written(Plain::of(&expected)));
         ledger.close();
         assert_eq!(ledger.content()[8..12], ledger::VERSION.to_le_bytes());
     }
@@ -1356,8 +1388,9 @@ proptest! {
         prop_assert_eq!(sorted(&state), plain.clone().sorted());
         let ledger = ledger_of(&state);
         let open = ledger::replay(ledger.content()).expect("a ledger that is still written");
-        prop_assert_eq!(sorted(&open), plain.clone().sorted());
-        prop_assert_eq!(lines(&open), lines(&state));
+        let still_written = still_written(plain.clone());
+        prop_assert_eq!(lines(&open), lines(&still_written.state()));
+        prop_assert_eq!(sorted(&open), still_written);
         let closed = ledger::replay(&closed_ledger(&state)).expect("a closed ledger");
         prop_assert_eq!(sorted(&closed), plain.sorted());
         prop_assert_eq!(lines(&closed), lines(&state));
@@ -1372,7 +1405,7 @@ proptest! {
             append(&mut ledger, more);
             let state = plain.state();
             ledger.rewrite(state.entries()).expect("write it anew");
-            prop_assert_eq!(said(&ledger), plain.sorted());
+            prop_assert_eq!(said(&ledger), still_written(plain));
         }
     }
 

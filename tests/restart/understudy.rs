@@ -2,12 +2,15 @@
 //! on, with everything, in a process of another number.
 
 use crate::support::client::{acquire, register_as, release};
-use crate::support::daemon::{self, Daemon, c_daemon, kill_all, reactor_of};
+use crate::support::daemon::{self, Daemon, Main, c_daemon, reactor_of};
 use crate::support::owner::Owner;
-use crate::support::upgrade::{Host, REFUSAL, Rival, image, upgrade, wait_for_successor};
-use crate::support::{DEADLINE, require_root, skip, wait_for, wait_until};
+use crate::support::upgrade::{
+    Disturbed, Host, REFUSAL, Rival, image, refused_upgrade, upgrade, wait_for_successor,
+};
+use crate::support::{DEADLINE, require_root, require_strace, skip, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,6 +27,7 @@ struct Scene {
     host: Host,
     daemon: Daemon,
     pid: i32,
+    main: Main,
     guest: Owner,
     disk: String,
 }
@@ -39,10 +43,12 @@ impl Scene {
         let disk = host.disk("disk");
         let guest = host.guest(&daemon, "guest", &disk);
         let pid = daemon.pid();
+        let main = Main::of(pid).expect("the daemon runs");
         Scene {
             host,
             daemon,
             pid,
+            main,
             guest,
             disk,
         }
@@ -68,12 +74,18 @@ impl Scene {
             let pid: i32 = text.trim().parse().ok()?;
             (pid != before && reactor_of(pid) != pid).then_some(pid)
         });
+        self.main = Main::of(self.pid).expect("it runs");
         wait_until(DEADLINE, "the failure to be told", || {
             self.refusals().len() > refusals
         });
         let last = self.refusals().pop().unwrap_or_default();
         assert!(last.contains(why), "{last}");
+        // A cold start believes what has the name.
+        self.host.assert_keeps_ledger(self.pid);
         assert!(!self.host.path("/run/virtlockd-restart-exec.json").exists());
+        // Should all be killed now, the next start finds what this one writes.
+        let log = self.daemon.stderr();
+        assert!(!log.contains("a ledger that has no name"), "{log}");
     }
 
     fn refusals(&self) -> Vec<String> {
@@ -98,9 +110,12 @@ impl Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
-        kill_all(self.pid);
+        self.main.kill_all();
     }
 }
+
+/// What libvirt's daemon goes on from.
+const DOCUMENT: &str = "/run/virtlockd-restart-exec.json";
 
 #[test]
 fn a_successor_that_dies_in_its_first_line_costs_nothing() {
@@ -161,6 +176,27 @@ fn a_successor_that_cannot_use_the_ledger_after_all_costs_nothing() {
 }
 
 #[test]
+fn what_an_understudy_goes_on_from_is_what_a_start_finds_when_all_are_dead() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let given_back = scene.host.disk("back");
+    scene.guest.call(&acquire("", &given_back, 0)).expect_ok();
+    scene.installs(SAYS_OURS, "exit 3");
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.guest.call(&release("", &given_back)).expect_ok();
+    crate::support::daemon::kill_all(scene.pid);
+    scene.host.install(&daemon::program());
+    wait_until(DEADLINE, "the death of all", || {
+        UnixStream::connect(scene.daemon.lock_socket()).is_err()
+    });
+    scene.daemon = scene.host.start(&[], &[]);
+    scene.pid = scene.daemon.pid();
+    scene.host.assert_held(&scene.disk);
+    scene.host.assert_free(&given_back);
+}
+
+#[test]
 fn an_understudy_is_gone_when_its_successor_serves() {
     let Some(mut scene) = Scene::new() else {
         return;
@@ -203,4 +239,89 @@ fn locks_that_libvirts_daemon_took_outlive_a_successor_that_dies() {
     assert!(!scene.guest.call(&acquire("", &scene.disk, 0)).is_ok());
     std::thread::sleep(Duration::from_millis(100));
     scene.host.assert_held(&scene.disk);
+}
+
+#[test]
+fn an_upgrade_waits_for_somebody_who_could_go_on_unless_the_host_refuses_that_for_ever() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    if !require_strace() {
+        return;
+    }
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    let told = |scene: &Scene| {
+        let log = scene.daemon.stderr();
+        log.matches("the host refuses a copy of this daemon")
+            .count()
+    };
+    for error in ["EAGAIN", "ENOMEM"] {
+        let disturbed = Disturbed::with(&scene.daemon, "clone", &format!("error={error}:when=1"));
+        let reason = refused_upgrade(&scene.daemon);
+        assert!(reason.contains("nobody could go on"), "{reason}");
+        drop(disturbed);
+        scene.serves();
+    }
+    assert_eq!(told(&scene), 0);
+    for (count, error) in (1..).zip(["EPERM", "ENOSYS"]) {
+        let disturbed = Disturbed::with(&scene.daemon, "clone", &format!("error={error}:when=1"));
+        upgrade(&scene.daemon);
+        drop(disturbed);
+        assert_eq!(told(&scene), count);
+        scene.serves();
+    }
+    rival.never_succeeded();
+    // Where it can be had again, it is.
+    upgrade(&scene.daemon);
+    scene.serves();
+    assert_eq!((told(&scene), scene.refusals().len()), (2, 2));
+    // What was refused is not tried again without being asked for, but for those that go without an understudy.
+    let log = scene.daemon.stderr();
+    let tries = log.matches("hands over to its successor").count();
+    assert_eq!(tries, 2 + 2 * 2 + 1, "{log}");
+}
+
+#[test]
+fn libvirts_daemon_that_reads_its_document_and_cannot_use_it_costs_nothing() {
+    if !require_root() {
+        return;
+    }
+    let Some(c_daemon) = c_daemon() else {
+        return skip("needs libvirt's virtlockd");
+    };
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
+    let does = format!(
+        "text=$(sed 's/\"magic\"/\"magik\"/' {DOCUMENT}); echo \"$text\" >{DOCUMENT}; exec {}",
+        c_daemon.display()
+    );
+    scene.installs(SAYS_THEIRS, &does);
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    // One that removes the document and goes on for a while.
+    let does = "rm /run/virtlockd-restart-exec.json; i=0; \
+                while [ $i -lt 2000 ]; do i=$((i + 1)); done; exit 3";
+    scene.installs(SAYS_THEIRS, does);
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    rival.never_succeeded();
+}
+
+#[test]
+fn a_pid_file_that_a_successor_removed_is_there_again() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.installs(SAYS_OURS, "rm /run/virtlockd.pid; exit 3");
+    scene.falls_back(DEADLINE, "ended before it served");
+    scene.serves();
+    let reactor = reactor_of(scene.pid);
+    kill(Pid::from_raw(reactor), Signal::SIGKILL).expect("kill the process that serves");
+    scene.serves();
+    scene.send(Signal::SIGTERM);
+    wait_until(DEADLINE, "the pid file to be removed", || {
+        !scene.host.path("/run/virtlockd.pid").exists()
+    });
 }

@@ -427,6 +427,34 @@ impl Client {
         Reply::parse(&reply)
     }
 
+    /// As [`Client::call`], where the daemon may have closed the connection: then why there is no reply.
+    #[track_caller]
+    pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        let sent = self.try_send(&call.frame(serial));
+        sent.map_err(|error| error.to_string())?;
+        self.try_receive(serial)
+    }
+
+    /// The reply to the call of this serial, or why there is none.
+    #[track_caller]
+    pub fn try_receive(&mut self, serial: u32) -> Result<Reply, String> {
+        match self.receive_within(DEADLINE) {
+            Received::Frame(reply) => {
+                assert_eq!(word(&reply, at::SERIAL), serial, "serial of the reply");
+                Ok(Reply::parse(&reply))
+            }
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    /// Whether no answer has come that nobody took, nor the end.
+    pub fn has_nothing_to_read(&mut self) -> bool {
+        let received = self.receive_within(Duration::from_micros(1));
+        matches!(&received, Received::Silence { partial } if partial.is_empty())
+    }
+
     /// Several calls in one write; the replies, in order.
     #[track_caller]
     pub fn pipeline(&mut self, calls: &[Call]) -> Vec<Reply> {

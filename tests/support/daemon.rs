@@ -2,12 +2,16 @@
 
 use super::client::Client;
 use super::namespace::Namespace;
+use super::owner::process_state;
 use super::{DEADLINE, TempDir, wait_for, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::ffi::OsStr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use virtlockd::host::process::Process;
 
 /// Where a root daemon listens, inside its namespace.
 pub const LOCK_SOCKET: &str = "/run/libvirt/virtlockd-sock";
@@ -76,6 +80,17 @@ impl Daemon {
         args: &[&str],
         env: &[(&str, &str)],
     ) -> Daemon {
+        Daemon::spawn_between(program, namespace, args, env, (None, None))
+    }
+
+    /// The same, with something else as standard input and output than nothing and a file.
+    pub fn spawn_between(
+        program: &Path,
+        namespace: &Namespace,
+        args: &[&str],
+        env: &[(&str, &str)],
+        (input, output): (Option<Stdio>, Option<Stdio>),
+    ) -> Daemon {
         let files = TempDir::new();
         let create =
             |name| std::fs::File::create(files.path().join(name)).expect("make a log file");
@@ -89,8 +104,8 @@ impl Daemon {
             .args(args)
             .env("LC_ALL", "C")
             .envs(env.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(create("stdout"))
+            .stdin(input.unwrap_or_else(Stdio::null))
+            .stdout(output.unwrap_or_else(|| create("stdout").into()))
             .stderr(create("stderr"))
             .spawn()
             .expect("start nsenter with the daemon");
@@ -154,18 +169,19 @@ impl Daemon {
         Client::connect(&self.lock_socket)
     }
 
-    /// A new connection to the admin socket, which a daemon makes after the lock socket.
+    /// A new connection to the admin socket, which a daemon makes after the lock socket. It has its name before
+    /// anybody listens there.
+    #[track_caller]
     pub fn admin_client(&self) -> Client {
-        wait_until(DEADLINE, "the admin socket to be there", || {
-            self.admin_socket.exists()
+        let stream = wait_for(DEADLINE, "the admin socket to be there", || {
+            UnixStream::connect(&self.admin_socket).ok()
         });
-        Client::connect(&self.admin_socket)
+        Client::over(stream)
     }
 
     /// Sends a signal to the daemon.
-    pub fn signal(&self, signal: nix::sys::signal::Signal) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal)
-            .expect("send a signal to the daemon");
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).expect("send a signal to the daemon");
     }
 
     /// The exit status if it has ended already.
@@ -182,13 +198,16 @@ impl Daemon {
 
     /// Ends the daemon as an administrator would (SIGTERM).
     pub fn stop(&mut self) -> ExitStatus {
-        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.signal(Signal::SIGTERM);
         self.wait_end()
     }
 
     /// Ends the daemon at once (SIGKILL), all of it.
     pub fn kill(&mut self) {
-        kill_all(self.pid());
+        // The number of one that was waited for may be anybody's by now.
+        if self.ended().is_none() {
+            kill_all(self.pid());
+        }
         let _ = self.child.wait();
     }
 
@@ -253,19 +272,62 @@ impl Drop for Daemon {
     }
 }
 
-/// Kills a daemon's processes, so that none of them makes another one.
-pub fn kill_all(pid: i32) {
-    use nix::sys::signal::{Signal, kill};
-    let signal = |pid: i32, signal| _ = kill(nix::unistd::Pid::from_raw(pid), signal);
-    // Stopped, it does not act on the death of a child.
-    signal(pid, Signal::SIGSTOP);
-    for child in children_of(pid) {
-        signal(child, Signal::SIGKILL);
-    }
-    signal(pid, Signal::SIGKILL);
+/// The main process of a daemon that is nobody's child here, and whose number may be another one's when it has
+/// ended: it is meant by a pidfd.
+pub struct Main {
+    pub pid: i32,
+    process: Process,
 }
 
-fn children_of(pid: i32) -> Vec<i32> {
+impl Main {
+    /// The one that has this number now; `None` if there is none.
+    pub fn of(pid: i32) -> Option<Main> {
+        let process = Process::open_any(pid).ok()?;
+        Some(Main { pid, process })
+    }
+
+    /// Signals it, if it is there.
+    pub fn signal(&self, signal: Signal) {
+        let _ = self.process.signal(signal);
+    }
+
+    /// Kills the daemon's processes, so that none of them makes another one. They are dead when this returns: as
+    /// long as one of them is not, it listens.
+    pub fn kill_all(&self) {
+        // Stopped, it does not act on the death of a child, and its children keep their numbers.
+        self.signal(Signal::SIGSTOP);
+        let is_stopped = || matches!(process_state(self.pid), Some('T' | 't'));
+        // One that hangs in the kernel does neither.
+        let give_up = Instant::now() + Duration::from_secs(1);
+        while !self.process.is_dead() && !is_stopped() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let children = match self.process.is_dead() {
+            true => Vec::new(),
+            false => children_of(self.pid),
+        };
+        let children: Vec<Main> = children.into_iter().filter_map(Main::of).collect();
+        for process in children.iter().chain([self]) {
+            process.signal(Signal::SIGKILL);
+        }
+        // Not asserted: this is done while a failed test unwinds, too.
+        let end = Instant::now() + DEADLINE;
+        let all = children.iter().chain([self]);
+        while all.clone().any(|one| !one.process.is_dead()) && Instant::now() < end {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+/// The same with the number of one that runs for sure.
+pub fn kill_all(pid: i32) {
+    if let Some(main) = Main::of(pid) {
+        main.kill_all();
+    }
+}
+
+/// The processes that this one has made, in the order of their making.
+pub fn children_of(pid: i32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
     let numbers = children.split_whitespace();
@@ -282,6 +344,8 @@ fn changes_a_daemon(name: &OsStr) -> bool {
         "LIBVIRT_",
         "LISTEN_",
         "NOTIFY_SOCKET",
+        "FDSTORE",
+        "VIRTLOCKD_ON_STOP",
         "LC_",
         "LANG",
         "XDG_",

@@ -39,8 +39,15 @@ namespaces = [ ]
 stdio_handler = "file"
 "#;
 
-/// More of it where libvirtd is root's.
-const ROOT_QEMU_CONF: &str = r#"
+/// The same where libvirtd is root's.
+pub const ROOT_CONFIGURATION: &str = r#"
+lock_manager = "lockd"
+security_driver = "none"
+dynamic_ownership = 0
+remember_owner = 0
+cgroup_controllers = [ ]
+namespaces = [ ]
+stdio_handler = "file"
 user = "root"
 group = "root"
 "#;
@@ -91,8 +98,7 @@ impl Libvirt {
     pub fn start(program: &Path, lockd_conf: &str) -> Libvirt {
         let namespace = prepared_namespace();
         let etc = namespace.path("/etc/libvirt");
-        let qemu_conf = format!("{QEMU_CONF}{ROOT_QEMU_CONF}");
-        write(&etc.join("qemu.conf"), &qemu_conf);
+        write(&etc.join("qemu.conf"), ROOT_CONFIGURATION);
         // A file of nothing but blank lines is an error to libvirt.
         let lockd_conf = format!("# Of a test.\n{lockd_conf}\n");
         write(&etc.join("qemu-lockd.conf"), &lockd_conf);
@@ -421,7 +427,7 @@ fn prepared_namespace() -> Namespace {
 
 /// The emulator of [`EMULATOR`]. Its path is always the same, because libvirt keeps what it
 /// learns of an emulator by its path.
-fn emulator() -> &'static Path {
+pub fn emulator() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let path = kept_directory().join("qemu-without-image-locks");
@@ -436,7 +442,8 @@ fn emulator() -> &'static Path {
     })
 }
 
-fn kept_directory() -> PathBuf {
+/// Where is kept what takes libvirt long to learn.
+pub fn kept_directory() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt")
 }
 

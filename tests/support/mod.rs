@@ -7,16 +7,19 @@
 #![allow(dead_code)]
 
 pub mod client;
+pub mod company;
 pub mod daemon;
 pub mod faults;
 pub mod fuse;
 pub mod libvirt;
+pub mod manager;
 pub mod namespace;
 pub mod owner;
 pub mod protocol;
 pub mod random;
 pub mod scene;
 pub mod status;
+pub mod systemd;
 pub mod tracer;
 pub mod upgrade;
 

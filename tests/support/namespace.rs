@@ -48,6 +48,11 @@ impl Namespace {
         Namespace { holder }
     }
 
+    /// A process that is in it as long as it lives.
+    pub fn holder(&self) -> i32 {
+        i32::try_from(self.holder.id()).expect("a pid is an i32")
+    }
+
     /// How a file of the namespace is reached from outside of it.
     pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
         let inside = inside.as_ref();

@@ -32,8 +32,15 @@ pub enum OnTerm {
 /// A process with a connection. It is killed when dropped, and ends by itself if the test dies.
 pub struct Owner {
     child: Child,
+    /// Its number, as the daemon sees it, and as this process does.
+    pid: i32,
+    outside: i32,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
+    /// Of the next call.
+    serial: u32,
+    /// The call whose reply was not waited for.
+    begun: Vec<u8>,
 }
 
 impl Owner {
@@ -49,6 +56,11 @@ impl Owner {
                 command
             }
         };
+        Owner::started(&mut command, socket)
+    }
+
+    /// Starts the process by this command, which has no arguments yet.
+    pub fn started(command: &mut Command, socket: &Path) -> Owner {
         let mut child = command
             .args(["--ignored", "--exact", "--nocapture", "--test-threads=1"])
             .arg("support::owner::the_owner_process")
@@ -60,10 +72,15 @@ impl Owner {
             .expect("start this program again as an owner process");
         let answers = BufReader::new(child.stdout.take().expect("stdout is a pipe"));
         let orders = child.stdin.take();
+        let pid = i32::try_from(child.id()).expect("a pid is an i32");
         let mut owner = Owner {
             child,
+            pid,
+            outside: pid,
             orders,
             answers,
+            serial: 0,
+            begun: Vec::new(),
         };
         assert_eq!(
             owner.answer(),
@@ -76,38 +93,97 @@ impl Owner {
     /// [`Owner::connect`], then REGISTER as the domain `name` with the process's own pid.
     pub fn register(socket: &Path, name: &str, on_term: OnTerm) -> Owner {
         let mut owner = Owner::connect(socket, on_term);
-        owner.call(&register_as(name, owner.pid())).expect_ok();
+        owner.register_as(name);
         owner
     }
 
+    /// REGISTER as the domain `name` with the process's own pid.
+    #[track_caller]
+    pub fn register_as(&mut self, name: &str) {
+        let pid = self.pid;
+        self.call(&register_as(name, pid)).expect_ok();
+    }
+
+    /// It is in a pid namespace of its own: it is asked how it is called there, and `outside` how that is
+    /// called here.
+    pub fn is_inside(&mut self, outside: impl FnOnce(i32) -> i32) {
+        self.order("pid");
+        let answer = self.answer();
+        let pid = answer.strip_prefix("pid ").expect("a pid");
+        self.pid = pid.parse().expect("a pid is a number");
+        self.outside = outside(self.pid);
+    }
+
+    /// Its number, as the daemon sees it.
     pub fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).expect("a pid is an i32")
+        self.pid
+    }
+
+    /// Its number, as this process sees it.
+    pub fn outside(&self) -> i32 {
+        self.outside
     }
 
     /// A call over the owner's own connection.
     #[track_caller]
     pub fn call(&mut self, call: &Call) -> Reply {
-        self.exchange(&call.frame(0))
+        let message = self.next_frame(call);
+        self.exchange(&message)
+    }
+
+    fn next_frame(&mut self, call: &Call) -> Vec<u8> {
+        self.serial += 1;
+        call.frame(self.serial)
     }
 
     /// Sends a message, whatever it is, and takes the reply to it.
     #[track_caller]
     pub fn exchange(&mut self, message: &[u8]) -> Reply {
+        self.exchange_behind(message, message)
+    }
+
+    /// The same where the reply to one before is still to come: that one.
+    #[track_caller]
+    pub fn exchange_behind(&mut self, message: &[u8], earlier: &[u8]) -> Reply {
+        self.send(message);
+        self.reply_to(earlier)
+    }
+
+    /// Sends a call, and does not wait for the reply.
+    pub fn begin(&mut self, call: &Call) {
+        let message = self.next_frame(call);
+        self.send(&message);
+        self.begun = message;
+    }
+
+    /// The reply to the call that was begun.
+    #[track_caller]
+    pub fn reply(&mut self) -> Reply {
+        let message = std::mem::take(&mut self.begun);
+        self.reply_to(&message)
+    }
+
+    fn send(&mut self, message: &[u8]) {
         self.order(&format!("call {}", to_hex(message)));
+    }
+
+    #[track_caller]
+    fn reply_to(&mut self, message: &[u8]) -> Reply {
         let answer = self.answer();
         let hex = answer
             .strip_prefix("reply ")
             .unwrap_or_else(|| panic!("no reply: {answer}"));
-        Reply::parse(&from_hex(hex))
+        reply_to(message, hex)
     }
 
     /// As [`Owner::call`], where the daemon may close the connection instead of answering: then why
     /// there is no reply. The process lives on.
     pub fn try_call(&mut self, call: &Call) -> Result<Reply, String> {
-        self.order(&format!("call {}", to_hex(&call.frame(0))));
+        let message = self.next_frame(call);
+        self.order(&format!("call {}", to_hex(&message)));
         let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
         match answer.strip_prefix("reply ") {
-            Some(hex) => Ok(Reply::parse(&from_hex(hex))),
+            Some(hex) => Ok(reply_to(&message, hex)),
             None => Err(answer),
         }
     }
@@ -163,7 +239,7 @@ impl Owner {
     /// [`Owner::wait_end`] or the drop of this value.
     pub fn kill(&self) {
         nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(self.pid()),
+            nix::unistd::Pid::from_raw(self.outside),
             nix::sys::signal::Signal::SIGKILL,
         )
         .expect("kill the owner process");
@@ -218,6 +294,19 @@ impl Owner {
             }
         }
     }
+}
+
+/// A reply, which has to carry the serial of the message that it answers.
+#[track_caller]
+fn reply_to(message: &[u8], hex: &str) -> Reply {
+    let reply = from_hex(hex);
+    let serial = at::SERIAL..at::SERIAL + 4;
+    assert_eq!(
+        reply.get(serial.clone()),
+        message.get(serial),
+        "serial of the reply"
+    );
+    Reply::parse(&reply)
 }
 
 impl Drop for Owner {
@@ -308,6 +397,7 @@ fn the_owner_process() {
                 connections.push(Some(connect()));
                 answer("connected");
             }
+            "pid" => answer(&format!("pid {}", std::process::id())),
             "use" => current = argument.parse().expect("the number of a connection"),
             "call" => {
                 let stream = stream.as_mut().expect("the connection is open");

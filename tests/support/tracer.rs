@@ -1,7 +1,7 @@
 //! A process that is looked at from outside, call by call or instruction by instruction (ptrace(2)), to be
 //! killed at a place of one's choice. All of it is done by the thread that seized the process.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::Signal;
@@ -57,12 +57,17 @@ impl Tracer {
     /// Waits until it is stopped; signals are passed on.
     fn wait(&self) -> Seen {
         let end = Instant::now() + DEADLINE;
+        let mut pauses = 0u32;
         loop {
-            // Without a pause: a step takes a microsecond.
             match waitpid(self.pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
                 Ok(WaitStatus::StillAlive) => {
-                    assert!(Instant::now() < end, "process {} does not stop", self.pid);
-                    std::hint::spin_loop();
+                    pauses += 1;
+                    if pauses < 1000 {
+                        std::thread::yield_now();
+                    } else {
+                        assert!(Instant::now() < end, "process {} does not stop", self.pid);
+                        std::thread::sleep(Duration::from_micros(50));
+                    }
                 }
                 Ok(WaitStatus::PtraceEvent(_, _, event))
                     if event == libc::PTRACE_EVENT_FORK || event == libc::PTRACE_EVENT_CLONE =>
@@ -99,11 +104,20 @@ impl Tracer {
         }
     }
 
-    /// One instruction.
+    /// One instruction, which is no system call that may take its time.
     pub fn step(&self) -> Seen {
-        match ptrace::step(self.pid, None) {
-            Ok(()) => self.wait(),
-            Err(_) => Seen::Gone,
+        if ptrace::step(self.pid, None).is_err() {
+            return Seen::Gone;
+        }
+        match waitpid(self.pid, Some(WaitPidFlag::__WALL)) {
+            Ok(WaitStatus::Stopped(_, Signal::SIGTRAP)) => Seen::Stopped,
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => Seen::Gone,
+            // A signal came: the step is not made yet.
+            Ok(WaitStatus::Stopped(_, signal)) => match ptrace::step(self.pid, signal) {
+                Ok(()) => self.wait(),
+                Err(_) => Seen::Gone,
+            },
+            Ok(_) => self.step(),
         }
     }
 

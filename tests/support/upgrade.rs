@@ -147,6 +147,25 @@ os.execv('{PROGRAM}', {words:?})"
         assert_eq!(lock_probe(&self.path(disk)), None, "{disk} should be free");
     }
 
+    /// The ledger in the run directory is one that this daemon has open.
+    #[track_caller]
+    pub fn assert_keeps_ledger(&self, pid: i32) {
+        use std::os::unix::fs::MetadataExt;
+        let key = |path: &Path| {
+            let file = std::fs::metadata(path);
+            file.ok().map(|file| (file.dev(), file.ino()))
+        };
+        let path = self.path("/run/libvirt/virtlockd-ledger");
+        let is_open = || {
+            let all = std::fs::read_dir(format!("/proc/{pid}/fd"))
+                .into_iter()
+                .flatten();
+            let mut all = all.filter_map(|entry| key(&entry.ok()?.path()));
+            key(&path).is_some_and(|ledger| all.any(|open| open == ledger))
+        };
+        wait_until(DEADLINE, "the daemon's ledger to have the name", is_open);
+    }
+
     /// Waits until a disk is free.
     pub fn wait_free(&self, disk: &str) {
         wait_until(DEADLINE, "the disk to be free", || {
@@ -181,6 +200,7 @@ fn survives_usr1(pid: i32) -> bool {
 /// A daemon that went to the background. It is nobody's child: killed when this ends.
 pub struct Background {
     pub pid: i32,
+    process: daemon::Main,
 }
 
 impl Background {
@@ -194,9 +214,9 @@ impl Background {
             .expect("start the daemon in the background");
         assert!(status.success());
         let text = std::fs::read_to_string(host.path("/run/virtlockd.pid")).expect("its pid file");
-        Background {
-            pid: text.trim().parse().expect("a pid"),
-        }
+        let pid = text.trim().parse().expect("a pid");
+        let process = daemon::Main::of(pid).expect("the daemon runs");
+        Background { pid, process }
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -215,7 +235,7 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        daemon::kill_all(self.pid);
+        self.process.kill_all();
     }
 }
 
@@ -366,15 +386,16 @@ impl Disturbed {
     /// With an injection into these system calls, which are counted from now on. It is at work when
     /// this returns.
     pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
+        let processes = [daemon.pid(), daemon.reactor()];
         let strace = Command::new("strace")
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{injection}")])
-            .args(["-p", &daemon.pid().to_string()])
-            .args(["-p", &daemon.reactor().to_string()])
+            .args(["-p", &processes[0].to_string()])
+            .args(["-p", &processes[1].to_string()])
             .stderr(Stdio::null())
             .spawn()
             .expect("start strace");
-        for process in [daemon.pid(), daemon.reactor()] {
+        for process in processes {
             let status = format!("/proc/{process}/status");
             wait_until(DEADLINE, "strace to be attached", || {
                 let status = std::fs::read_to_string(&status).expect("the daemon's status");

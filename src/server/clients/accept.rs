@@ -116,6 +116,12 @@ impl Gate {
             return Accepted::Nothing;
         };
         let service = door.service;
+        // Whoever cannot be written down waits in front of the door.
+        if entrance.custody.make_room().is_err() {
+            door.queued = false;
+            entrance.accept_later();
+            return Accepted::Nothing;
+        }
         let Some(socket) = entrance.custody.listener(place) else {
             return Accepted::Nothing;
         };

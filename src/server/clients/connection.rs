@@ -1,6 +1,7 @@
 //! The passing half of a client: what may be read from its socket, and the bytes that are on their way
-//! in and out. It owns memory only while a frame is incomplete or a reply is unsent. What a client is
-//! and may do outlives it: see [`crate::custody::clients`].
+//! in and out. It owns memory only while a frame is incomplete or a reply is unsent, and between turns the
+//! bytes themselves lie in the client's slot on the desk, where there is one, and nowhere else. What a
+//! client is and may do outlives it: see [`crate::custody::clients`].
 
 use std::os::fd::RawFd;
 
@@ -9,7 +10,8 @@ use crate::host::errno::Errno;
 use super::conversation::{Conversation, Pending};
 use crate::custody::clients::Traffic;
 use crate::custody::own_connections::Seen;
-use crate::desk::turn;
+use crate::desk::layout::Way;
+use crate::desk::{slot, turn};
 use crate::host::shared::Shared;
 use crate::server::flow::ENOUGH_OUTPUT;
 
@@ -43,6 +45,9 @@ pub enum Sent {
     /// Nobody will ever read it.
     Failed,
 }
+
+/// The most of earlier replies that is fetched from the desk to be sent, bytes: a socket seldom takes more.
+const MOST_AT_ONCE: usize = 256 * 1024;
 
 /// Through what a connection sends: its socket, and the desk that is to know how much went out.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +84,8 @@ pub struct Connection {
     pub own_seen: Seen,
     /// Of what happens it was told up to this number, if it is told at all.
     pub told: Option<u64>,
+    /// Whether its slot on the desk says what it has on its way.
+    is_on_desk: bool,
     on_the_way: Option<Box<OnTheWay>>,
 }
 
@@ -87,7 +94,16 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct OnTheWay {
     conversation: Conversation,
+    /// Of the replies, how many bytes lie on the desk.
+    on_desk: usize,
+    /// What follows them.
     output: Vec<u8>,
+}
+
+impl OnTheWay {
+    fn unsent(&self) -> usize {
+        self.on_desk.saturating_add(self.output.len())
+    }
 }
 
 impl Connection {
@@ -123,28 +139,58 @@ impl Connection {
         connection
     }
 
-    /// The bytes that are on their way, to be passed on.
-    pub fn traffic(&self) -> Traffic {
-        let Pending {
-            bytes,
-            descriptors_at_end,
-            arrived,
-        } = self
-            .conversation()
-            .and_then(Conversation::pending)
-            .unwrap_or_default();
+    /// The bytes that are on their way, to be passed on, of the client with this number.
+    pub fn traffic(&self, number: RawFd, desk: &Shared) -> Traffic {
+        let Some(on_the_way) = &self.on_the_way else {
+            return Traffic {
+                closing: self.closing,
+                ..Traffic::default()
+            };
+        };
+        let from_desk = |way, size| match usize::try_from(number) {
+            Ok(number) if size > 0 => slot::front(desk, number, way, size),
+            _ => Vec::new(),
+        };
+        let conversation = &on_the_way.conversation;
+        let (descriptors_at_end, arrived) = conversation.descriptors();
+        let here = conversation.pending().map(|it| it.bytes);
+        let mut pending = from_desk(Way::Pending, conversation.elsewhere());
+        pending.extend(here.unwrap_or_default());
+        let mut unsent = from_desk(Way::Unsent, on_the_way.on_desk);
+        unsent.extend_from_slice(&on_the_way.output);
         Traffic {
-            pending: bytes,
+            pending,
             descriptors_at_end,
             arrived,
-            unsent: self.unsent().to_vec(),
+            unsent,
             closing: self.closing,
         }
     }
 
-    /// Whether anything is on its way.
+    /// Whether nothing is on its way.
     pub fn is_quiet(&self) -> bool {
-        !self.closing && self.conversation().is_none() && self.unsent().is_empty()
+        !self.closing && self.conversation().is_none() && self.unsent() == 0
+    }
+
+    /// Whether its slot on the desk says what it has on its way, or had at the beginning of a step.
+    pub fn is_on_desk(&self) -> bool {
+        self.is_on_desk
+    }
+
+    /// Its slot on the desk says all that it has on its way: here it is not kept any longer.
+    pub fn lies_on_desk(&mut self) {
+        self.is_on_desk = !self.is_quiet();
+        if let Some(on_the_way) = &mut self.on_the_way {
+            on_the_way.conversation.lies_elsewhere();
+            (on_the_way.on_desk, on_the_way.output) = (on_the_way.unsent(), Vec::new());
+        }
+        self.forget_if_empty();
+    }
+
+    fn forget_if_empty(&mut self) {
+        if self.conversation().is_none() && self.unsent() == 0 {
+            self.on_the_way = None;
+        }
     }
 
     /// What came in and waits, if anything does.
@@ -165,61 +211,68 @@ impl Connection {
     pub fn keep_conversation(&mut self, conversation: Conversation) {
         if !conversation.is_empty() {
             self.on_the_way.get_or_insert_default().conversation = conversation;
-        } else if self.unsent().is_empty() {
+        } else if self.unsent() == 0 {
             self.on_the_way = None;
         }
     }
 
-    /// Bytes that could not be sent yet.
-    pub fn unsent(&self) -> &[u8] {
-        match &self.on_the_way {
-            Some(on_the_way) => &on_the_way.output,
-            None => &[],
-        }
+    /// How many bytes could not be sent yet.
+    pub fn unsent(&self) -> usize {
+        self.on_the_way.as_deref().map_or(0, OnTheWay::unsent)
     }
 
     /// Sends what is left of earlier replies, once. What it achieved, and how many bytes went out.
     pub fn send_rest(&mut self, post: Post<'_>) -> (Sent, usize) {
-        match &mut self.on_the_way {
-            Some(on_the_way) if !on_the_way.output.is_empty() => {
-                let output = std::mem::take(&mut on_the_way.output);
-                self.send(post, &output)
-            }
-            _ => (Sent::All, 0),
+        let Some(on_the_way) = &mut self.on_the_way else {
+            return (Sent::All, 0);
+        };
+        let output = std::mem::take(&mut on_the_way.output);
+        if on_the_way.on_desk == 0 {
+            return self.send(post, &output);
+        }
+        let number = usize::try_from(post.socket).unwrap_or(usize::MAX);
+        let mut front = slot::front(post.memory, number, Way::Unsent, MOST_AT_ONCE);
+        if front.len() == on_the_way.on_desk {
+            front.extend_from_slice(output.get(..MOST_AT_ONCE).unwrap_or(&output));
+        }
+        let (sent, count) = match front.is_empty() {
+            true => (Sent::Failed, 0),
+            false => send_once(post, &front),
+        };
+        if sent == Sent::Failed {
+            (on_the_way.on_desk, on_the_way.output) = (0, Vec::new());
+            return (sent, count);
+        }
+        let here = count.saturating_sub(on_the_way.on_desk);
+        on_the_way.on_desk = on_the_way.on_desk.saturating_sub(count);
+        self.hold(output.get(here..).unwrap_or_default());
+        match sent {
+            Sent::All if self.unsent() > 0 => (Sent::Part, count),
+            sent => (sent, count),
         }
     }
 
     /// Sends what is left of earlier replies, then `bytes`, once; keeps what the socket does not take. What
     /// it achieved, and how many bytes went out.
     pub fn send(&mut self, post: Post<'_>, bytes: &[u8]) -> (Sent, usize) {
-        if !self.unsent().is_empty() {
+        if self.unsent() > 0 {
             self.hold(bytes);
             return self.send_rest(post);
         }
         if bytes.is_empty() {
             return (Sent::All, 0);
         }
-        loop {
-            let failed = match turn::send(post.memory, post.socket, bytes) {
-                Ok(count) if count >= bytes.len() => return (Sent::All, count),
-                Ok(count) => {
-                    self.hold(bytes.get(count..).unwrap_or_default());
-                    return (Sent::Part, count);
-                }
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => Sent::Blocked,
-                Err(Errno::ENOMEM | Errno::ENOBUFS) => Sent::NoMemory,
-                Err(_) => return (Sent::Failed, 0),
-            };
-            self.hold(bytes);
-            return (failed, 0);
+        let (sent, count) = send_once(post, bytes);
+        if sent != Sent::Failed {
+            self.hold(bytes.get(count..).unwrap_or_default());
         }
+        (sent, count)
     }
 
     /// Whether its replies wait for those that follow: frames of it are waiting, and there is not
     /// much to send yet.
     pub fn holds_replies(&self) -> bool {
-        !self.closing && self.paused && self.unsent().len() < ENOUGH_OUTPUT
+        !self.closing && self.paused && self.unsent() < ENOUGH_OUTPUT
     }
 
     /// Nobody reads its replies any more. What it sent before is done all the same, if it is served:
@@ -242,6 +295,20 @@ impl Connection {
     pub fn held(&self) -> usize {
         self.conversation()
             .map_or(0, Conversation::waiting)
-            .saturating_add(self.unsent().len())
+            .saturating_add(self.unsent())
+    }
+}
+
+/// Sends bytes, of which there are some, once. What that achieved, and how many went out.
+fn send_once(post: Post<'_>, bytes: &[u8]) -> (Sent, usize) {
+    loop {
+        return match turn::send(post.memory, post.socket, bytes) {
+            Ok(count) if count >= bytes.len() => (Sent::All, count),
+            Ok(count) => (Sent::Part, count),
+            Err(Errno::EINTR) => continue,
+            Err(Errno::EAGAIN) => (Sent::Blocked, 0),
+            Err(Errno::ENOMEM | Errno::ENOBUFS) => (Sent::NoMemory, 0),
+            Err(_) => (Sent::Failed, 0),
+        };
     }
 }

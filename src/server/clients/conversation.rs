@@ -1,8 +1,10 @@
 //! One client's side of the conversation: bytes in, frames out, in whatever pieces they come.
 //!
 //! It keeps only what cannot be worked on yet: the beginning of a frame, a call whose descriptors
-//! have not arrived, or frames that have to wait until earlier replies are sent. It knows no
-//! sockets, so that a fuzzer can play the network.
+//! have not arrived, or frames that have to wait until earlier replies are sent. Between turns even
+//! that lies elsewhere, if somebody keeps it: then it knows how much there is, and how long the frame
+//! at the front will be, so that only a whole one is fetched. It knows no sockets, so that a fuzzer can
+//! play the network.
 
 use crate::server::flow::Flow;
 use crate::wire::frame::{self, Frame, Header, Kind, Split};
@@ -26,8 +28,13 @@ const MOST_ROOM: usize = 256 * 1024;
 /// What a client has sent and nobody has worked on yet.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Conversation {
+    /// What waits here, behind what lies elsewhere.
     pending: Vec<u8>,
-    /// Descriptors came with the last byte of `pending`.
+    /// How many bytes lie elsewhere.
+    elsewhere: usize,
+    /// How many have to be there before any of those that lie elsewhere are wanted again.
+    wanted: usize,
+    /// Descriptors came with the last byte that waits.
     descriptors_at_end: bool,
     /// How many of the descriptors that belong to the call at the front have arrived.
     arrived: u32,
@@ -47,17 +54,40 @@ pub struct Pending {
 impl Conversation {
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.pending.is_empty()
+        self.waiting() == 0
     }
 
     /// How many bytes wait.
     pub fn waiting(&self) -> usize {
-        self.pending.len()
+        self.elsewhere.saturating_add(self.pending.len())
     }
 
-    /// What waits.
-    pub fn bytes(&self) -> &[u8] {
-        &self.pending
+    /// How many of them lie elsewhere.
+    pub fn elsewhere(&self) -> usize {
+        self.elsewhere
+    }
+
+    /// All that waits lies elsewhere by now, and need not be here, too.
+    pub fn lies_elsewhere(&mut self) {
+        if self.elsewhere == 0 {
+            self.wanted = match frame::split(&self.pending, usize::MAX) {
+                Split::Incomplete { length } => length.unwrap_or(0),
+                Split::Frame(_) | Split::Invalid => 0,
+            };
+        }
+        self.elsewhere = self.waiting();
+        self.pending = Vec::new();
+    }
+
+    /// Whether what lies elsewhere is wanted before so many bytes more are taken in.
+    pub fn wants_what_lies_elsewhere(&self, more: usize) -> bool {
+        self.elsewhere > 0 && self.waiting().saturating_add(more) >= self.wanted
+    }
+
+    /// Here is what lay elsewhere.
+    pub fn bring_back(&mut self, mut bytes: Vec<u8>) {
+        bytes.extend_from_slice(&self.pending);
+        (self.pending, self.elsewhere) = (bytes, 0);
     }
 
     /// Whether descriptors came with the last byte that waits, and how many of the call at the front have
@@ -66,7 +96,7 @@ impl Conversation {
         (self.descriptors_at_end, self.arrived)
     }
 
-    /// What waits, to be passed on.
+    /// What waits here, to be passed on.
     pub fn pending(&self) -> Option<Pending> {
         (!self.is_empty()).then(|| Pending {
             bytes: self.pending.clone(),
@@ -86,6 +116,7 @@ impl Conversation {
             pending: bytes,
             descriptors_at_end,
             arrived,
+            ..Conversation::default()
         }
     }
 
@@ -93,7 +124,8 @@ impl Conversation {
     /// with it, and hands each whole frame to `work`: its header and arguments, and how many bytes of all
     /// that waited and came are done with behind it. A frame longer than `longest` bytes ends the connection.
     ///
-    /// With no bytes, works on what has been waiting since a pause.
+    /// With no bytes, works on what has been waiting since a pause. What lies elsewhere was brought back
+    /// before, if it is wanted.
     pub fn take_in(
         &mut self,
         bytes: &[u8],
@@ -101,6 +133,12 @@ impl Conversation {
         longest: usize,
         mut work: impl FnMut(Header, &[u8], usize) -> Flow,
     ) -> Taken {
+        if self.elsewhere > 0 {
+            // Part of a frame, and it stays one: what a descriptor came with is a byte like any other.
+            self.pending.extend_from_slice(bytes);
+            self.descriptors_at_end = false;
+            return Taken::All;
+        }
         if self.pending.is_empty() {
             self.descriptors_at_end = descriptors_at_end;
             let (left, taken) = self.advance(bytes, longest, &mut work);
@@ -354,6 +392,56 @@ mod tests {
         }
         assert_eq!(serials, [1, 2, 3]);
         assert!(conversation.is_empty());
+    }
+
+    #[test]
+    fn what_lies_elsewhere_is_wanted_when_a_frame_is_whole_and_no_earlier() {
+        let mut with_text = Vec::new();
+        let path = [b'/', b'l', b's'];
+        Call::CreateLockspace { path: &path }.encode(&mut with_text, 3);
+        let stream = [
+            call(1),
+            call_with_descriptors(2, 1),
+            b"\0".to_vec(),
+            with_text,
+        ]
+        .concat();
+        let mark = call(1).len() + call_with_descriptors(2, 1).len() + 1;
+        for size in 1..=stream.len() {
+            let mut conversation = Conversation::default();
+            let mut elsewhere = Vec::new();
+            let mut serials = Vec::new();
+            let mut at = 0;
+            while at < stream.len() {
+                // A read never goes past the byte of a descriptor.
+                let to = (at + size).min(if at < mark { mark } else { stream.len() });
+                let came = &stream[at..to];
+                let is_wanted = conversation.wants_what_lies_elsewhere(came.len());
+                let all = [&elsewhere[..], came].concat();
+                let is_whole = matches!(frame::split(&all, LONGEST_FRAME), Split::Frame(_));
+                let says_how_long = elsewhere.len() >= frame::LENGTH_WORD;
+                if says_how_long {
+                    assert_eq!(is_wanted, is_whole, "{size}: {at}");
+                }
+                if is_wanted {
+                    conversation.bring_back(std::mem::take(&mut elsewhere));
+                }
+                let (more, taken) = feed(&mut conversation, &[(came, to == mark)]);
+                assert_eq!(taken, Taken::All);
+                serials.extend(more);
+                elsewhere.extend(
+                    conversation
+                        .pending()
+                        .map(|it| it.bytes)
+                        .unwrap_or_default(),
+                );
+                conversation.lies_elsewhere();
+                assert_eq!(conversation.waiting(), elsewhere.len(), "{size}: {at}");
+                at = to;
+            }
+            assert_eq!(serials, [1, 2, 3], "{size}");
+            assert!(conversation.is_empty());
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::wire::error::{Code, Domain, Error};
 use crate::wire::frame::{Header, Kind};
 
 /// How many reactors may die of a frame.
-const DEADLY: u8 = 2;
+pub const DEADLY: u8 = 2;
 /// How many bytes of a frame the log has. A lock client's call has at most as many, most often far fewer.
 const LOGGED: usize = 4096;
 

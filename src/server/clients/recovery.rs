@@ -18,6 +18,7 @@
 //! Of what can be done once more it does not matter that it was done, as nobody else is served before. All of
 //! this can be found out again, should this process die of it, too, until the client's slot has the result.
 
+use super::poison;
 use crate::custody::Custody;
 use crate::custody::clients::{ClientId, Traffic};
 use crate::custody::descriptor::Number;
@@ -30,6 +31,10 @@ use crate::locks::table::Owner;
 use crate::server::hall::Order;
 use crate::wire::frame::{self, Header, Kind, Split};
 use crate::wire::{admin, lock};
+
+/// How many reactors try to find out what became of a call. Many more than are killed in a row without a fault
+/// of the program: one that is refused after it was done leaves its owner with a lock that nobody told it of.
+const TRIES: u64 = 8;
 
 /// What is left of a client.
 #[derive(Debug)]
@@ -89,6 +94,12 @@ pub fn recover(
     if let Some(interrupted) = interrupted
         && let Some(client) = custody.state().client(id)
     {
+        if step::is_tried(memory) >= TRIES {
+            // Whoever looks at it dies of it.
+            rest.deaths = poison::DEADLY;
+            recovered.rest = rest;
+            return Some(recovered);
+        }
         let call = Call::at_front(&rest, client.arrival.server);
         let verdict = match &call {
             Some(call) => call.verdict(id, custody, since, orders),
@@ -108,6 +119,9 @@ pub fn recover(
                     .and_then(|call| call.making());
             }
             (Verdict::Done, Some(call)) => {
+                if matches!(call.lock_call(), Some(lock::Call::Register { .. })) {
+                    custody.note_registration(id);
+                }
                 let (header, length) = (call.header, call.length);
                 lock::encode_success(&mut rest.unsent, header);
                 rest.pending.drain(..length.min(rest.pending.len()));
@@ -366,7 +380,7 @@ mod tests {
                 pending: bytes.to_vec(),
                 ..Rest::default()
             };
-            let mut places = desk::slot::Places::find(memory);
+            let mut places = desk::slot::Places::find(memory, None);
             assert!(step::settle(memory, &mut places, whose, &waiting));
             step::begin(memory, whose);
             step::frame_begins(memory, 0, self.custody.mark());
@@ -485,6 +499,27 @@ mod tests {
             assert_undone(&fixture.lock_dies(call, false));
             assert_done(&fixture.lock_dies(call, true));
         }
+    }
+
+    #[test]
+    fn a_call_of_which_reactors_die_as_they_look_at_it_is_refused_in_the_end() {
+        let mut fixture = Fixture::new("looks");
+        let recovered = fixture.lock_dies(&lock::Call::Restrict { flags: 0 }, false);
+        assert_eq!(recovered.rest.deaths, 1);
+        let (id, whose) = fixture.lock;
+        let mut look = || {
+            let file = fixture.custody.ledger().unwrap().try_clone().unwrap();
+            let mark = step::ledger_before(fixture.desk.memory());
+            let (_, _, mut since) = Ledger::take_over_since(file, mark).unwrap();
+            let (memory, custody) = (fixture.desk.memory(), &mut fixture.custody);
+            recover(memory, whose, id, custody, &mut since, &mut Vec::new()).unwrap()
+        };
+        for _ in 1..TRIES {
+            assert_eq!(look().rest.deaths, 1);
+        }
+        let refused = look();
+        assert!(poison::is_deadly(refused.rest.deaths) && refused.was_interrupted);
+        assert_eq!(refused.rest.pending, recovered.rest.pending);
     }
 
     #[test]

@@ -7,13 +7,13 @@ use std::os::fd::RawFd;
 use crate::host::errno::Errno;
 
 use super::connection::{Appetite, Connection, Post, Sent};
-use super::conversation::Taken;
-use super::poison;
+use super::conversation::{Conversation, Taken};
+use super::{poison, recovery};
 use crate::custody::clients::ClientId;
 use crate::custody::servers::Service;
 use crate::desk::Desk;
-use crate::desk::layout::READ_SIZE;
-use crate::desk::slot::Places;
+use crate::desk::layout::{READ_SIZE, Way};
+use crate::desk::slot::{self, Places};
 use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::clock::Moment;
 use crate::host::stream::Received;
@@ -120,6 +120,8 @@ struct Step {
     done: usize,
     /// How many bytes were sent, of those that were unsent and made.
     sent: usize,
+    /// There was no slot for what the connection has on its way: all of it is in its own memory.
+    is_apart: bool,
 }
 
 impl Buffers {
@@ -129,14 +131,20 @@ impl Buffers {
             input: vec![0; READ_SIZE],
             output: Vec::new(),
             step: Step::default(),
-            places: Places::find(desk.memory()),
+            places: Places::find(
+                desk.memory(),
+                step::whose_turn(desk.memory()).map(|whose| whose.number),
+            ),
             is_stretched: false,
         }
     }
 
-    fn begin(&mut self, desk: &Desk, whose: Whose) {
+    fn begin(&mut self, desk: &Desk, whose: Whose, connection: &Connection) {
         step::begin(desk.memory(), whose);
-        self.step = Step::default();
+        self.step = Step {
+            is_apart: !connection.is_quiet() && !connection.is_on_desk(),
+            ..Step::default()
+        };
         self.output.clear();
         if self.output.capacity() > READ_SIZE {
             // One long reply is no reason to keep so much memory for ever.
@@ -144,50 +152,76 @@ impl Buffers {
         }
     }
 
-    /// Ends a step: what the client has on its way by now is left in its slot. False if there is no room
-    /// for it.
-    pub fn end(&mut self, desk: &Desk, whose: Whose, connection: &Connection) -> bool {
-        let Step {
-            received,
-            done,
-            sent,
-        } = self.step;
-        let conversation = connection.conversation();
-        let (descriptors_at_end, arrived) =
-            conversation.map(|it| it.descriptors()).unwrap_or_default();
-        let end = step::End {
-            received: self.input.get(..received).unwrap_or_default(),
-            done,
-            replies: &self.output,
-            sent,
-            pending: conversation.map(|it| it.bytes()).unwrap_or_default(),
-            unsent: connection.unsent(),
-            descriptors_at_end,
-            arrived,
-            closing: connection.closing,
-        };
-        let is_kept = step::end(desk.memory(), &mut self.places, whose, &end);
+    /// Ends a step: what the client has on its way by now is left in its slot, and there alone. False if
+    /// there is no room for it. Most often there is nothing, nor was there, and no slot is looked at.
+    pub fn end(&mut self, desk: &Desk, whose: Whose, connection: &mut Connection) -> bool {
+        let memory = desk.memory();
         self.is_stretched |= self.output.len() > READ_SIZE;
+        if !step::outlives(memory) || (connection.is_quiet() && !connection.is_on_desk()) {
+            return true;
+        }
+        let is_kept = if self.step.is_apart {
+            let number = RawFd::try_from(whose.number).unwrap_or(-1);
+            let rest = recovery::rest(&connection.traffic(number, memory));
+            step::settle(memory, &mut self.places, whose, &rest)
+        } else {
+            let Step {
+                received,
+                done,
+                sent,
+                ..
+            } = self.step;
+            let conversation = connection.conversation();
+            let (descriptors_at_end, arrived) = conversation
+                .map(Conversation::descriptors)
+                .unwrap_or_default();
+            let end = step::End {
+                received: self.input.get(..received).unwrap_or_default(),
+                done,
+                replies: &self.output,
+                sent,
+                pending: conversation.map_or(0, Conversation::waiting),
+                unsent: connection.unsent(),
+                descriptors_at_end,
+                arrived,
+                closing: connection.closing,
+            };
+            step::end(memory, &mut self.places, whose, &end)
+        };
+        if is_kept {
+            connection.lies_on_desk();
+        }
         is_kept
     }
 
-    /// Leaves in a client's slot what a dead reactor, or an earlier image of the process, left of it.
-    pub fn settle(&mut self, desk: &Desk, whose: Option<Whose>, rest: &Rest) {
-        if let Some(whose) = whose
-            && !step::settle(desk.memory(), &mut self.places, whose, rest)
-        {
+    /// Leaves in a client's slot what a dead reactor, or an earlier image of the process, left of it; whether
+    /// it is there now.
+    pub fn settle(&mut self, desk: &Desk, whose: Whose, rest: &Rest) -> bool {
+        let is_kept = step::settle(desk.memory(), &mut self.places, whose, rest);
+        if !is_kept {
             tracing::error!(
                 target: "rpc.netserverclient",
                 "What a client (descriptor {}) has on its way could not be kept: should the daemon die \
                  now, it may be lost", whose.number
             );
         }
+        is_kept && step::outlives(desk.memory())
+    }
+
+    /// Whether there is memory that [`Buffers::give_back`] would give back.
+    pub fn has_left(&self) -> bool {
+        self.is_stretched || self.places.has_left()
     }
 
     /// A client is gone.
     pub fn leave(&mut self, desk: &Desk, id: ClientId) {
         if let Ok(number) = usize::try_from(id.0) {
-            self.places.leave(desk.memory(), number);
+            let memory = desk.memory();
+            if step::whose_turn(memory).is_some_and(|whose| whose.number == number) {
+                // It may be told by the slot.
+                step::none(memory);
+            }
+            self.places.leave(memory, number);
         }
     }
 
@@ -263,10 +297,10 @@ impl Turn<'_> {
         let mut turned = Turned::Short;
         let mut is_over = false;
         loop {
-            if !connection.holds_replies() && !connection.unsent().is_empty() {
-                self.buffers.begin(self.desk, whose);
+            if !connection.holds_replies() && connection.unsent() > 0 {
+                self.buffers.begin(self.desk, whose, connection);
                 let sent = self.send(socket, connection, false);
-                if !self.buffers.end(self.desk, whose, connection) {
+                if !self.end_step(whose, connection) {
                     return self.no_room(id);
                 }
                 match sent {
@@ -281,15 +315,15 @@ impl Turn<'_> {
             if connection.closing {
                 return Turned::Over;
             }
-            if connection.unsent().is_empty() && self.has_news(connection) {
+            if connection.unsent() == 0 && self.has_news(connection) {
                 if is_over {
                     return Turned::Unfinished;
                 }
-                self.buffers.begin(self.desk, whose);
+                self.buffers.begin(self.desk, whose, connection);
                 let is_kept = self.tell(id, connection);
                 is_over = Moment::now() >= end;
                 let sent = self.send(socket, connection, true);
-                if !self.buffers.end(self.desk, whose, connection) || !is_kept {
+                if !self.end_step(whose, connection) || !is_kept {
                     return self.no_room(id);
                 }
                 match sent {
@@ -310,7 +344,7 @@ impl Turn<'_> {
             if is_over {
                 return Turned::Unfinished;
             }
-            self.buffers.begin(self.desk, whose);
+            self.buffers.begin(self.desk, whose, connection);
             let descriptors = if connection.paused {
                 false
             } else {
@@ -339,7 +373,7 @@ impl Turn<'_> {
             }
             if is_over && self.buffers.output.len() >= LONG_REPLIES && taken != Taken::Close {
                 self.hold_replies(connection);
-                if !self.buffers.end(self.desk, whose, connection) {
+                if !self.end_step(whose, connection) {
                     return self.no_room(id);
                 }
                 return Turned::Unfinished;
@@ -350,7 +384,7 @@ impl Turn<'_> {
             } else {
                 self.send(socket, connection, true)
             };
-            if !self.buffers.end(self.desk, whose, connection) {
+            if !self.end_step(whose, connection) {
                 return self.no_room(id);
             }
             match sent {
@@ -365,6 +399,14 @@ impl Turn<'_> {
                 Sent::NoMemory => return self.serve_later(id, turned),
             }
         }
+    }
+
+    fn end_step(&mut self, whose: Whose, connection: &mut Connection) -> bool {
+        let is_kept = self.buffers.end(self.desk, whose, connection);
+        if self.buffers.has_left() {
+            self.hall.deadlines.give_memory_back_later();
+        }
+        is_kept
     }
 
     /// Sends, once in a step, what is unsent, and the replies that were made in it.
@@ -400,6 +442,18 @@ impl Turn<'_> {
             ..
         } = &mut *self.buffers;
         let memory = self.desk.memory();
+        if conversation.wants_what_lies_elsewhere(step.received) {
+            let size = conversation.elsewhere();
+            let kept = slot::front(memory, whose.number, Way::Pending, size);
+            if kept.len() != size {
+                tracing::error!(
+                    target: "rpc.netserverclient",
+                    "A client (descriptor {}) is closed: what it sent is not where it was kept", id.0
+                );
+                return Taken::Close;
+            }
+            conversation.bring_back(kept);
+        }
         let deaths = if waited > 0 {
             step::deaths(memory, whose)
         } else {

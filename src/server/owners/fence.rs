@@ -18,15 +18,15 @@ use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
 use crate::host::stream;
 use crate::locks::holder;
-use crate::locks::table::{OwnerKey, Pid};
+use crate::locks::table::{Owner, OwnerKey, Pid};
 use crate::server::deadlines::Deadline;
 use crate::server::reserve::Reserve;
 use crate::server::watch::Source;
 
-/// How long an owner has between SIGTERM and SIGKILL, milliseconds (as in the C daemon).
-const GRACE_MS: u64 = 1600;
-/// How long after SIGKILL an owner that lives on is worth a line in the log, milliseconds.
-const OVERDUE_MS: u64 = 30_000;
+/// How long an owner has between SIGTERM and SIGKILL.
+const GRACE_MS: u64 = Stage::Asked.lasts_ms();
+/// How long after SIGKILL an owner that lives on is worth a line in the log.
+const OVERDUE_MS: u64 = Stage::Killed.lasts_ms();
 /// How long until SIGKILL is tried again that could not be sent, milliseconds.
 const KILL_AGAIN_MS: u64 = 10_000;
 
@@ -68,6 +68,9 @@ impl Owners<'_> {
             self.watch_process(owner.pid);
             return Left::Nothing;
         }
+        if !is_dead && self.stands_for_itself(owner) {
+            return Left::Nothing;
+        }
         if !is_dead && self.stands_for_others(owner) {
             self.keep_for_others(owner);
             return Left::Nothing;
@@ -80,22 +83,29 @@ impl Owners<'_> {
         state.ends_with(state.client(id)?)
     }
 
+    /// Whether an owner has another connection that it made itself and that goes on: it has not left. In which
+    /// order the end of one and a call of the other are heard says nothing, least of all behind a death.
+    fn stands_for_itself(&mut self, owner: OwnerKey) -> bool {
+        let state = self.custody.state();
+        let has_another = |uuid: [u8; 16]| state.has_own_connection(owner.pid, &uuid);
+        owner.uuid.is_some_and(has_another) && self.lives_by(|other| other.key() == owner)
+    }
+
     /// Whether the process of an owner stands for other domains over connections that it made itself
     /// and that go on.
     pub fn stands_for_others(&mut self, owner: OwnerKey) -> bool {
-        let state = self.custody.state();
-        if !state.stands_for_others(owner) {
-            return false;
-        }
-        // They may be of an earlier process that had the number, and that is dead while somebody else
-        // keeps them open. All connections are looked through only where there are some of the number.
+        self.custody.state().stands_for_others(owner)
+            && self.lives_by(|other| other.pid == owner.pid && other.key() != owner)
+    }
+
+    /// Whether a process lives that made one of these owners' connections for itself, which goes on. It may be of
+    /// an earlier process that had the number, and that is dead while somebody else keeps it open. All connections
+    /// are looked through: only where there are some.
+    fn lives_by(&mut self, is_one: impl Fn(&Owner) -> bool) -> bool {
         let (names_processes, reserve) = (self.names_processes, &mut *self.reserve);
-        let clients = state.clients().map(|(_, client)| client);
-        let mut others = clients.filter(|client| {
-            let other = client.own_owner();
-            !client.is_over()
-                && other.is_some_and(|other| other.pid == owner.pid && other.key() != owner)
-        });
+        let clients = self.custody.state().clients().map(|(_, client)| client);
+        let mut others =
+            clients.filter(|client| !client.is_over() && client.own_owner().is_some_and(&is_one));
         others.any(|client| {
             let process = process_of(client, names_processes, reserve);
             process.is_ok_and(|process| !process.is_dead())
@@ -323,14 +333,14 @@ impl Owners<'_> {
         if self.is_fenced_and_dead(pid) != Some(true) {
             return;
         }
+        // First of all: should this process die, the next one knows of the death by the fence alone.
+        self.free_unless_succeeded(pid, None);
         let Some(process) = self.custody.fenced(pid) else {
             return;
         };
         self.deadlines.unset(Deadline::Kill(pid));
         self.deadlines.unset(Deadline::StillAlive(pid));
         self.watch.remove(process.as_raw_fd());
-        drop(process);
-        self.free_unless_succeeded(pid, None);
     }
 }
 

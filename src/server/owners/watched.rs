@@ -250,12 +250,13 @@ impl Owners<'_> {
     pub fn bury(&mut self, pid: Pid) {
         self.fenced(pid);
         if self.is_watched_and_dead(pid) == Some(true) {
-            self.end_watch(pid);
             // A later process of the same number, which is being fenced, has the rest freed.
             let state = self.custody.state();
             if !state.fences().contains_key(&pid) && state.table().holds(pid) {
                 self.free_unless_succeeded(pid, None);
             }
+            // Behind that: should this process die, the next one knows of the death by this alone.
+            self.end_watch(pid);
         }
     }
 

@@ -6,6 +6,7 @@ use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::locking::{Decided, Refusal};
 use crate::custody::own_connections::Seen;
+use crate::host::errno::Errno;
 use crate::host::process;
 use crate::host::shared::Word;
 use crate::locks::holder;
@@ -44,6 +45,13 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
     let owner = client.owner.as_deref().cloned();
     let is_lent = client.own_owner().is_none();
     let custody = &mut *hall.custody;
+    // What only lets go is never refused for want of room.
+    if !matches!(
+        call,
+        Call::ReleaseResource { .. } | Call::DeleteResource { .. }
+    ) {
+        custody.make_room().map_err(not_recorded)?;
+    }
     match *call {
         Call::Register {
             uuid,
@@ -172,6 +180,14 @@ fn check_flags(procedure: Procedure, call: &Call<'_>) -> Result<(), Error> {
         0 => Ok(()),
         unknown => Err(Error::flags(Domain::Rpc, procedure.function(), unknown)),
     }
+}
+
+fn not_recorded(reason: Errno) -> Error {
+    Error::system(
+        Domain::Lockspace,
+        b"Unable to record what is asked for",
+        reason,
+    )
 }
 
 fn registered(owner: Option<&Owner>) -> Result<&Owner, Error> {

@@ -40,6 +40,7 @@ impl Run<'_> {
                 Mode::Exclusive => Mode::Shared,
                 Mode::Shared => Mode::Exclusive,
             };
+            let _daemon = self.gate.read().expect("the gate");
             for (file, left_alone) in left_alone.iter_mut().enumerate() {
                 if *left_alone > 0 {
                     *left_alone -= 1;
@@ -77,6 +78,7 @@ impl Run<'_> {
         let mut options = File::options();
         options.read(true).write(true).create(true);
         while !self.stop.load(Ordering::Relaxed) {
+            let _daemon = self.gate.read().expect("the gate");
             let mode = *random.pick(&[Mode::Exclusive, Mode::Shared]);
             let before = self.now();
             let file = options.open(&lease).expect("open or make the lease");

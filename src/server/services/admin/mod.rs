@@ -114,6 +114,7 @@ fn serve(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Outcome, 
             parameters::check_names(parameters)?;
             check_flags(procedure, *flags)?;
             let caller = caller(hall, id);
+            check_room(hall)?;
             parameters::set_workers(hall.custody, service, parameters, &caller)?;
             Ok(Answer::Done.into())
         }
@@ -162,6 +163,7 @@ fn serve(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Outcome, 
             parameters::check_names(parameters)?;
             check_flags(procedure, *flags)?;
             let caller = caller(hall, id);
+            check_room(hall)?;
             parameters::set_client_limits(hall.custody, service, parameters, &caller)?;
             hall.orders.push(Order::LetIn(service));
             Ok(Answer::Done.into())
@@ -176,12 +178,14 @@ fn serve(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Outcome, 
         }
         Call::ConnectSetLoggingOutputs { text, flags } => {
             check_flags(procedure, *flags)?;
+            check_room(hall)?;
             logging::set_outputs(text.unwrap_or_default(), &caller(hall, id))?;
             hall.custody.log_changed(log::saved());
             Ok(Answer::Done.into())
         }
         Call::ConnectSetLoggingFilters { text, flags } => {
             check_flags(procedure, *flags)?;
+            check_room(hall)?;
             logging::set_filters(text.unwrap_or_default(), &caller(hall, id))?;
             hall.custody.log_changed(log::saved());
             Ok(Answer::Done.into())
@@ -195,6 +199,7 @@ fn serve(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Outcome, 
         Call::ConnectSetDaemonTimeout { timeout_s, flags } => {
             check_flags(procedure, *flags)?;
             let caller = caller(hall, id);
+            check_room(hall)?;
             set_timeout(hall, *timeout_s, &caller);
             Ok(Answer::Done.into())
         }
@@ -220,6 +225,13 @@ fn check_flags(procedure: Procedure, flags: u32) -> Result<(), Error> {
         0 => Ok(()),
         unknown => Err(Error::flags(Domain::Admin, procedure.function(), unknown)),
     }
+}
+
+/// That what is set can be written down.
+fn check_room(hall: &mut Hall<'_>) -> Result<(), Error> {
+    let what = b"Unable to record what is asked for";
+    let room = hall.custody.make_room();
+    room.map_err(|reason| Error::system(Domain::Admin, what, reason))
 }
 
 fn find_server(name: &[u8]) -> Option<Service> {
