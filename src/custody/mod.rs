@@ -803,3 +803,51 @@ impl Custody {
             .is_ok_and(|replayed| said(replayed.entries()) == said(self.state.entries()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::host::stream::{Peer, UNKNOWN_PEER};
+
+    #[test]
+    fn a_registration_that_a_death_cut_short_has_its_time_and_is_counted_once() {
+        let mut custody = Custody::new(Ledger::new().unwrap());
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let id = ClientId(ours.as_raw_fd());
+        let pid = process::own_number();
+        let arrival = Arrival {
+            server: Service::Lock,
+            id: custody.take_id(Service::Lock),
+            peer: Some(Peer {
+                pid,
+                ..UNKNOWN_PEER
+            }),
+            start_time: None,
+            connected_at: 0,
+            refused: false,
+        };
+        custody.connected(OwnedFd::from(ours), arrival);
+        let owner = Owner {
+            pid,
+            id: 1,
+            name: b"guest"[..].into(),
+            uuid: [1; 16],
+        };
+        let event = Event::Registered(Number(id.0), (&owner).into());
+        custody.record(event, Given::of_owner(&owner));
+        let seen = |custody: &Custody| {
+            let at = custody.state().client(id).map(|it| it.registered_at);
+            (at.unwrap(), custody.counted(Counter::Registered))
+        };
+        assert_eq!(seen(&custody), (0, 0));
+        custody.note_registration(id);
+        let (at, count) = seen(&custody);
+        assert!(at > 0 && count == 1);
+        custody.note_registration(id);
+        assert_eq!(seen(&custody), (at, 1));
+        assert!(custody.is_written_down());
+    }
+}
