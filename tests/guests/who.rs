@@ -66,7 +66,7 @@ fn a_refused_start_names_the_guest_that_has_the_disk() {
         let uuid = libvirt.virsh(&["domuuid", "first"]).expect("its uuid");
         let pid = libvirt.guest_pid("first");
         let expected = format!(
-            "resource busy: Lockspace resource '{}' is locked: by domain 'first' (uuid {uuid}, pid {pid})",
+            "resource busy: Lockspace resource '{}' is locked: by domain 'first' (uuid {uuid}, pid {pid}), exclusive",
             disk.display()
         );
         assert!(refused.contains(&expected), "{refused}");
