@@ -1,16 +1,14 @@
 //! The status program as its description says it (`src/dist/status-protocol.md`), without the crate's code.
 
 use super::client::{CALL, Client, MESSAGE, Received, Reply, frame, put_string, put_u32};
+pub use super::protocol::{OWNERS, RESOURCES, STATUS_PROGRAM as PROGRAM};
 use super::protocol::{STATUS_OK, at, word};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-pub const PROGRAM: u32 = 0x564c_5354;
 const DAEMON: i32 = 1;
 const COUNTERS: i32 = 2;
 const LOCKSPACES: i32 = 3;
-pub const RESOURCES: i32 = 4;
-pub const OWNERS: i32 = 5;
 const HOLDERS: i32 = 6;
 const FILE: i32 = 7;
 const RESOURCE: i32 = 8;
