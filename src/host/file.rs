@@ -234,30 +234,12 @@ pub fn identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
 /// As [`identity`], of what is known here: no server of a network file system is asked, which may not
 /// answer (statx(2), AT_STATX_DONT_SYNC).
 pub fn known_identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
-    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    let wanted = libc::STATX_TYPE | libc::STATX_INO;
-    let number = file.as_fd().as_raw_fd();
-    // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
-    let result = unsafe { libc::statx(number, c"".as_ptr(), flags, wanted, found.as_mut_ptr()) };
-    match Errno::result(result) {
-        Ok(_) => (),
+    match known(file.as_fd().as_raw_fd(), c"", libc::AT_EMPTY_PATH) {
+        Ok((identity, _)) => Ok(identity),
         // A security policy may not know the call.
-        Err(Errno::ENOSYS | Errno::EPERM) => return identity(file),
-        Err(reason) => return Err(reason),
+        Err(Errno::ENOSYS | Errno::EPERM) => identity(file),
+        Err(reason) => Err(reason),
     }
-    // SAFETY: the call succeeded, so it has filled it in.
-    let found = unsafe { found.assume_init() };
-    if libc::mode_t::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK {
-        return Ok(FileIdentity {
-            device: libc::makedev(found.stx_rdev_major, found.stx_rdev_minor),
-            inode: 0,
-        });
-    }
-    Ok(FileIdentity {
-        device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
-        inode: found.stx_ino,
-    })
 }
 
 /// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
@@ -278,18 +260,22 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
 }
 
 /// What is known here of the file that a path leads to: a server of a network file system is not asked, so
-/// this does not wait for one (statx(2) with AT_STATX_DONT_SYNC). Identity, and whether it is a regular file
-/// or a block device.
+/// this does not wait for one. Identity, and whether it is a regular file or a block device.
 pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
-    // SAFETY: statx is plain data for which all zeros is a valid value.
-    let mut found: libc::statx = unsafe { std::mem::zeroed() };
-    let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE | libc::STATX_INO);
-    // SAFETY: the path ends with a zero byte, and the kernel stores a statx at the address of a living one.
-    let result = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, mask, &raw mut found) };
-    nix::errno::Errno::result(result).map_err(Errno::from)?;
-    let kind = SFlag::from_bits_truncate(found.stx_mode.into()) & SFlag::S_IFMT;
-    let is_disk = matches!(kind, SFlag::S_IFREG | SFlag::S_IFBLK);
-    let identity = if kind == SFlag::S_IFBLK {
+    known(libc::AT_FDCWD, path, 0)
+}
+
+fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), Errno> {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+    let flags = flags | libc::AT_STATX_DONT_SYNC;
+    let wanted = libc::STATX_TYPE | libc::STATX_INO;
+    // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
+    let result = unsafe { libc::statx(start, path.as_ptr(), flags, wanted, found.as_mut_ptr()) };
+    Errno::result(result)?;
+    // SAFETY: the call succeeded, so it has filled it in.
+    let found = unsafe { found.assume_init() };
+    let kind = libc::mode_t::from(found.stx_mode) & libc::S_IFMT;
+    let identity = if kind == libc::S_IFBLK {
         FileIdentity {
             device: libc::makedev(found.stx_rdev_major, found.stx_rdev_minor),
             inode: 0,
@@ -300,7 +286,7 @@ pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
             inode: found.stx_ino,
         }
     };
-    Ok((identity, is_disk))
+    Ok((identity, matches!(kind, libc::S_IFREG | libc::S_IFBLK)))
 }
 
 /// Removes a name. Of a symbolic link, the link.
