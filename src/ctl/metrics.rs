@@ -154,8 +154,9 @@ fn print(
         return;
     }
     if !kind.is_empty() {
-        out.line("# HELP virtlockd_build Which lock daemon answers.");
-        out.line("# TYPE virtlockd_build info");
+        // Not of the type `info`: the textfile collector drops a file that has one.
+        out.line("# HELP virtlockd_build_info Which lock daemon answers.");
+        out.line("# TYPE virtlockd_build_info gauge");
         out.line(&format!(
             "virtlockd_build_info{{implementation=\"{kind}\",version=\"{}\"}} 1",
             label(version)
