@@ -30,6 +30,7 @@
 //!   ask.rs                a connection to a daemon
 //!   view.rs               what a daemon says, gathered
 //!   look.rs               a look at a file that may never answer
+//!   patience.rs           the process that looks, and how long it is waited for
 //!   kernel.rs             what the kernel knows of locks
 //!   guests.rs             the guests that run, and what they have open
 //!   mounts.rs             what is mounted where

@@ -9,10 +9,10 @@ use super::ask::{Link, Trouble};
 use super::exit::{Exit, complain};
 use super::guests::{self, Guest, Open};
 use super::kernel::{self, Lock};
-use super::leases::{self, Leases};
+use super::leases::Leases;
 use super::options::Common;
 use super::show::{self, Out};
-use super::text::safe;
+use super::text::{count, safe};
 use super::view::{self, Owner, Resource};
 use crate::host::process;
 
@@ -26,8 +26,8 @@ enum Locks {
     None,
 }
 
-/// A disk that a guest writes and no lock protects.
-struct Unprotected<'a> {
+/// A disk that a guest writes, and what is the matter with it.
+struct Disk<'a> {
     guest: &'a Guest,
     path: &'a Path,
     reason: String,
@@ -53,16 +53,26 @@ pub fn run(common: &Common, out: &mut Out) -> Exit {
             return Exit::Unknown;
         }
     };
-    let guests = guests::running();
+    let guests = guests::running(&leases);
     let mut unprotected = Vec::new();
+    let mut unknown = Vec::new();
     for guest in &guests {
         for open in guest.open.iter().flatten().filter(|open| open.writes) {
-            if let Some(reason) = unprotected_because(&locks, &leases, guest, open) {
-                unprotected.push(Unprotected {
+            let Some(reason) = unprotected_because(&locks, guest, open) else {
+                continue;
+            };
+            let path = &open.path;
+            match &open.lease {
+                Ok(_) => unprotected.push(Disk {
                     guest,
-                    path: &open.path,
+                    path,
                     reason,
-                });
+                }),
+                Err(doubt) => unknown.push(Disk {
+                    guest,
+                    path,
+                    reason: doubt.clone(),
+                }),
             }
         }
     }
@@ -76,12 +86,21 @@ pub fn run(common: &Common, out: &mut Out) -> Exit {
         out.json(&json!({
             "command": "audit",
             "guests": guests.len(),
-            "unprotected": unprotected.iter().map(unprotected_json).collect::<Vec<_>>(),
+            "unprotected": unprotected.iter().map(disk_json).collect::<Vec<_>>(),
+            "unknown": unknown.iter().map(disk_json).collect::<Vec<_>>(),
             "idle_locks": idle.iter().map(idle_json).collect::<Vec<_>>(),
             "unseen": unseen,
         }));
     } else {
         say(&locks, &guests, &unprotected, &idle, out);
+    }
+    for disk in &unknown {
+        let path = safe(disk.path.as_os_str().as_bytes());
+        complain(&format!(
+            "whether a lock protects {path} of {} cannot be told: {}",
+            guest_text(disk.guest),
+            disk.reason
+        ));
     }
     if !unseen.is_empty() {
         complain(&format!(
@@ -91,7 +110,7 @@ pub fn run(common: &Common, out: &mut Out) -> Exit {
     }
     if !unprotected.is_empty() || !idle.is_empty() {
         Exit::No
-    } else if unseen.is_empty() {
+    } else if unseen.is_empty() && unknown.is_empty() {
         Exit::Yes
     } else {
         Exit::Unknown
@@ -120,24 +139,19 @@ fn locks(common: &Common) -> Result<Locks, String> {
     }
 }
 
-fn lease_of(leases: &Leases, path: &Path) -> Option<Vec<u8>> {
-    let (directory, name) = leases.of(path)?;
-    Some([&*directory, b"/", &*name].concat())
+/// Whether this is the path of the lease of a disk.
+fn is_lease_of(open: &Open, path: &[u8]) -> bool {
+    let lease = open.lease.as_ref().ok();
+    lease.and_then(Option::as_deref) == Some(path)
 }
 
 /// Why nothing protects a disk that a guest has open; `None` if something does.
-fn unprotected_because(
-    locks: &Locks,
-    leases: &Leases,
-    guest: &Guest,
-    open: &Open,
-) -> Option<String> {
-    let lease = lease_of(leases, &open.path);
+fn unprotected_because(locks: &Locks, guest: &Guest, open: &Open) -> Option<String> {
     match locks {
         Locks::None => Some("no lock daemon runs".to_owned()),
         Locks::Ours(resources) => {
             let is_it = |resource: &&Resource| {
-                resource.file == open.file || lease.as_ref() == Some(&resource.path())
+                resource.file == open.file || is_lease_of(open, &resource.path())
             };
             let all: Vec<&Resource> = resources.iter().filter(is_it).collect();
             if all.is_empty() {
@@ -162,7 +176,7 @@ fn unprotected_because(
             let is_it = |lock: &Lock| {
                 (lock.inode == open.file.1 && lock.device == device)
                     || lock.path == open.path.as_os_str().as_bytes()
-                    || lease.as_ref() == Some(&lock.path)
+                    || is_lease_of(open, &lock.path)
             };
             (!locks.iter().any(is_it)).then(|| "no lock".to_owned())
         }
@@ -176,7 +190,8 @@ fn idle(locks: &Locks, leases: &Leases, guests: &[Guest]) -> Vec<Idle> {
             open.iter().any(|open| {
                 Some(open.file) == file
                     || open.path.as_os_str().as_bytes() == path
-                    || lease_of(leases, &open.path).as_deref() == Some(path)
+                    || is_lease_of(open, path)
+                    || open.lease.is_err()
             })
         })
     };
@@ -227,8 +242,7 @@ fn idle(locks: &Locks, leases: &Leases, guests: &[Guest]) -> Vec<Idle> {
 
 /// Whether a resource is for a disk: by its path, or by libvirt's lease for one.
 fn is_of_disk(leases: &Leases, resource: &Resource) -> bool {
-    let is_in = leases.files.as_ref() == Some(&resource.lockspace);
-    resource.lockspace.is_empty() || (is_in && leases::is_name(&resource.name))
+    resource.lockspace.is_empty() || leases.is_one(&resource.lockspace, &resource.name)
 }
 
 fn guest_text(guest: &Guest) -> String {
@@ -238,13 +252,7 @@ fn guest_text(guest: &Guest) -> String {
     }
 }
 
-fn say(
-    locks: &Locks,
-    guests: &[Guest],
-    unprotected: &[Unprotected<'_>],
-    idle: &[Idle],
-    out: &mut Out,
-) {
+fn say(locks: &Locks, guests: &[Guest], unprotected: &[Disk<'_>], idle: &[Idle], out: &mut Out) {
     let disks: usize = guests
         .iter()
         .map(|guest| guest.open.iter().flatten().filter(|it| it.writes).count())
@@ -255,10 +263,11 @@ fn say(
         Locks::None => "no lock daemon",
     };
     out.line(&format!(
-        "{} guests write {disks} disks, with {by}: {} unprotected, {} locks that protect nothing",
-        guests.len(),
-        unprotected.len(),
-        idle.len()
+        "{}, {} open for writing, locks of {by}: {} unprotected, {} for nothing",
+        count(guests.len() as u64, "guest", "guests"),
+        count(disks as u64, "disk", "disks"),
+        count(unprotected.len() as u64, "disk", "disks"),
+        count(idle.len() as u64, "lock", "locks"),
     ));
     if !unprotected.is_empty() {
         let rows = unprotected.iter().map(|it| {
@@ -293,7 +302,7 @@ fn say(
     }
 }
 
-fn unprotected_json(it: &Unprotected<'_>) -> Value {
+fn disk_json(it: &Disk<'_>) -> Value {
     let mut json = Map::new();
     json.insert("pid".into(), it.guest.pid.into());
     json.insert("reason".into(), it.reason.as_str().into());

@@ -13,7 +13,7 @@ use super::kernel;
 use super::mounts::{self, Mount};
 use super::options::Common;
 use super::show::{self, Out};
-use super::text::safe;
+use super::text::{count, safe};
 use super::view::{self, View};
 use crate::config::Other;
 
@@ -237,10 +237,10 @@ fn daemon(common: &Common, findings: &mut Vec<Finding>) -> Option<View> {
     let (pid, view) = match link.and_then(|mut link| view::all(&mut link)) {
         Ok(view) => {
             findings.push(ok(format!(
-                "virtlockd {} answers, process {}, with {} locks",
+                "virtlockd {} answers, process {}, with {}",
                 safe(&view.about.version),
                 view.about.pid,
-                view.about.resources
+                count(view.about.resources, "lock", "locks")
             )));
             if view.about.fenced > 0 {
                 findings.push(finding(
@@ -328,7 +328,10 @@ fn limit(pid: i32, findings: &mut Vec<Finding>) {
         finding(
             Level::Warn,
             format!("{what}: there is no room for as many guests again"),
-            "Raise LimitNOFILE= of virtlockd.service and restart guests' host when it can be",
+            format!(
+                "Raise LimitNOFILE= of virtlockd.service, and that of the running daemon with prlimit \
+                 --nofile --pid {pid} and a reload"
+            ),
         )
     } else {
         ok(what)
@@ -400,5 +403,43 @@ fn shares(view: Option<&View>, mounts: &[Mount], findings: &mut Vec<Finding>) {
                 "{shown} ({count} locks) is mounted so that locks reach its server"
             )));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_whose_options_hide_losses_is_named_with_what_to_do() {
+        let mount = |options: &str| Mount {
+            place: "/srv".into(),
+            kind: b"nfs4".to_vec(),
+            options: options.into(),
+        };
+        for (options, level, word) in [
+            ("rw,hard,vers=4.2", Level::Ok, "reach its server"),
+            ("rw,soft", Level::Warn, "soft"),
+            ("rw,softerr,vers=4.2", Level::Warn, "softerr"),
+            ("rw,nolock,soft", Level::Bad, "nolock"),
+            ("rw,local_lock=all", Level::Bad, "local_lock=all"),
+            ("rw,local_lock=none", Level::Ok, "reach its server"),
+        ] {
+            let mut findings = Vec::new();
+            shares(None, &[mount(options)], &mut findings);
+            let [found] = findings.as_slice() else {
+                panic!("{options}: one finding");
+            };
+            assert!(
+                found.level == level && found.what.contains(word),
+                "{options}"
+            );
+            assert_eq!(found.advice.is_empty(), level == Level::Ok, "{options}");
+        }
+        let mut findings = Vec::new();
+        let mut local = mount("rw,soft");
+        local.kind = b"xfs".to_vec();
+        shares(None, &[local], &mut findings);
+        assert!(findings.is_empty());
     }
 }

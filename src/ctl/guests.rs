@@ -1,11 +1,12 @@
 //! The guests that run on this host, as `/proc` shows them: QEMU's processes, and the disks that they have open.
-//! Nothing here waits for a file system.
+//! Nothing here waits for a file system for ever.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::kernel;
+use super::leases::Leases;
 use crate::host::file;
 use crate::host::process;
 
@@ -18,6 +19,8 @@ pub struct Open {
     pub file: (u64, u64),
     /// Whether it may write to it.
     pub writes: bool,
+    /// The path of libvirt's lease for it, if it has one; or why nobody can tell.
+    pub lease: Result<Option<Vec<u8>>, String>,
 }
 
 /// A guest.
@@ -31,8 +34,8 @@ pub struct Guest {
     pub open: Option<Vec<Open>>,
 }
 
-/// All of them.
-pub fn running() -> Vec<Guest> {
+/// All of them, with the leases that their disks have.
+pub fn running(leases: &Leases) -> Vec<Guest> {
     let mut guests: Vec<Guest> = kernel::processes()
         .into_iter()
         .filter(|pid| {
@@ -42,7 +45,7 @@ pub fn running() -> Vec<Guest> {
         .map(|pid| Guest {
             pid,
             name: name(pid),
-            open: open_files(pid),
+            open: open_files(pid, leases),
         })
         .collect();
     guests.sort_by(|one, other| (&one.name, one.pid).cmp(&(&other.name, other.pid)));
@@ -68,7 +71,7 @@ fn name(pid: i32) -> Option<Vec<u8>> {
     Some(name)
 }
 
-fn open_files(pid: i32) -> Option<Vec<Open>> {
+fn open_files(pid: i32, leases: &Leases) -> Option<Vec<Open>> {
     let mut open: Vec<Open> = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).ok()? {
         let Ok(entry) = entry else { continue };
@@ -81,15 +84,19 @@ fn open_files(pid: i32) -> Option<Vec<Open>> {
         let Some(file) = disk(&entry.path(), &path) else {
             continue;
         };
-        let one = Open {
+        let writes = writes(&info);
+        if let Some(known) = open.iter_mut().find(|known| known.file == file) {
+            known.writes |= writes;
+            continue;
+        }
+        let lease = leases.of(&path, Some(file));
+        open.push(Open {
+            lease: lease
+                .map(|lease| lease.map(|(directory, name)| [&*directory, b"/", &*name].concat())),
             path,
             file,
-            writes: writes(&info),
-        };
-        match open.iter_mut().find(|known| known.file == one.file) {
-            Some(known) => known.writes |= one.writes,
-            None => open.push(one),
-        }
+            writes,
+        });
     }
     open.sort_by(|one, other| one.path.cmp(&other.path));
     Some(open)

@@ -2,24 +2,18 @@
 //! which is not waited for for ever. It opens the file to ask for its lock, and closes it: no process that
 //! has a lock is affected by that.
 
-use std::io::Read;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
 use super::exit::Exit;
 use super::options::LOOK_AT;
+use super::patience;
 use super::show::Out;
-use crate::host::errno;
+use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
-
-/// For so long a file system is waited for.
-const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Who has a lock, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,54 +41,39 @@ pub struct Seen {
     pub locked: Locked,
 }
 
+/// Why a file cannot be looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unseen {
+    /// As the end of a sentence.
+    pub reason: String,
+    /// There is none.
+    pub is_missing: bool,
+}
+
+impl From<String> for Unseen {
+    fn from(reason: String) -> Unseen {
+        Unseen {
+            reason,
+            is_missing: false,
+        }
+    }
+}
+
 /// Looks at a file.
 ///
 /// # Errors
 /// Why it cannot be looked at.
-pub fn at(path: &Path) -> Result<Seen, String> {
-    let mut child = Command::new("/proc/self/exe")
-        .arg(LOOK_AT)
-        .arg(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|error| format!("no process can be started to look at it: {error}"))?;
-    let mut answer = Vec::new();
-    let mut is_late = false;
-    if let Some(mut pipe) = child.stdout.take() {
-        let end = Instant::now().checked_add(PATIENCE);
-        let mut buffer = [0; 4096];
-        loop {
-            let rest = end.map_or(PATIENCE, |end| {
-                end.saturating_duration_since(Instant::now())
-            });
-            let wait = PollTimeout::try_from(rest).unwrap_or(PollTimeout::MAX);
-            let mut watched = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-            if !matches!(poll(&mut watched, wait), Ok(1..)) {
-                is_late = true;
-                break;
-            }
-            match pipe.read(&mut buffer) {
-                Ok(0) | Err(_) => break,
-                Ok(count) => answer.extend_from_slice(buffer.get(..count).unwrap_or_default()),
-            }
-        }
-    }
-    if is_late {
-        // It ends when the file system answers, and nobody waits for that.
-        let _ = child.kill();
-        return Err(format!(
-            "its file system has not answered for {} s",
-            PATIENCE.as_secs()
-        ));
-    }
-    let _ = child.wait();
-    let said: Value = serde_json::from_slice(&answer).unwrap_or_default();
+pub fn at(path: &Path) -> Result<Seen, Unseen> {
+    let mut command = Command::new("/proc/self/exe");
+    let answer = patience::answer(command.arg(LOOK_AT).arg(path))?;
+    let said: Value = serde_json::from_slice(&answer.text).unwrap_or_default();
     if let Some(reason) = said.get("reason").and_then(Value::as_str) {
-        return Err(reason.to_owned());
+        return Err(Unseen {
+            reason: reason.to_owned(),
+            is_missing: said.get("missing") == Some(&Value::Bool(true)),
+        });
     }
-    read(&said).ok_or_else(|| "the process that looked at it died".to_owned())
+    read(&said).ok_or_else(|| "the process that looked at it died".to_owned().into())
 }
 
 fn read(said: &Value) -> Option<Seen> {
@@ -124,7 +103,10 @@ fn read(said: &Value) -> Option<Seen> {
 pub fn report(path: &Path, out: &mut Out) -> Exit {
     let bytes = path.as_os_str().as_bytes();
     let answer = match file::look_up(Start::Anywhere, bytes) {
-        Err(reason) => json!({ "reason": errno::text(reason) }),
+        Err(reason) => {
+            let is_missing = matches!(reason, Errno::ENOENT | Errno::ENOTDIR);
+            json!({ "reason": errno::text(reason), "missing": is_missing })
+        }
         Ok(found) if found.is_directory => json!({ "reason": "it is a directory" }),
         Ok(found) => {
             let canonical = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());

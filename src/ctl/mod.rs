@@ -18,6 +18,7 @@ mod look;
 mod metrics;
 mod mounts;
 mod options;
+mod patience;
 mod sha256;
 mod show;
 mod status;

@@ -109,7 +109,8 @@ const WHO: &str = "\
 Usage: virtlockctl who FILE...
 
 Who has a disk: by any name of its file, by any node of its block device, or by the path that stands in a guest's
-configuration where libvirt is set to indirect leases (file_lockspace_dir in qemu-lockd.conf). Locks of processes that
+configuration where libvirt is set to indirect leases (file_lockspace_dir, lvm_lockspace_dir, scsi_lockspace_dir in
+qemu-lockd.conf). Locks of processes that
 are not virtlockd, and of other hosts, are told as far as the kernel knows of them. A file system that does not answer
 is not waited for.
 

@@ -10,7 +10,7 @@ use super::exit::{Exit, complain};
 use super::kernel::{self, Lock};
 use super::options::Common;
 use super::show::{self, Out, mode};
-use super::text::{self, age, safe};
+use super::text::{self, age, count, safe};
 use super::view::{self, Owner, Resource, View};
 
 /// Runs the command.
@@ -91,13 +91,6 @@ fn show(common: &Common, whom: Option<&OsStr>, mut view: View, out: &mut Out) ->
         out.line(&format!("lockspace {}", safe(directory)));
     }
     exit
-}
-
-fn count(number: u64, one: &str, many: &str) -> String {
-    match number {
-        1 => format!("1 {one}"),
-        _ => format!("{number} {many}"),
-    }
 }
 
 fn say_daemon(view: &View, out: &mut Out) {

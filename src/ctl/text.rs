@@ -57,6 +57,14 @@ pub fn time(ms: u64) -> Option<String> {
     ))
 }
 
+/// So many of something.
+pub fn count(number: u64, one: &str, many: &str) -> String {
+    match number {
+        1 => format!("1 {one}"),
+        _ => format!("{number} {many}"),
+    }
+}
+
 /// For how long something has been so, in few characters.
 pub fn age(since: u64, now: u64) -> String {
     if since == 0 {

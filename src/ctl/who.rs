@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::ask::{Link, Trouble};
 use super::exit::{Exit, complain};
 use super::kernel;
-use super::leases::Leases;
+use super::leases::{Lease, Leases};
 use super::look::{self, Locked, Seen};
 use super::options::Common;
 use super::show::{self, Out, mode};
@@ -35,7 +35,8 @@ struct Asked {
 enum Finding {
     /// Guests, by these resources of our daemon.
     Held(Vec<Resource>),
-    /// Libvirt's daemon, or an earlier one of ours, for a guest of which it does not say the name.
+    /// A lock daemon for a guest of which it does not say the name: libvirt's, an earlier one of ours, or one
+    /// that does not answer.
     Another(i32, Via),
     /// Some other process.
     Process(i32, Via),
@@ -113,7 +114,8 @@ fn find(asked: &mut Asked, file: &Path) -> Finding {
     {
         names.push(seen.canonical.clone());
     }
-    match ask(asked, &names, seen.as_ref().ok()) {
+    let (leases, mut doubt) = leases(&asked.leases, &names, seen.as_ref().ok());
+    match ask(asked, (&names, &leases), seen.as_ref().ok()) {
         Ok(held) if !held.is_empty() => return Finding::Held(held),
         Ok(_) => (),
         Err(trouble) => {
@@ -124,30 +126,50 @@ fn find(asked: &mut Asked, file: &Path) -> Finding {
     }
     let found = match &seen {
         Ok(seen) => by_kernel(asked, seen, Via::Itself),
-        Err(reason) => Finding::Unknown(reason.clone()),
+        Err(unseen) => Finding::Unknown(unseen.reason.clone()),
     };
     if !matches!(found, Finding::Free | Finding::Unknown(_)) {
         return found;
     }
-    for name in &names {
-        let Some((directory, lease)) = asked.leases.of(name) else {
-            continue;
-        };
+    for (directory, lease) in leases {
         let lease = [&*directory, b"/", &*lease].concat();
-        if let Ok(seen) = look::at(Path::new(std::ffi::OsStr::from_bytes(&lease))) {
-            let by = by_kernel(asked, &seen, Via::Lease(lease));
-            if !matches!(by, Finding::Free | Finding::Unknown(_)) {
-                return by;
+        let by = match look::at(Path::new(std::ffi::OsStr::from_bytes(&lease))) {
+            Ok(seen) => by_kernel(asked, &seen, Via::Lease(lease.clone())),
+            // It is made when it is locked.
+            Err(unseen) if unseen.is_missing => Finding::Free,
+            Err(unseen) => Finding::Unknown(unseen.reason),
+        };
+        match by {
+            Finding::Free => (),
+            Finding::Unknown(reason) => {
+                doubt = Some(format!("its lease {}: {reason}", safe(&lease)));
             }
+            by => return by,
         }
     }
-    found
+    match (found, doubt) {
+        (Finding::Free, Some(doubt)) => Finding::Unknown(doubt),
+        (found, _) => found,
+    }
+}
+
+/// The leases that a disk of these names may have; why that is not known of one.
+fn leases(leases: &Leases, names: &[PathBuf], seen: Option<&Seen>) -> (Vec<Lease>, Option<String>) {
+    let (mut all, mut doubt) = (Vec::new(), None);
+    for name in names {
+        match leases.of(name, seen.map(|seen| seen.file)) {
+            Ok(Some(lease)) if !all.contains(&lease) => all.push(lease),
+            Ok(_) => (),
+            Err(reason) => doubt = Some(reason),
+        }
+    }
+    (all, doubt)
 }
 
 /// What our daemon holds of a disk, by its names and as a file.
 fn ask(
     asked: &mut Asked,
-    names: &[PathBuf],
+    (names, leases): (&[PathBuf], &[Lease]),
     seen: Option<&Seen>,
 ) -> Result<Vec<Resource>, Trouble> {
     let Some(link) = &mut asked.link else {
@@ -161,19 +183,16 @@ fn ask(
             }
         }
     };
-    for name in names {
-        let target = Target {
-            lockspace: b"",
-            name: name.as_os_str().as_bytes(),
-        };
+    let names = names.iter().map(|name| Target {
+        lockspace: b"",
+        name: name.as_os_str().as_bytes(),
+    });
+    let leases = leases.iter().map(|(directory, lease)| Target {
+        lockspace: directory,
+        name: lease,
+    });
+    for target in names.chain(leases) {
         add(view::held(link, &Call::Resource(target))?);
-        if let Some((directory, lease)) = asked.leases.of(name) {
-            let target = Target {
-                lockspace: &directory,
-                name: &lease,
-            };
-            add(view::held(link, &Call::Resource(target))?);
-        }
     }
     if let Some(Seen {
         file: (device, inode),
@@ -188,7 +207,8 @@ fn ask(
 
 fn by_kernel(asked: &Asked, seen: &Seen, via: Via) -> Finding {
     let by = |pid: i32, via: Via| {
-        if asked.another == Some(pid) {
+        let is_daemon = || process::name(pid).is_some_and(|name| name == b"virtlockd");
+        if asked.another == Some(pid) || is_daemon() {
             Finding::Another(pid, via)
         } else {
             Finding::Process(pid, via)
@@ -247,7 +267,7 @@ fn say(file: &Path, finding: &Finding, out: &mut Out) {
             }
         }
         Finding::Another(pid, via) => out.line(&format!(
-            "{file}: held by another virtlockd, pid {pid}, which does not say for whom{}",
+            "{file}: held by virtlockd, pid {pid}, which does not say for whom{}",
             through(via)
         )),
         Finding::Process(pid, via) => out.line(&format!(

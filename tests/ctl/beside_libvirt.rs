@@ -75,7 +75,7 @@ fn who_says_what_the_kernel_knows_and_that_the_daemon_does_not_say_for_whom() {
     for disk in ["/run/disk", "/run/shared"] {
         let said = scene.ctl(&["who", disk]).expect(0);
         let expected =
-            format!("{disk}: held by another virtlockd, pid {pid}, which does not say for whom\n");
+            format!("{disk}: held by virtlockd, pid {pid}, which does not say for whom\n");
         assert_eq!(said, expected);
     }
     scene.ctl(&["who", "/run/free"]).expect(1);
