@@ -235,6 +235,16 @@ mod tests {
     }
 
     #[test]
+    fn a_client_whose_socket_alone_has_another_number_is_told_what_it_was_told_before() {
+        let mut state = state(10, 2, 30, 40);
+        state.renumber_socket(Number(2), Number(99));
+        let subscribers: Vec<ClientId> = state.subscribers().iter().copied().collect();
+        assert_eq!(subscribers, [ClientId(99)]);
+        let moved = state.client(ClientId(99)).unwrap();
+        assert_eq!((moved.socket, moved.wanted), (Number(99), 6));
+    }
+
+    #[test]
     fn one_without_a_number_is_named() {
         let reason = state(10, 20, 30, 40)
             .renumbered(|number| (number != 30).then_some(number))
