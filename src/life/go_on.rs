@@ -178,9 +178,9 @@ enum IsBroken {
     No,
 }
 
-/// After a successor that died the POSIX locks were that one's: this process has the files, and has to have the
-/// locks. Asked for a second time they stay as they are.
-fn lock_again(state: &State<Saved>) {
+/// After a successor that died, or a stop, the POSIX locks were another process's: this process has the files,
+/// and has to have the locks. Asked for a second time they stay as they are.
+pub(super) fn lock_again(state: &State<Saved>) {
     for (_, resource) in state.table().iter() {
         if !matches!(resource.lease.kind, LockKind::Process { .. }) {
             continue;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::store::{self, Store};
+use super::store::Store;
 use super::understudy::{self, Stands};
 use crate::desk::Desk;
 use crate::desk::control::{Death, ENDS, Failure, Message, Order, Phase};
@@ -111,14 +111,13 @@ pub struct Guardian {
 impl Guardian {
     /// With all that it will need.
     ///
-    /// If this process was executed, there may be an understudy, which it ends. If it was started, the service
-    /// manager may have given it what is in its store by these names.
+    /// If this process was executed, there may be an understudy, which it ends.
     pub fn new(
         desk: &'static Desk,
         program: Program,
         is_fresh: bool,
         again: Again,
-        (understudy, given): (Option<i32>, store::Given),
+        (understudy, mut store): (Option<i32>, Store),
     ) -> Guardian {
         signals::hear_of_children();
         descriptors::make_room(DESCRIPTORS);
@@ -128,7 +127,6 @@ impl Guardian {
         desk.set_herald(herald.as_ref().map(Herald::number));
         desk.set_guardian(process::started());
         desk.set_understudy(understudy.filter(|pid| clone::is_child(*pid)));
-        let store = Store::of(given);
         store.prepare(desk, herald.as_ref());
         Guardian {
             desk,
@@ -374,7 +372,7 @@ impl Guardian {
     }
 
     /// The daemon is over, and nothing is to be kept for the next start but what was before.
-    fn leave(&self, status: u8) -> ! {
+    fn leave(&mut self, status: u8) -> ! {
         self.store.give_up(self.herald.as_ref());
         clone::leave(status);
     }

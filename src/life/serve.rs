@@ -61,7 +61,9 @@ fn open_for_clients(
     let descriptors = plan::raise_limit();
     let limits = plan::client_limits(&plan.config, descriptors);
     let paths = plan.paths.clone();
-    let Given { activation, stored } = given;
+    let Given {
+        activation, stored, ..
+    } = given;
     let kept = kept::find(stored, &paths.run_directory)?;
     let mut reactor = ManuallyDrop::new(reactor(plan, descriptors, pid_file, desk)?);
     reactor.configure(limits);

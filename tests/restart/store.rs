@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod killed;
+mod obstacles;
 
 use crate::support;
 use crate::support::client::{
