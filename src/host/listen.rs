@@ -156,8 +156,12 @@ impl Listeners {
         }
         let (lock, old_lock) = own(before.lock, &paths.lock_socket);
         let (admin, old_admin) = own(before.admin, &paths.admin_socket);
-        let one =
-            |own: Option<Listener>, path: &Path| own.map_or_else(|| Listener::at(path, &[]), Ok);
+        // Clients of these two may come to an old socket of this daemon still.
+        let mut answers = vec![paths.lock_socket.clone(), paths.admin_socket.clone()];
+        answers.retain(|path| is_of_this_process(path));
+        let one = |own: Option<Listener>, path: &Path| {
+            own.map_or_else(|| Listener::at(path, &answers), Ok)
+        };
         let now = Self {
             lock: vec![one(lock, &paths.lock_socket)?],
             admin: vec![one(admin, &paths.admin_socket)?],
@@ -201,8 +205,10 @@ impl Listener {
         let _one_at_a_time = lock_directory(path);
         if !inherited.iter().any(|known| known == path) {
             match presence(&address) {
-                Presence::Nobody | Presence::ThisProcess => {}
-                Presence::Somebody => return Err(ListenError::Alive(path.to_path_buf())),
+                Presence::Nobody => {}
+                Presence::Somebody | Presence::ThisProcess => {
+                    return Err(ListenError::Alive(path.to_path_buf()));
+                }
                 Presence::Unclear(error) => {
                     return Err(ListenError::Unclear(path.to_path_buf(), error));
                 }
@@ -260,7 +266,7 @@ fn others(before: Vec<Listener>, now: &[Listener]) -> Vec<Listener> {
 
 /// The one that this daemon made at a path where clients still come to it, and the others.
 fn own(before: Vec<Listener>, path: &Path) -> (Option<Listener>, Vec<Listener>) {
-    let arrives = UnixAddr::new(path).is_ok_and(|it| presence(&it) == Presence::ThisProcess);
+    let arrives = is_of_this_process(path);
     let is_there = |one: &Listener| arrives && one.path.as_deref() == Some(path);
     let (mut own, mut others): (Vec<_>, Vec<_>) = before.into_iter().partition(is_there);
     let last = own.pop();
@@ -325,6 +331,11 @@ fn presence(address: &UnixAddr) -> Presence {
         Err(Errno::ENOTDIR | Errno::ELOOP | Errno::ENAMETOOLONG) => Presence::Nobody,
         Err(error) => Presence::Unclear(error),
     }
+}
+
+/// Whether whoever connects to this path comes to this process.
+fn is_of_this_process(path: &Path) -> bool {
+    UnixAddr::new(path).is_ok_and(|address| presence(&address) == Presence::ThisProcess)
 }
 
 /// Whether it was this process that said of the socket at the other end that it listens: the kernel notes who
@@ -674,7 +685,7 @@ mod tests {
         let second = Listener::at(&path, std::slice::from_ref(&path)).unwrap();
         // The end of the one that was pushed aside leaves the other's socket in place.
         first.remove();
-        assert_eq!(presence_at(&path), Presence::Somebody);
+        assert_eq!(presence_at(&path), Presence::ThisProcess);
         second.remove();
         assert!(!path.exists());
     }

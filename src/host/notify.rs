@@ -8,9 +8,9 @@ use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
-use super::environment;
 use super::errno::{self, Errno};
 use super::patience::patiently;
+use super::{environment, process};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, sendto, socket,
 };
@@ -134,7 +134,7 @@ const STARTED: &str = "SYSTEMD_EXEC_PID";
 /// Whether the service manager started this very process: only that one is given what is in the store.
 pub fn is_started_by_manager() -> bool {
     let started = std::env::var(STARTED);
-    started.map_or(true, |pid| pid.parse() == Ok(std::process::id()))
+    started.map_or(true, |pid| pid.parse() == Ok(process::started()))
 }
 
 /// This program, and whatever it executes, makes no use of the store from now on.

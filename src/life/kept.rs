@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use foldhash::HashMap;
 
 use super::guardian::Guarded;
-use super::{cold_start, go_on};
+use super::{cold_start, posix_locks};
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
 use crate::custody::ledger::{self, OldFile};
@@ -175,7 +175,7 @@ impl Kept {
             .map_err(damaged)?;
         let now: Vec<RawFd> = numbers.into_values().collect();
         // These ended with the process that had them.
-        go_on::lock_again(&state);
+        posix_locks::lock_again(&state);
         let mut inherited = Inherited::of(&now, &descriptors::open_numbers())
             .map_err(|number| damaged(format!("descriptor {number} is not open")))?;
         let state = state
