@@ -605,6 +605,34 @@ fn int_to_the_main_process_stops_and_fences_and_is_not_undone_by_a_restart() {
 }
 
 #[test]
+fn a_host_that_goes_to_another_target_keeps_the_daemon_as_it_keeps_the_guests() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        let target = "[Unit]\nRequires=basic.target\nAllowIsolate=yes\n";
+        std::fs::write(host.systemd.path("/units/bare.target"), target).expect("write a unit");
+        host.ctl(&["daemon-reload"]);
+        let before = host.systemd.main_pid();
+        host.ctl(&["isolate", "bare.target"]);
+        assert_eq!(host.systemd.main_pid(), before);
+        host.all_is_well();
+        // The sockets as well, where that is not refused.
+        let _ = host
+            .systemd
+            .systemctl(&["stop", SOCKETS[0], SOCKETS[1], SERVICE]);
+        host.ctl(&["isolate", "bare.target"]);
+        host.everything_is_kept();
+        host.ctl(&["start", SERVICE]);
+        let before = host.systemd.main_pid();
+        host.ctl(&["isolate", "bare.target"]);
+        assert_eq!(host.systemd.main_pid(), before);
+        host.all_is_well();
+        host.nobody_else_had_a_lock();
+    }
+}
+
+#[test]
 fn with_our_drop_ins_libvirts_own_unit_keeps_everything_and_its_sockets_cannot_be_stopped_alone() {
     let Some(mut host) = Host::start(Units::LibvirtsWithOurs) else {
         return;
