@@ -24,6 +24,9 @@ const PROGRAM: &str = "/usr/sbin/virtlockd";
 /// Its configuration.
 const CONFIG: &str = "/etc/libvirt/virtlockd.conf";
 
+/// How long systemd waits before it starts a service again (`RestartSec=`, its default).
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+
 /// A host with guests, and rivals that try to get each of their disks all the time.
 struct Host {
     systemd: Systemd,
@@ -84,6 +87,13 @@ impl Host {
 
     fn path(&self, guest: usize, number: usize) -> PathBuf {
         self.systemd.path(disk(guest, number))
+    }
+
+    /// Systemd does not know of it before it reads its units anew.
+    fn changes_unit(&self, change: &str) {
+        let folder = self.systemd.path("/etc/systemd/system/virtlockd.service.d");
+        std::fs::create_dir_all(&folder).expect("make a folder for a drop-in");
+        std::fs::write(folder.join("zz-change.conf"), change).expect("write a drop-in");
     }
 
     fn ctl(&self, arguments: &[&str]) {
@@ -524,9 +534,7 @@ fn without_a_store_that_outlives_it_a_stop_fences() {
             return;
         };
         if let Some(change) = change {
-            let folder = host.systemd.path("/etc/systemd/system/virtlockd.service.d");
-            std::fs::create_dir_all(&folder).expect("make a folder for a drop-in");
-            std::fs::write(folder.join("change.conf"), change).expect("write a drop-in");
+            host.changes_unit(change);
             host.ctl(&["daemon-reload"]);
             if change == fences {
                 // What the unit says counts from the next start on.
@@ -629,6 +637,79 @@ fn a_host_that_goes_to_another_target_keeps_the_daemon_as_it_keeps_the_guests() 
         assert_eq!(host.systemd.main_pid(), before);
         host.all_is_well();
         host.nobody_else_had_a_lock();
+    }
+}
+
+#[test]
+fn an_end_that_somebody_else_than_systemd_asks_for_is_followed_by_a_start_that_goes_on() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        for count in ["1", "2"] {
+            let before = host.systemd.main_pid();
+            send(before, Signal::SIGTERM);
+            wait_until(DEADLINE, "the unit to be started again", || {
+                host.systemd.property("NRestarts") == count && host.is_active()
+            });
+            assert_ne!(host.systemd.main_pid(), before);
+            host.all_is_well();
+        }
+        // Whoever asks systemd wants no other one, and it is no failure.
+        host.ctl(&["stop", SERVICE]);
+        assert_eq!(host.systemd.property("ActiveState"), "inactive");
+        assert_eq!(host.systemd.property("Result"), "success");
+        std::thread::sleep(2 * RESTART_PAUSE);
+        host.everything_is_kept();
+        host.ctl(&["start", SERVICE]);
+        host.all_is_well();
+        host.nobody_else_had_a_lock();
+    }
+}
+
+#[test]
+fn who_ends_as_if_it_was_killed_for_a_manager_that_lost_it_is_started_again() {
+    // Behind the death of the main process a SIGTERM may come from a systemd that has not heard of the other
+    // one, and nobody is fenced for it. Nothing can be kept here: the ledger has the locks.
+    let Some(mut host) = Host::without_rivals(Units::Ours) else {
+        return;
+    };
+    let before = host.systemd.main_pid();
+    send(before, Signal::SIGKILL);
+    wait_until(DEADLINE, "systemd to know of another main process", || {
+        ![0, before].contains(&host.systemd.main_pid())
+    });
+    host.all_is_well();
+    host.changes_unit("[Service]\nFileDescriptorStoreMax=0\n");
+    host.ctl(&["daemon-reload"]);
+    send(host.systemd.main_pid(), Signal::SIGTERM);
+    wait_until(DEADLINE, "the unit to be started again", || {
+        host.systemd.property("NRestarts") == "1" && host.is_active()
+    });
+    for (guest, number) in host.disks() {
+        let lock = lock_probe(&host.path(guest, number));
+        assert!(lock.is_some_and(|lock| lock.exclusive));
+    }
+    assert!(host.guests.iter_mut().all(Owner::is_alive));
+}
+
+#[test]
+fn an_end_that_has_fenced_is_not_followed_by_a_start() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        let change = "[Service]\nFileDescriptorStoreMax=0\n";
+        host.changes_unit(change);
+        host.ctl(&["daemon-reload"]);
+        send(host.systemd.main_pid(), Signal::SIGTERM);
+        host.all_are_fenced();
+        wait_until(DEADLINE, "the service to be over", || {
+            host.systemd.property("ActiveState") == "inactive"
+        });
+        std::thread::sleep(2 * RESTART_PAUSE);
+        assert_eq!(host.systemd.property("ActiveState"), "inactive");
+        assert_eq!(host.systemd.property("NRestarts"), "0");
     }
 }
 
