@@ -385,7 +385,7 @@ Ways to end it:
     stop (VIRTLOCKD_ON_STOP=keep), every lock and every client stays there
     until the next start, and the exit status is 81. Elsewhere the owners of
     locks are killed.
-  SIGINT (systemctl kill --kill-whom=main -s INT)
+  SIGINT (systemctl kill --kill-whom=main -s INT, virt-admin daemon-shutdown)
     The owners of locks are killed, wherever it runs: for a host that is to
     be emptied.
 
