@@ -180,7 +180,7 @@ pub fn run(
         Ok(Ended::Ordered) => Ok(End::Ordered),
         Ok(Ended::Orphaned) => Ok(End::Orphaned),
         // As if it was killed: nothing is closed or removed.
-        Ok(Ended::Left) => Ok(End::Over(ExitCode::Success)),
+        Ok(Ended::Left) => Ok(End::Left),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())

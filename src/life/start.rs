@@ -137,7 +137,7 @@ fn guarded(
     match end {
         End::Over(exit) => exit,
         // What only a guardian's reactor comes to.
-        End::Kept | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
+        End::Kept | End::Left | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
     }
 }
 
