@@ -1251,6 +1251,14 @@ impl Reactor {
     }
 
     fn cannot_keep(&mut self, reason: &str) {
+        // The service manager may have lost its main process; if so, it starts the daemon again at once.
+        if self.guard.is_some_and(Desk::is_to_leave) {
+            tracing::error!(
+                target: "rpc.netdaemon",
+                "The service manager cannot keep the locks until the next start: {reason}"
+            );
+            return self.leave_as_it_is();
+        }
         tracing::error!(
             target: "rpc.netdaemon",
             "The service manager cannot keep the locks until the next start: {reason}. So the owners are \
