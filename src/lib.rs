@@ -64,6 +64,7 @@
 //!   lines.rs              who waits for a piece of the daemon's time
 //!   deadlines.rs          what is to happen when
 //!   watch.rs              the poll, and what a readiness event is about
+//!   notes.rs              leases whose files are to say who has them
 //!   reserve.rs            descriptors for the time when there are no others
 //!   waiting_room.rs       clients that there is no room for
 //!   flow.rs               whether a connection goes on after a frame
@@ -132,6 +133,7 @@
 //!   place.rs              where a resource's file is
 //!   lockspace.rs          a lockspace's directory
 //!   holder.rs             who has it, in words
+//!   note.rs               who has it, written into a lease's file
 //! wire/                   bytes to messages and back: no input or output, no state
 //!   xdr.rs                words, strings and lists
 //!   frame.rs              a length, a header, a payload
@@ -169,6 +171,7 @@
 //!   pid_file.rs           the pid file and its lock
 //!   descriptors.rs        descriptors over the start of another program
 //!   memory.rs             a memory file written through a mapping
+//!   scribe.rs             a process that writes where it may hang, never waited for
 //!   shared.rs             memory that outlives the process that wrote it
 //!   heap.rs               the allocator's memory
 //!   limits.rs             the limit of open files
@@ -187,6 +190,7 @@
 //!   daemonize.rs          the start in the background
 //!   environment.rs        variables meant for this process alone
 //!   names.rs              the names of users and groups
+//!   note.rs               the note in a lease file, as text
 //!   notify.rs             word to the service manager
 //!   text.rs               what the C library makes of texts
 //! ```

@@ -145,6 +145,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut self.orders,
+            leases: &mut Vec::new(),
             making: turn::making(self.desk.memory()),
             own_seen: Seen::default(),
         };

@@ -43,18 +43,7 @@ pub fn uuid(uuid: &[u8; 16]) -> String {
 
 /// A time as RFC 3339 has it; `None` of 0, which means that nobody knows.
 pub fn time(ms: u64) -> Option<String> {
-    let seconds = i64::try_from(ms / 1000).ok().filter(|_| ms > 0)?;
-    let date = clock::utc(seconds);
-    Some(format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
-        date.tm_year.saturating_add(1900),
-        date.tm_mon.saturating_add(1),
-        date.tm_mday,
-        date.tm_hour,
-        date.tm_min,
-        date.tm_sec,
-        ms % 1000
-    ))
+    clock::rfc3339(ms)
 }
 
 /// So many of something.

@@ -39,7 +39,7 @@ pub enum Decided<'a> {
 }
 
 /// Why a call on a resource was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// There is no such lockspace.
     NoLockspace,
@@ -145,7 +145,7 @@ impl Custody {
         let (lease, identity) = match done {
             Ok(locked) => locked,
             Err(refused) => {
-                self.keep_own_file(refused);
+                self.keep_own_file(&refused);
                 return Err(self.refusal(refused));
             }
         };
@@ -248,7 +248,7 @@ impl Custody {
     }
 
     /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
-    fn keep_own_file(&mut self, refused: NotLocked) {
+    fn keep_own_file(&mut self, refused: &NotLocked) {
         let Some(OwnFile {
             identity,
             descriptor,

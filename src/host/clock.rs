@@ -55,6 +55,22 @@ pub fn wall_ms() -> u64 {
     })
 }
 
+/// A time as RFC 3339 has it; `None` of 0, which means that nobody knows.
+pub fn rfc3339(ms: u64) -> Option<String> {
+    let seconds = i64::try_from(ms / 1000).ok().filter(|_| ms > 0)?;
+    let date = utc(seconds);
+    Some(format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+        date.tm_year.saturating_add(1900),
+        date.tm_mon.saturating_add(1),
+        date.tm_mday,
+        date.tm_hour,
+        date.tm_min,
+        date.tm_sec,
+        ms % 1000
+    ))
+}
+
 /// The calendar date of a second since 1970, at Greenwich; the epoch's if the C library cannot tell.
 pub fn utc(seconds: i64) -> libc::tm {
     broken_down(seconds, libc::gmtime_r)

@@ -239,7 +239,7 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
     let stays = "It runs on without: find out whether another may write the file, and restart it";
     let reason = match why {
         Why::NotLocked(NotAgain::Taken(stranger)) => {
-            let by = holder::of_stranger(stranger);
+            let by = holder::of_stranger(&stranger);
             let text = format!(
                 "{owner} lost its lock on '{path}' while no daemon ran{}",
                 Printable(&by)

@@ -120,9 +120,10 @@ pub fn of_other_name<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
 }
 
 /// Who has a lock that is not in the table.
-pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
+pub fn of_stranger(stranger: &Stranger) -> Vec<u8> {
     match stranger {
         Stranger::Process(pid) => {
+            let pid = *pid;
             let name = process::name(pid).unwrap_or_default();
             if name == b"virtlockd" {
                 format!(": by another virtlockd, pid {pid}").into_bytes()
@@ -134,7 +135,12 @@ pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
             }
         }
         Stranger::ThisHost => b": by a process of this host that is not this virtlockd".to_vec(),
-        Stranger::Elsewhere => b": probably from another host".to_vec(),
+        Stranger::Elsewhere(None) => b": probably from another host".to_vec(),
+        Stranger::Elsewhere(Some(note)) => format!(
+            ": from another host, as its lease file says: {}",
+            note.text()
+        )
+        .into_bytes(),
     }
 }
 

@@ -25,6 +25,7 @@ use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
 use super::keep;
 use super::lines::{Line, Lines, ROTATION};
+use super::notes::Notes;
 use super::owners::fence::Left;
 use super::owners::{Freeing, Owners, Wanted};
 use super::reserve::Reserve;
@@ -55,7 +56,7 @@ use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
 use crate::host::{descriptors, heap, notify, passing};
 use crate::locks::lease;
-use crate::locks::table::Pid;
+use crate::locks::table::{Pid, ResourceId};
 use crate::log::{self, Printable};
 
 /// How many connections on which something happened have their turn between two polls.
@@ -159,6 +160,9 @@ pub struct Reactor {
     pace: Pace,
     /// What calls asked for in the turn that is just over.
     orders: Vec<Order>,
+    /// Leases that were granted in it.
+    leases: Vec<ResourceId>,
+    notes: Notes,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
     /// What is shared with the guardian, if there is one.
@@ -267,6 +271,8 @@ impl Reactor {
             desk,
             pace: Pace::default(),
             orders: Vec::new(),
+            leases: Vec::new(),
+            notes: Notes::default(),
             admin_bytes: 0,
             guard,
             is_orphaned: false,
@@ -619,6 +625,7 @@ impl Reactor {
             }
             self.ask_what_is_not_told();
             self.work();
+            self.write_notes();
             self.wake_subscribers();
             self.tend_ledger();
             self.upgrade_if_ready();
@@ -696,6 +703,13 @@ impl Reactor {
             }
             Some(Source::Store) => self.look_at_store(),
             None => (),
+        }
+    }
+
+    /// The files of the leases that were granted are to say so.
+    fn write_notes(&mut self) {
+        if !self.leases.is_empty() {
+            self.notes.write(&mut self.leases, &self.custody);
         }
     }
 
@@ -833,6 +847,7 @@ impl Reactor {
                 reserve: &self.reserve,
                 names: &mut self.names,
                 orders: &mut self.orders,
+                leases: &mut self.leases,
                 making: step::making(self.desk.memory()),
                 own_seen: Seen::default(),
             },

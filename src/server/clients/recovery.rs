@@ -396,6 +396,7 @@ mod tests {
                     reserve: &Reserve::default(),
                     names: &mut Names::default(),
                     orders: &mut Vec::new(),
+                    leases: &mut Vec::new(),
                     own_seen: crate::custody::own_connections::Seen::default(),
                     making: step::making(memory),
                 };
