@@ -2,6 +2,7 @@
 //! which is not waited for for ever. It opens the file to ask for its lock, and closes it: no process that
 //! has a lock is affected by that.
 
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +15,7 @@ use super::patience;
 use super::show::Out;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
+use crate::host::note::{self, Note};
 
 /// Who has a lock, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub struct Seen {
     pub canonical: PathBuf,
     /// Who has a lock on it.
     pub locked: Locked,
+    /// What it says of another host that has one.
+    pub note: Option<Note>,
 }
 
 /// Why a file cannot be looked at.
@@ -78,12 +82,12 @@ pub fn at(path: &Path) -> Result<Seen, Unseen> {
 
 fn read(said: &Value) -> Option<Seen> {
     let number = |name: &str| said.get(name)?.as_u64();
-    let bytes: Option<Vec<u8>> = said
-        .get("canonical")?
-        .as_array()?
-        .iter()
-        .map(|byte| u8::try_from(byte.as_u64()?).ok())
-        .collect();
+    let bytes = |name: &str| -> Option<Vec<u8>> {
+        let bytes = said.get(name)?.as_array()?.iter();
+        bytes
+            .map(|byte| u8::try_from(byte.as_u64()?).ok())
+            .collect()
+    };
     let pid = i32::try_from(said.get("pid")?.as_i64()?).ok()?;
     let locked = match said.get("locked")?.as_str()? {
         "free" => Locked::Free,
@@ -94,7 +98,8 @@ fn read(said: &Value) -> Option<Seen> {
     };
     Some(Seen {
         file: (number("device")?, number("inode")?),
-        canonical: PathBuf::from(std::ffi::OsStr::from_bytes(&bytes?)),
+        canonical: PathBuf::from(std::ffi::OsStr::from_bytes(&bytes("canonical")?)),
+        note: Note::of_another_host(&bytes("note").unwrap_or_default()),
         locked,
     })
 }
@@ -111,7 +116,8 @@ pub fn report(path: &Path, out: &mut Out) -> Exit {
         Ok(found) => {
             let canonical = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
             let canonical = canonical.as_os_str().as_bytes();
-            let (locked, pid) = match ask(path) {
+            let (conflict, note) = ask(path).unzip();
+            let (locked, pid) = match conflict {
                 Some(Conflict::None) => ("free", 0),
                 Some(Conflict::Process(pid)) => ("process", pid),
                 Some(Conflict::OpenFile) => ("here", 0),
@@ -121,7 +127,7 @@ pub fn report(path: &Path, out: &mut Out) -> Exit {
             let FileIdentity { device, inode } = found.identity;
             json!({
                 "device": device, "inode": inode, "canonical": canonical,
-                "locked": locked, "pid": pid,
+                "locked": locked, "pid": pid, "note": note.unwrap_or_default(),
             })
         }
     };
@@ -129,13 +135,23 @@ pub fn report(path: &Path, out: &mut Out) -> Exit {
     Exit::Yes
 }
 
-fn ask(path: &Path) -> Option<Conflict> {
+/// Who has a lock, and, if that is another host, what the file says of it: all of it, if it is so short that it
+/// can be a note.
+fn ask(path: &Path) -> Option<(Conflict, Vec<u8>)> {
     use std::os::unix::fs::FileTypeExt;
-    let kind = std::fs::metadata(path).ok()?.file_type();
+    let metadata = std::fs::metadata(path).ok()?;
+    let kind = metadata.file_type();
     // To open a FIFO or a device that is no disk may do something.
     if !kind.is_file() && !kind.is_block_device() {
         return None;
     }
     let open = file::open_to_read(Start::Anywhere, path.as_os_str().as_bytes()).ok()?;
-    file::holder(&open, LockType::Write).ok()
+    let conflict = file::holder(&open, LockType::Write).ok()?;
+    let mut note = Vec::new();
+    if conflict == Conflict::Elsewhere && kind.is_file() && metadata.len() <= note::SIZE as u64 {
+        let most = note::SIZE as u64;
+        // What cannot be read says nothing.
+        let _ = std::fs::File::from(open).take(most).read_to_end(&mut note);
+    }
+    Some((conflict, note))
 }

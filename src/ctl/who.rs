@@ -15,6 +15,7 @@ use super::options::Common;
 use super::show::{self, Out, mode};
 use super::text::{safe, time};
 use super::view::{self, Resource};
+use crate::host::note::Note;
 use crate::host::process;
 use crate::wire::lock::Target;
 use crate::wire::status::Call;
@@ -42,8 +43,8 @@ enum Finding {
     Process(i32, Via),
     /// Somebody of this host.
     Here(Via),
-    /// Nobody of this host: another one.
-    Elsewhere(Via),
+    /// Nobody of this host: another one, and what the locked file says of it.
+    Elsewhere(Via, Option<Note>),
     /// Nobody.
     Free,
     /// Nobody can tell.
@@ -225,7 +226,7 @@ fn by_kernel(asked: &Asked, seen: &Seen, via: Via) -> Finding {
                 None => Finding::Here(via),
             }
         }
-        Locked::Elsewhere => Finding::Elsewhere(via),
+        Locked::Elsewhere => Finding::Elsewhere(via, seen.note.clone()),
         Locked::Unknown => Finding::Unknown("the kernel cannot be asked for its lock".into()),
     }
 }
@@ -279,8 +280,14 @@ fn say(file: &Path, finding: &Finding, out: &mut Out) {
             "{file}: held by a process of this host that cannot be seen{}",
             through(via)
         )),
-        Finding::Elsewhere(via) => {
-            out.line(&format!("{file}: held from another host{}", through(via)));
+        Finding::Elsewhere(via, note) => {
+            let by = note.as_ref().map_or_else(String::new, |note| {
+                format!(", as its lease file says: {}", note.text())
+            });
+            out.line(&format!(
+                "{file}: held from another host{}{by}",
+                through(via)
+            ));
         }
         Finding::Free => out.line(&format!("{file}: free")),
         Finding::Unknown(reason) => {
@@ -313,7 +320,12 @@ fn json(file: &Path, finding: &Finding) -> Value {
             "process"
         }
         Finding::Here(_) => "this-host",
-        Finding::Elsewhere(_) => "another-host",
+        Finding::Elsewhere(_, note) => {
+            if let Some(note) = note {
+                put("note", note_json(note));
+            }
+            "another-host"
+        }
         Finding::Free => "nobody",
         Finding::Unknown(reason) => {
             put("reason", Value::from(reason.as_str()));
@@ -325,11 +337,24 @@ fn json(file: &Path, finding: &Finding) -> Value {
         Finding::Another(_, via)
         | Finding::Process(_, via)
         | Finding::Here(via)
-        | Finding::Elsewhere(via) => Some(via),
+        | Finding::Elsewhere(via, _) => Some(via),
         _ => None,
     };
     if let Some(Via::Lease(lease)) = via {
         show::put_bytes(&mut json, "lease", lease);
     }
     Value::Object(json)
+}
+
+/// What a lease file says; null where it does not.
+fn note_json(note: &Note) -> Value {
+    let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    json!({
+        "host": said(&note.host),
+        "domain": said(&note.domain),
+        "uuid": said(&note.uuid),
+        "pid": (note.pid > 0).then_some(note.pid),
+        "mode": said(&note.mode),
+        "since": said(&note.since),
+    })
 }
