@@ -182,6 +182,8 @@ const RULES: [Rule; 13] = [
             "locks/lease.rs",
             "locks/job.rs",
             "locks/place.rs",
+            // A process that has no lock writes who has one.
+            "locks/note.rs",
             "host/file.rs",
             // A process that has no lock asks who has one.
             "ctl/look.rs",
