@@ -155,6 +155,18 @@ fn who_and_status_answer_although_a_share_does_not() {
     share.stranger_locks("other", true);
     let elsewhere = scene.ctl(&["--json", "who", &share.path("other")]).json(0);
     assert_eq!(elsewhere["files"][0]["held_by"], "another-host");
+    assert_eq!(elsewhere["files"][0].get("note"), None);
+    // And its file says who that is.
+    let note = "virtlockd lease note 1\nhost: other\ndomain: its guest\npid: 7\nuuid: \x1b\n";
+    share.fill("other", note.as_bytes());
+    let elsewhere = scene.ctl(&["--json", "who", &share.path("other")]).json(0);
+    let note = &elsewhere["files"][0]["note"];
+    assert_eq!(note["host"], "other");
+    assert_eq!(note["pid"], 7);
+    assert!(note["uuid"].is_null());
+    let said = scene.ctl(&["who", &share.path("other")]).expect(0);
+    let by = "held from another host, as its lease file says: host 'other', domain 'its guest' (pid 7)\n";
+    assert!(said.ends_with(by), "{said}");
 }
 
 #[test]

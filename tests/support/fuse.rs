@@ -155,6 +155,14 @@ impl Share {
         state.create(name);
     }
 
+    /// What is in a file from now on, as another host wrote it.
+    pub fn fill(&self, name: &str, content: &[u8]) {
+        let mut state = self.control.state();
+        let node = *state.names.get(name).expect("the file is there");
+        state.sizes.insert(node, content.len() as u64);
+        state.contents.insert(node, content.to_vec());
+    }
+
     /// Takes a file away, as another host would.
     pub fn remove(&self, name: &str) {
         assert!(self.control.state().unlink(name), "there is a {name}");
