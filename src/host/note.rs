@@ -3,6 +3,11 @@
 //! anybody may have put anything in its place: what is read is taken for nothing but printable characters.
 //! `src/dist/lease-notes.md` describes it.
 
+use std::os::fd::AsFd;
+
+use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::uio::pread;
+
 /// The first line, with the version of what follows.
 pub const MARK: &[u8] = b"virtlockd lease note 1\n";
 
@@ -30,6 +35,12 @@ pub struct Note {
     pub mode: String,
     /// Since when, RFC 3339.
     pub since: String,
+}
+
+/// Whether a file may have a note and be no disk, as far as can be said without its content.
+pub fn may_be_in(stat: &FileStat) -> bool {
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    kind == SFlag::S_IFREG && usize::try_from(stat.st_size).is_ok_and(|size| size <= SIZE)
 }
 
 /// The front of a value, in printable characters.
@@ -124,6 +135,14 @@ impl Note {
     pub fn of_another_host(bytes: &[u8]) -> Option<Note> {
         let note = Note::read(bytes)?;
         (!note.host.is_empty() && note.host != Note::own_host()).then_some(note)
+    }
+
+    /// What an open file says of the other host that has it locked; nothing of one that cannot be a lease's.
+    pub fn in_file_of_another_host(file: &impl AsFd) -> Option<Note> {
+        let stat = fstat(file).ok()?;
+        let mut bytes = [0; SIZE];
+        let length = pread(file, may_be_in(&stat).then_some(&mut bytes)?, 0).ok()?;
+        Note::of_another_host(bytes.get(..length)?)
     }
 
     /// Who it is, as the middle of a sentence: `host 'a', domain 'guest' (uuid ..., pid 7), since ...`.

@@ -16,7 +16,6 @@
 use std::mem::ManuallyDrop;
 use std::os::fd::{OwnedFd, RawFd};
 
-use super::note;
 use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::descriptors;
@@ -80,7 +79,7 @@ impl Stranger {
             Ok(Conflict::Process(pid)) => Stranger::Process(pid),
             Ok(Conflict::OpenFile) => Stranger::ThisHost,
             Ok(Conflict::Elsewhere) if !place.is_default() => {
-                Stranger::Elsewhere(note::of_another_host(file).map(Box::new))
+                Stranger::Elsewhere(Note::in_file_of_another_host(file).map(Box::new))
             }
             Ok(Conflict::None | Conflict::Elsewhere) | Err(_) => Stranger::Elsewhere(None),
         }

@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::stat::fstat;
 use nix::sys::uio::{pread, pwrite};
 
 use super::holder;
@@ -13,7 +13,7 @@ use super::table::{Mode, ResourceId, Table};
 use crate::host::clock;
 use crate::host::errno::Errno;
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Start};
-use crate::host::note::{MARK, Note, SIZE};
+use crate::host::note::{MARK, Note, SIZE, may_be_in};
 
 /// A note to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,14 +109,8 @@ impl Writing {
     fn may_be_written(&self, handle: &OwnedFd) -> Result<bool, Errno> {
         let stat = fstat(handle)?;
         let is_it = FileIdentity::from(stat) == self.identity;
-        Ok(is_it && stat.st_nlink > 0 && may_be_note(&stat))
+        Ok(is_it && stat.st_nlink > 0 && may_be_in(&stat))
     }
-}
-
-/// Whether it may be a lease's file and no disk, as far as can be said without its content.
-fn may_be_note(stat: &FileStat) -> bool {
-    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
-    kind == SFlag::S_IFREG && usize::try_from(stat.st_size).is_ok_and(|size| size <= SIZE)
 }
 
 /// Does what a message says, for the process that made this one. What cannot be done is left: the lock is had
@@ -125,14 +119,6 @@ pub fn write_for_parent(message: &[u8]) {
     if let Some(writing) = Writing::from_bytes(message) {
         let _ = writing.run(crate::host::clone::parent());
     }
-}
-
-/// What a file says of the other host that has it locked; nothing of one that cannot be a lease's.
-pub(in crate::locks) fn of_another_host(file: &file::Lockable) -> Option<Note> {
-    let stat = fstat(file).ok()?;
-    let mut bytes = [0; SIZE];
-    let length = pread(file, may_be_note(&stat).then_some(&mut bytes)?, 0).ok()?;
-    Note::of_another_host(bytes.get(..length)?)
 }
 
 #[cfg(test)]
