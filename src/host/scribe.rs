@@ -16,6 +16,9 @@ use super::{passing, process};
 /// The longest message.
 pub const LONGEST: usize = 1024;
 
+/// The process's name, at most 15 characters.
+const NAME: &std::ffi::CStr = c"virtlockd-notes";
+
 /// As long as this is there, the process is.
 #[derive(Debug)]
 pub struct Scribe {
@@ -67,6 +70,8 @@ impl Dismissed {
 
 /// The copy's life.
 fn live(socket: RawFd, parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
+    // A name of its own in a list of processes. Where it cannot be had it does without.
+    let _ = nix::sys::prctl::set_name(NAME);
     clone::end_at_once_on_panic();
     clone::follow_parent(Some(Signal::SIGKILL))?;
     if clone::parent() != parent {

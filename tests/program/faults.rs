@@ -27,7 +27,7 @@ use crate::support::client::{
     SHARED, acquire, create_resource, delete_resource, frame, new_lockspace, put_string, put_u32,
     register_as, release, restrict,
 };
-use crate::support::daemon::{self, Daemon};
+use crate::support::daemon::{self, Daemon, writers_of_notes};
 use crate::support::faults::{self, ESSENTIAL, FAILING, Failing, Fault, Kernel, LEFT_ALONE, Role};
 use crate::support::namespace::Namespace;
 use crate::support::owner::{OnTerm, Owner, runs};
@@ -931,8 +931,8 @@ impl Play<'_> {
             }
         }
         let expected = [
-            // Two that listen, the guest's, the helper's.
-            ("socket", 4),
+            // Two that listen, the guest's, the helper's, and one to whoever writes notes.
+            ("socket", 4 + writers_of_notes(self.pid)),
             ("anon_inode:[eventpoll]", 2),
             (SIGNALS, 1),
             (TIMER, 1),

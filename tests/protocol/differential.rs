@@ -23,6 +23,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use virtlockd::host::note;
 
 const BASE: &str = "/run/diff";
 const SEQUENCES: u64 = 60;
@@ -100,6 +101,11 @@ impl World {
                     format!("fifo {mode:o}")
                 } else {
                     let content = std::fs::read(&path).expect("read a file");
+                    // Only ours says in a lease's file who has it.
+                    let content = match content.starts_with(note::MARK) {
+                        true => Vec::new(),
+                        false => content,
+                    };
                     let lock = support::lock_probe(&path).map(|lock| lock.exclusive);
                     let lock = match lock {
                         None => "free",

@@ -152,7 +152,7 @@ fn a_stop_that_keeps_everything_keeps_times_counts_and_who_is_told() {
     assert!(held[0].since > 0 && owners[0].since > 0);
     for upgrades in 1..3u64 {
         let ended = daemon.stop();
-        assert_eq!(ended.code(), Some(0), "{}", daemon.stderr());
+        assert_eq!(ended.code(), Some(81), "{}", daemon.stderr());
         manager.settle();
         daemon = manager.start();
         assert_eq!(told.next().kind, status::UPGRADED);
