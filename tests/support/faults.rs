@@ -535,7 +535,7 @@ pub fn is_untrue(fault: &Fault, line: &str) -> bool {
         ("fcntl", "EMFILE") => !is_about(&["F_DUPFD"]),
         ("fcntl", _) => is_about(&["F_DUPFD"]) || cannot_fail(line),
         // A name is always had (PR_SET_NAME).
-        ("prctl", _) => is_about(&["prctl(15"]),
+        ("prctl", _) => is_about(&["prctl(0xf)"]),
         // Root is not denied this, and there is no disk behind it.
         ("openat", "EACCES" | "EPERM" | "EROFS" | "ENOSPC" | "EDQUOT" | "EIO" | "ELOOP") => {
             is_about(&["\"/proc/"])
