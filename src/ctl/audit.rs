@@ -280,7 +280,7 @@ fn say(locks: &Locks, guests: &[Guest], unprotected: &[Disk<'_>], idle: &[Idle],
         });
         out.line("");
         out.table(
-            &["UNPROTECTED", "GUEST", "PID", "BECAUSE"],
+            &["UNPROTECTED", "DOMAIN", "PID", "BECAUSE"],
             &rows.collect::<Vec<_>>(),
         );
     }
@@ -296,7 +296,7 @@ fn say(locks: &Locks, guests: &[Guest], unprotected: &[Disk<'_>], idle: &[Idle],
         });
         out.line("");
         out.table(
-            &["LOCK FOR NOTHING", "GUEST", "PID", "BECAUSE"],
+            &["LOCK FOR NOTHING", "DOMAIN", "PID", "BECAUSE"],
             &rows.collect::<Vec<_>>(),
         );
     }

@@ -83,7 +83,7 @@ fn show(common: &Common, whom: Option<&OsStr>, mut view: View, out: &mut Out) ->
     if !view.resources.is_empty() {
         out.line("");
         out.table(
-            &["FILE", "MODE", "SINCE", "GUEST", "PID"],
+            &["FILE", "MODE", "SINCE", "DOMAIN", "PID"],
             &rows(&view, whom),
         );
     }
@@ -101,16 +101,16 @@ fn say_daemon(view: &View, out: &mut Out) {
         about.pid,
         age(about.serves_since, about.now),
         count(about.resources, "lock", "locks"),
-        count(view.owners.len() as u64, "guest", "guests"),
+        count(view.owners.len() as u64, "owner", "owners"),
         count(about.lockspaces.into(), "lockspace", "lockspaces"),
     ));
     if about.fenced > 0 {
-        let fenced = count(about.fenced.into(), "guest", "guests");
-        out.line(&format!("{fenced} left locks behind and are being killed"));
+        let fenced = count(about.fenced.into(), "owner", "owners");
+        out.line(&format!("{fenced} left locks behind and are being fenced"));
     }
     if about.left > 0 {
         let left = count(about.left, "lock", "locks");
-        out.line(&format!("{left} of dead guests are being freed"));
+        out.line(&format!("{left} of dead owners are being freed"));
     }
 }
 
@@ -137,7 +137,7 @@ fn say_owners(owners: &[Owner], now: u64, out: &mut Out) {
         })
         .collect();
     out.line("");
-    out.table(&["GUEST", "PID", "LOCKS", "SINCE", "STATE", "UUID"], &rows);
+    out.table(&["DOMAIN", "PID", "LOCKS", "SINCE", "STATE", "UUID"], &rows);
 }
 
 fn rows(view: &View, whom: Option<&OsStr>) -> Vec<Vec<String>> {

@@ -2,7 +2,7 @@
 function __virtlockctl_guests
     # The guests, as the daemon knows them; their names are in the table's first column.
     virtlockctl status 2>/dev/null |
-        awk '/^$/ { tables++; next } tables == 1 && $1 != "GUEST" { print $1 }'
+        awk '/^$/ { tables++; next } tables == 1 && $1 != "DOMAIN" { print $1 }'
 end
 
 complete -c virtlockctl -f

@@ -88,7 +88,7 @@ fn status_tells_all_that_is_held_and_by_whom() {
     let lines: Vec<&str> = table.lines().collect();
     assert!(lines[0].starts_with("virtlockd "), "{table}");
     assert!(
-        lines[0].ends_with("2 locks, 2 guests, 0 lockspaces"),
+        lines[0].ends_with("2 locks, 2 owners, 0 lockspaces"),
         "{table}"
     );
     let of = |start: &[&str]| {
