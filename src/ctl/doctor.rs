@@ -246,7 +246,7 @@ fn daemon(common: &Common, findings: &mut Vec<Finding>) -> Option<View> {
                 findings.push(finding(
                     Level::Warn,
                     format!(
-                        "{} owners left locks behind and are being killed",
+                        "{} owners left locks behind and are being fenced",
                         view.about.fenced
                     ),
                     "Look at the log for why",

@@ -104,7 +104,7 @@ fn gauges(about: &About) -> Vec<Gauge> {
         ),
         (
             "fences",
-            "Owners that are being killed.",
+            "Owners that are being fenced.",
             about.fenced.into(),
         ),
         (
