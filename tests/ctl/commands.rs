@@ -410,6 +410,33 @@ fn who_finds_a_logical_volume_and_a_scsi_disk_by_libvirts_leases_for_them() {
         said.contains("the name of its lease cannot be asked for"),
         "{said}"
     );
+    // Nor whether a lock protects it in a guest. (Its locks would have nothing that they are for.)
+    first.call(&release("", "/run/disk")).expect_ok();
+    let guest = "cp /bin/sleep /run/qemu-system-it; exec /run/qemu-system-it 1000 3<>$0";
+    let mut command = namespace.command("sh");
+    let mut guest = command
+        .args(["-ec", guest, &device.1])
+        .spawn()
+        .expect("start a guest");
+    let pid = i64::from(guest.id());
+    let comm = format!("/proc/{pid}/comm");
+    wait_until(DEADLINE, "the guest to run", || {
+        std::fs::read(&comm).is_ok_and(|name| name == b"qemu-system-it\n")
+    });
+    let audit = session(&namespace, scsi, &["--json", "audit"]);
+    guest.kill().expect("end the guest");
+    guest.wait().expect("wait for the guest");
+    let text = format!("whether a lock protects {} of", device.1);
+    assert!(audit.stderr.contains(&text), "{}", audit.stderr);
+    let unknown = &audit.json(2)["unknown"];
+    assert!(
+        unknown
+            .as_array()
+            .expect("a list")
+            .iter()
+            .any(|disk| disk["pid"] == pid),
+        "{unknown}"
+    );
 }
 
 #[test]
