@@ -1,0 +1,6 @@
+//! What is installed besides the program: manuals, units, packages.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod manual;
