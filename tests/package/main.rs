@@ -3,5 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod debian;
 mod hardening;
+mod host;
 mod manual;

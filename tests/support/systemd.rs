@@ -27,6 +27,8 @@ pub enum Units {
     Libvirts,
     /// libvirt's with our drop-ins.
     LibvirtsWithOurs,
+    /// Those of the packages that are installed inside, at any time.
+    Packages,
 }
 
 /// A running systemd. It is killed when dropped.
@@ -99,10 +101,16 @@ impl Systemd {
             let from = match units {
                 Units::Ours => dist.join(name),
                 Units::Libvirts | Units::LibvirtsWithOurs => libvirts(name),
+                Units::Packages => {
+                    self.link_units(&[name, &format!("{name}.d")]);
+                    continue;
+                }
             };
             copy(&from, &format!("/units/{name}"));
         }
-        if units != Units::Libvirts {
+        if units == Units::Packages {
+            self.link_units(&["virtlockd-store.target"]);
+        } else if units != Units::Libvirts {
             copy(
                 &dist.join("virtlockd-store.target"),
                 "/units/virtlockd-store.target",
@@ -118,6 +126,15 @@ impl Systemd {
         }
         let log = "LIBVIRT_DEBUG=2\nLIBVIRT_LOG_OUTPUTS=2:file:/run/virtlockd.log\n";
         std::fs::write(self.path("/etc/default/virtlockd"), log).expect("say where the log goes");
+    }
+
+    /// systemd looks for these where packages have them. (For nothing else there: it would start the host.)
+    fn link_units(&self, names: &[&str]) {
+        for name in names {
+            let to = Path::new("/usr/lib/systemd/system").join(name);
+            let link = self.path(format!("/units/{name}"));
+            std::os::unix::fs::symlink(to, link).expect("link a unit");
+        }
     }
 
     /// How a file inside is reached from outside.
