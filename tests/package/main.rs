@@ -7,3 +7,4 @@ mod debian;
 mod hardening;
 mod host;
 mod manual;
+mod rpm;
