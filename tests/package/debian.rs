@@ -135,7 +135,7 @@ fn an_interrupted_installation_or_removal_loses_nothing_and_can_be_finished() {
     };
     let (ours, _) = packages::ours();
     let file = host.carry_in(&ours.file(OURS));
-    for after in (0..12).map(|step| Duration::from_millis(40 + step * 60)) {
+    for after in (0..8).map(|step| Duration::from_millis(40 + step * 90)) {
         interrupt(&mut host, &["--install", &file], after);
         host.all_is_well();
         host.dpkg(&["--install", &file]).well();
