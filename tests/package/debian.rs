@@ -3,11 +3,11 @@
 //! place at every moment.
 
 use super::host::{Host, LIBVIRTS_PROGRAM, PROGRAM};
-use crate::support::client::{Call, acquire};
-use crate::support::daemon::program;
+use crate::support::client::{Call, Client, acquire};
+use crate::support::daemon::{LOCK_SOCKET, program};
 use crate::support::packages::{self, OURS, Packages, STANDALONE};
 use crate::support::systemd::SERVICE;
-use crate::support::{DEADLINE, TempDir, skip, wait_until};
+use crate::support::{DEADLINE, TempDir, lock_probe, skip, wait_for, wait_until};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -36,9 +36,9 @@ fn the_package_takes_a_running_host_over_and_gives_it_back_as_it_was() {
         host.is_libvirts();
         host.all_is_well();
         assert_eq!(host.systemd.property("ExitType"), "main");
-        assert_eq!(host.diversions(), "");
     }
     host.dpkg(&["--purge", OURS]).well();
+    assert_eq!(host.diversions(), "");
     assert_eq!(host.files(), before);
     assert_eq!(host.status(OURS), "none");
     host.dpkg(&["--verify", packages::LIBVIRTS[0]]).well();
@@ -104,11 +104,18 @@ fn libvirts_packages_may_be_reinstalled_and_upgraded_before_between_and_after() 
     host.nothing_was_lost();
 }
 
-/// Starts dpkg, kills it with all that it has started after so long, and has the host as well as before.
+/// Starts dpkg, and kills it with all that it has started at one moment.
 fn interrupt(host: &mut Host, words: &[&str], after: Duration) {
     let mut child = host
         .systemd
-        .command("dpkg")
+        .command("setsid")
+        .args([
+            "--wait",
+            "sh",
+            "-c",
+            "echo $$ >/run/dpkg; exec dpkg \"$@\"",
+            "dpkg",
+        ])
         .args(["--force-unsafe-io", "--no-triggers"])
         .args(words)
         .env("DEBIAN_FRONTEND", "noninteractive")
@@ -117,15 +124,16 @@ fn interrupt(host: &mut Host, words: &[&str], after: Duration) {
         .stderr(Stdio::null())
         .spawn()
         .expect("start dpkg");
-    std::thread::sleep(after);
-    // dpkg and its scripts, which nsenter waits for.
-    let script = "for p in /proc/[0-9]*; do [ $p = /proc/$$ ] || case $(tr '\\0' ' ' <$p/cmdline) in \
-                  *dpkg*|*in-place*) kill -KILL ${p#/proc/} ;; esac; done 2>/dev/null; true";
-    wait_until(DEADLINE, "dpkg to be dead", || {
-        let killed = host.systemd.command("sh").args(["-c", script]).status();
-        assert!(killed.expect("run a shell").success());
-        child.try_wait().expect("ask for dpkg's end").is_some()
+    let group = wait_for(DEADLINE, "dpkg", || {
+        let group = std::fs::read_to_string(host.systemd.path("/run/dpkg")).ok()?;
+        group.ends_with('\n').then(|| group.trim().to_owned())
     });
+    std::thread::sleep(after);
+    // It may have ended already.
+    let group = format!("-{group}");
+    host.run(&["/bin/kill", "-KILL", "--", &group]);
+    child.wait().expect("wait for dpkg");
+    std::fs::remove_file(host.systemd.path("/run/dpkg")).expect("forget it");
 }
 
 #[test]
@@ -135,7 +143,11 @@ fn an_interrupted_installation_or_removal_loses_nothing_and_can_be_finished() {
     };
     let (ours, _) = packages::ours();
     let file = host.carry_in(&ours.file(OURS));
-    for after in (0..8).map(|step| Duration::from_millis(40 + step * 90)) {
+    // `VIRTLOCKD_INTERRUPTIONS` has it killed at more moments.
+    let count = std::env::var("VIRTLOCKD_INTERRUPTIONS").ok();
+    let count: u64 = count.map_or(8, |text| text.parse().expect("a number"));
+    for step in 0..count {
+        let after = Duration::from_millis(20 + step * 720 / count);
         interrupt(&mut host, &["--install", &file], after);
         host.all_is_well();
         host.dpkg(&["--install", &file]).well();
@@ -143,7 +155,7 @@ fn an_interrupted_installation_or_removal_loses_nothing_and_can_be_finished() {
         host.all_is_well();
         interrupt(&mut host, &["--remove", OURS], after);
         host.all_is_well();
-        if after.as_millis() % 100 < 50 {
+        if step % 2 == 0 {
             // It is wanted after all.
             host.dpkg(&["--install", &file]).well();
             host.is_ours();
@@ -232,6 +244,26 @@ fn a_policy_that_lets_the_daemon_not_execute_the_program_is_asked_before_the_sig
     host.run(&["umount", &attribute]).well();
     host.all_is_well();
     host.nothing_was_lost();
+}
+
+#[test]
+fn a_death_of_libvirts_daemon_in_the_take_over_is_not_called_a_success() {
+    let Some(host) = Host::without_guests() else {
+        return;
+    };
+    let (ours, _) = packages::ours();
+    let mut guest = host.systemd.owner("guest");
+    std::fs::write(host.systemd.path("/run/disk"), "data").expect("make a disk");
+    guest.call(&acquire("", "/run/disk", 0)).expect_ok();
+    // libvirt's daemon ends of SIGUSR1 while somebody is connected who has not said who he is.
+    let _silent = Client::connect(&host.systemd.path(LOCK_SOCKET));
+    let words = [
+        "and ended: the locks that it had are gone",
+        "Make sure that none is started twice",
+    ];
+    host.with_ours("--install", ours).badly(&words);
+    assert!(guest.is_alive());
+    assert!(lock_probe(&host.systemd.path("/run/disk")).is_none());
 }
 
 #[test]

@@ -63,21 +63,26 @@ fn disk(guest: usize) -> String {
 impl Host {
     /// libvirt's daemon serves guests on it.
     pub fn start() -> Option<Host> {
+        let mut host = Host::without_guests()?;
+        host.has_guests();
+        Some(host)
+    }
+
+    /// libvirt's daemon runs on it.
+    pub fn without_guests() -> Option<Host> {
         if !packages::can_run() {
             return None;
         }
         let systemd = Systemd::start(Units::Packages, Path::new(PROGRAM))?;
         systemd.ctl(&["start", SERVICE]);
-        let mut host = Host {
+        Some(Host {
             main: systemd.main_pid(),
             systemd,
             guests: Vec::new(),
             rivals: Vec::new(),
             looker: None,
             over: Arc::default(),
-        };
-        host.has_guests();
-        Some(host)
+        })
     }
 
     /// From here on guests have their disks, and rivals want them.
