@@ -383,8 +383,9 @@ Ways to end it:
   SIGTERM (systemctl stop)
     Where systemd has a store for it, and its unit says that this outlives a
     stop (VIRTLOCKD_ON_STOP=keep), every lock and every client stays there
-    until the next start. Elsewhere the owners of locks are killed.
-  SIGINT (systemctl kill --kill-whom=main -s INT)
+    until the next start, and the exit status is 81. Elsewhere the owners of
+    locks are killed.
+  SIGINT (systemctl kill --kill-whom=main -s INT, virt-admin daemon-shutdown)
     The owners of locks are killed, wherever it runs: for a host that is to
     be emptied.
 

@@ -24,11 +24,15 @@ pub enum ExitCode {
     Network = 6,
     /// The successor cannot be started.
     ReExecution = 9,
+    /// The daemon has ended, and the next start goes on from where it was. Not libvirt's: a unit has to tell it from
+    /// an end after which nothing is locked any more, because unless systemd itself asked for it the next start
+    /// has to follow at once.
+    Kept = 81,
 }
 
 impl ExitCode {
     /// The number as the shell sees it, and as the status byte of a background start.
-    pub fn number(self) -> u8 {
+    pub const fn number(self) -> u8 {
         self as u8
     }
 }

@@ -31,6 +31,7 @@
 //!   understudy.rs         a copy of it that goes on should a successor not serve
 //!   store.rs              the service manager's store, which keeps everything while no daemon runs
 //!   kept.rs               a start that finds everything there
+//!   posix_locks.rs        locks that ended with another process, taken again
 //!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers

@@ -597,8 +597,8 @@ impl Custody {
     }
 
     /// Closes the ledger for a handover, with the bytes that are on their way and the poll that watches
-    /// the clients, if that is handed over. Until then bytes are not written down: they would be worked on or
-    /// sent once more.
+    /// the clients, if that is handed over: if not, it may still tell of one that was before. Until then bytes
+    /// are not written down: they would be worked on or sent once more.
     ///
     /// # Errors
     /// What the host refuses, or what cannot be written: then nobody can take over.
@@ -607,8 +607,7 @@ impl Custody {
         traffic: impl Iterator<Item = (ClientId, Traffic)>,
         poll: Option<RawFd>,
     ) -> Result<(), Errno> {
-        // It may tell of a poll that was handed over before.
-        if self.ledger.is_stale() || poll.is_none() {
+        if self.ledger.is_stale() {
             self.renew()?;
         }
         for service in Service::ALL {

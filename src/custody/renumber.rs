@@ -23,7 +23,7 @@ impl State<Saved> {
         now: impl Fn(RawFd) -> Option<RawFd>,
     ) -> Result<State<Saved>, String> {
         self.settings.pid_file = None;
-        (self.poll, self.old_poll) = (None, None);
+        self.forget_poll();
         let missing = {
             let mut numbers = self.descriptors();
             numbers.find(|number| now(number.0).is_none())

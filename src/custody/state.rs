@@ -821,9 +821,9 @@ impl State<Saved> {
         }
     }
 
-    /// The poll is not to be gone on with: another program has.
+    /// There is no poll to be gone on with: another program has, or it is over.
     pub fn forget_poll(&mut self) {
-        self.poll = None;
+        (self.poll, self.old_poll) = (None, None);
     }
 
     /// Whether a descriptor is of a socket, listening or a client's.

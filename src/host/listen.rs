@@ -148,11 +148,17 @@ impl Listeners {
             };
             return Ok((now, old));
         }
+        for listener in before.lock.iter().chain(&before.admin) {
+            // Whoever connects is told that it is this process which listens. One that waited would keep the
+            // daemon waiting.
+            let again = set_flags(&listener.socket).and_then(|()| widen_backlog(&listener.socket));
+            again.map_err(|error| ListenError::Inherited("listen on socket", error))?;
+        }
         let (lock, old_lock) = own(before.lock, &paths.lock_socket);
         let (admin, old_admin) = own(before.admin, &paths.admin_socket);
-        // Whoever answers there is this daemon.
-        let answers = old_lock.iter().chain(&old_admin);
-        let answers: Vec<PathBuf> = answers.filter_map(Listener::address).collect();
+        // Clients of these two may come to an old socket of this daemon still.
+        let mut answers = vec![paths.lock_socket.clone(), paths.admin_socket.clone()];
+        answers.retain(|path| is_of_this_process(path));
         let one = |own: Option<Listener>, path: &Path| {
             own.map_or_else(|| Listener::at(path, &answers), Ok)
         };
@@ -200,7 +206,9 @@ impl Listener {
         if !inherited.iter().any(|known| known == path) {
             match presence(&address) {
                 Presence::Nobody => {}
-                Presence::Somebody => return Err(ListenError::Alive(path.to_path_buf())),
+                Presence::Somebody | Presence::ThisProcess => {
+                    return Err(ListenError::Alive(path.to_path_buf()));
+                }
                 Presence::Unclear(error) => {
                     return Err(ListenError::Unclear(path.to_path_buf(), error));
                 }
@@ -225,12 +233,6 @@ impl Listener {
                 Err(ListenError::Listen(path.to_path_buf(), error))
             }
         }
-    }
-
-    /// Where clients find it.
-    fn address(&self) -> Option<PathBuf> {
-        let address = getsockname::<UnixAddr>(self.socket.as_raw_fd()).ok()?;
-        address.path().map(Path::to_path_buf)
     }
 
     /// An activation socket.
@@ -262,9 +264,10 @@ fn others(before: Vec<Listener>, now: &[Listener]) -> Vec<Listener> {
     before.into_iter().filter(|one| !is_there(one)).collect()
 }
 
-/// The one that this daemon made at a path where it still is, and the others.
+/// The one that this daemon made at a path where clients still come to it, and the others.
 fn own(before: Vec<Listener>, path: &Path) -> (Option<Listener>, Vec<Listener>) {
-    let is_there = |one: &Listener| one.path.as_deref() == Some(path) && path.exists();
+    let arrives = is_of_this_process(path);
+    let is_there = |one: &Listener| arrives && one.path.as_deref() == Some(path);
     let (mut own, mut others): (Vec<_>, Vec<_>) = before.into_iter().partition(is_there);
     let last = own.pop();
     others.extend(own);
@@ -308,6 +311,8 @@ enum Presence {
     Nobody,
     /// There is a process with this socket open.
     Somebody,
+    /// This process has it open, and said that it listens.
+    ThisProcess,
     Unclear(Errno),
 }
 
@@ -318,6 +323,7 @@ fn presence(address: &UnixAddr) -> Presence {
         Err(error) => return Presence::Unclear(error),
     };
     match connect(probe.as_raw_fd(), address).map_err(Errno::from) {
+        Ok(()) if is_from_here(&probe) => Presence::ThisProcess,
         // EAGAIN: its queue is full. EPROTOTYPE: it is a socket of another type, but alive.
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Presence::Somebody,
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Presence::Nobody,
@@ -325,6 +331,18 @@ fn presence(address: &UnixAddr) -> Presence {
         Err(Errno::ENOTDIR | Errno::ELOOP | Errno::ENAMETOOLONG) => Presence::Nobody,
         Err(error) => Presence::Unclear(error),
     }
+}
+
+/// Whether whoever connects to this path comes to this process.
+fn is_of_this_process(path: &Path) -> bool {
+    UnixAddr::new(path).is_ok_and(|address| presence(&address) == Presence::ThisProcess)
+}
+
+/// Whether it was this process that said of the socket at the other end that it listens: the kernel notes who
+/// did so last (unix(7), SO_PEERCRED).
+fn is_from_here(probe: &OwnedFd) -> bool {
+    let other = nix::sys::socket::getsockopt(probe, nix::sys::socket::sockopt::PeerCredentials);
+    other.is_ok_and(|other| other.pid() == process::own_number())
 }
 
 /// Keeps two daemons that start in the same moment from both finding the path free and the second
@@ -358,6 +376,9 @@ pub struct Given {
     pub activation: Activation,
     /// What this daemon had put into the manager's store before, and how that is called there.
     pub stored: Vec<(String, OwnedFd)>,
+    /// Whether that is all that it gives with a start: nothing was announced to another process, or could
+    /// not be taken.
+    pub is_whole: bool,
 }
 
 /// The sockets that a service manager left for this process.
@@ -392,11 +413,12 @@ const ADMIN_NAME: &[u8] = b"virtlockd-admin.socket";
 pub const STORED: &str = "virtlockd-bag-";
 
 impl Given {
-    /// Nothing.
+    /// Nothing, whatever there may be.
     pub fn nothing() -> Given {
         Given {
             activation: Activation::None,
             stored: Vec::new(),
+            is_whole: false,
         }
     }
 
@@ -433,6 +455,7 @@ impl Given {
         };
         Given {
             activation,
+            is_whole: count.is_none(),
             ..Given::nothing()
         }
     }
@@ -441,7 +464,10 @@ impl Given {
     ///
     /// The descriptors from 3 on, as many as there are `kinds`, must belong to nobody.
     unsafe fn adopt(kinds: Vec<Kind>) -> Given {
-        let mut given = Given::nothing();
+        let mut given = Given {
+            is_whole: true,
+            ..Given::nothing()
+        };
         let mut sockets = Vec::new();
         for (descriptor, kind) in (FIRST_DESCRIPTOR..).zip(kinds) {
             match kind {
@@ -659,7 +685,7 @@ mod tests {
         let second = Listener::at(&path, std::slice::from_ref(&path)).unwrap();
         // The end of the one that was pushed aside leaves the other's socket in place.
         first.remove();
-        assert_eq!(presence_at(&path), Presence::Somebody);
+        assert_eq!(presence_at(&path), Presence::ThisProcess);
         second.remove();
         assert!(!path.exists());
     }

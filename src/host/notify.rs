@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::errno::{self, Errno};
 use super::patience::patiently;
+use super::{environment, process};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, sendto, socket,
 };
@@ -68,17 +69,21 @@ impl Herald {
 
     /// Says this.
     pub fn say(&self, message: Arguments<'_>) {
+        let _ = self.try_say(message);
+    }
+
+    fn try_say(&self, message: Arguments<'_>) -> Result<(), Errno> {
         let mut text = [0; LONGEST];
         let mut rest = &mut text[..];
         // One that is too long is cut.
         let _ = rest.write_fmt(message);
         let left = rest.len();
         let length = LONGEST.saturating_sub(left);
-        let _ = say(
+        say(
             &self.socket,
             &self.address,
             text.get(..length).unwrap_or_default(),
-        );
+        )
     }
 
     /// Has the manager store a descriptor under this name, and keep it whatever becomes of what it stands
@@ -102,7 +107,8 @@ impl Herald {
 
     /// Has the manager forget what it stores under this name.
     pub fn forget(&self, name: &str) {
-        self.say(format_args!("FDSTOREREMOVE=1\nFDNAME={name}"));
+        // It may be busy with others at the moment. What is not heard stays there.
+        let _ = patiently(|| self.try_say(format_args!("FDSTOREREMOVE=1\nFDNAME={name}")));
     }
 
     /// As [`reloading`].
@@ -121,6 +127,20 @@ impl Herald {
 const ON_STOP: &str = "VIRTLOCKD_ON_STOP";
 /// The value of it that lets a stop keep everything there.
 const KEEP: &str = "keep";
+
+/// Which process the service manager started, if it says so (systemd.exec(5)).
+const STARTED: &str = "SYSTEMD_EXEC_PID";
+
+/// Whether the service manager started this very process: only that one is given what is in the store.
+pub fn is_started_by_manager() -> bool {
+    let started = std::env::var(STARTED);
+    started.map_or(true, |pid| pid.parse() == Ok(process::started()))
+}
+
+/// This program, and whatever it executes, makes no use of the store from now on.
+pub fn leave_store_alone() {
+    environment::take(ON_STOP);
+}
 
 /// Whether the service manager has a store for descriptors, and the unit says that it outlives a stop.
 pub fn has_lasting_store() -> bool {

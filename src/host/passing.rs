@@ -120,12 +120,15 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
     Ok(Some(message))
 }
 
-/// Whether there is a message.
+/// Whether there is a message, as far as can be told: only what is known to be empty is.
 pub fn has_message(socket: &OwnedFd) -> bool {
     let mut byte = [0; 1];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    begin_to_look(socket).is_ok()
-        && nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, flags).is_ok_and(|read| read > 0)
+    let read = begin_to_look(socket).and_then(|()| {
+        let read = nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, flags);
+        read.map_err(Errno::from)
+    });
+    !matches!(read, Ok(0) | Err(Errno::EAGAIN))
 }
 
 /// Takes the first message out, with all that is in it: nobody finds it any more. False if there is none.

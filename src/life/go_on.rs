@@ -13,7 +13,7 @@ use super::guardian::{End, Guarded};
 use super::plan::{self, Plan};
 use super::sweep::{self, Swept};
 use super::way_back::WayBack;
-use super::{cold_start, kept, serve, standard, takeover, understudy};
+use super::{cold_start, kept, posix_locks, serve, standard, takeover, understudy};
 use crate::cli::Options;
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
@@ -30,7 +30,6 @@ use crate::host::paths::Paths;
 use crate::host::patience::patiently;
 use crate::host::pid_file::{self, PidFile};
 use crate::host::{errno, listen, process};
-use crate::locks::lease::{self, LockKind};
 use crate::log::{self, Level, Printable, SettingError, Settings};
 use crate::restart::handover::CommandLine;
 use crate::server::reactor::{GoesOn, Limits, Reactor};
@@ -95,7 +94,7 @@ pub fn resume(
     if !state.settings().program.is_empty() {
         command_line.program = OsString::from_vec(state.settings().program.clone());
     }
-    lock_again(&state);
+    posix_locks::lock_again(&state);
     if let Some(Before {
         failed: Some((_, Failure::Ended | Failure::Late)),
         ..
@@ -176,27 +175,6 @@ pub fn resume(
 enum IsBroken {
     Yes,
     No,
-}
-
-/// After a successor that died the POSIX locks were that one's: this process has the files, and has to have the
-/// locks. Asked for a second time they stay as they are.
-fn lock_again(state: &State<Saved>) {
-    for (_, resource) in state.table().iter() {
-        if !matches!(resource.lease.kind, LockKind::Process { .. }) {
-            continue;
-        }
-        let number = resource.lease.descriptor.0;
-        // The last of the dead may not be over yet.
-        let again = patiently(|| lease::lock_again(number, resource.mode));
-        if let Err(reason) = again {
-            tracing::error!(
-                "The lock on '{}' was lost with a process of the daemon that died: {}. Its owner and another \
-                 process may both write the file: stop one of them",
-                Printable(resource.name()),
-                errno::text(reason)
-            );
-        }
-    }
 }
 
 /// Whoever died may have closed another descriptor of the pid file, and with that its lock was gone.

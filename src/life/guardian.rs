@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::store::{self, Store};
+use super::store::Store;
 use super::understudy::{self, Stands};
 use crate::desk::Desk;
 use crate::desk::control::{Death, ENDS, Failure, Message, Order, Phase};
@@ -57,6 +57,8 @@ pub enum End {
     Over(ExitCode),
     /// It is over until the next start, for which the service manager keeps everything.
     Kept,
+    /// This process is over as if it was killed, because the service manager takes the daemon for dead.
+    Left,
     /// A program is to be executed: the desk has the order.
     Ordered,
     /// The ledger cannot be read.
@@ -67,14 +69,16 @@ pub enum End {
 
 /// Statuses of the reactor's process beside those of [`ExitCode`].
 const ORDERED: u8 = 80;
-const KEPT: u8 = 81;
+const KEPT: u8 = ExitCode::Kept.number();
 const UNREADABLE: u8 = 82;
+const LEFT: u8 = 83;
 
 impl End {
     fn status(self) -> u8 {
         match self {
             End::Over(exit) => exit.number(),
             End::Kept => KEPT,
+            End::Left => LEFT,
             End::Ordered => ORDERED,
             End::Unreadable | End::Orphaned => UNREADABLE,
         }
@@ -111,14 +115,13 @@ pub struct Guardian {
 impl Guardian {
     /// With all that it will need.
     ///
-    /// If this process was executed, there may be an understudy, which it ends. If it was started, the service
-    /// manager may have given it what is in its store by these names.
+    /// If this process was executed, there may be an understudy, which it ends.
     pub fn new(
         desk: &'static Desk,
         program: Program,
         is_fresh: bool,
         again: Again,
-        (understudy, given): (Option<i32>, store::Given),
+        (understudy, mut store): (Option<i32>, Store),
     ) -> Guardian {
         signals::hear_of_children();
         descriptors::make_room(DESCRIPTORS);
@@ -128,7 +131,6 @@ impl Guardian {
         desk.set_herald(herald.as_ref().map(Herald::number));
         desk.set_guardian(process::started());
         desk.set_understudy(understudy.filter(|pid| clone::is_child(*pid)));
-        let store = Store::of(given);
         store.prepare(desk, herald.as_ref());
         Guardian {
             desk,
@@ -224,7 +226,7 @@ impl Guardian {
             End::Orphaned => self.succeed(),
             End::Over(ExitCode::Success) => end.leave(),
             // The service manager has everything, whether or not there is a guardian.
-            End::Kept => end.leave(),
+            End::Kept | End::Left => end.leave(),
             // Nobody else would go on.
             _ if serves && !self.desk.has_guardian() => self.succeed(),
             _ => end.leave(),
@@ -307,8 +309,9 @@ impl Guardian {
                 self.leave(ExitCode::Success.number());
             }
             Ended::Status(status) if status == i32::from(KEPT) => {
-                clone::leave(ExitCode::Success.number());
+                clone::leave(KEPT);
             }
+            Ended::Status(status) if status == i32::from(LEFT) => self.leave(self.left_status()),
             Ended::Status(status) if status == i32::from(ORDERED) => return self.obey(),
             Ended::Status(status) if status == i32::from(UNREADABLE) => Death::Unreadable,
             Ended::Status(status) if is_starting && status < i32::from(ORDERED) => {
@@ -374,9 +377,19 @@ impl Guardian {
     }
 
     /// The daemon is over, and nothing is to be kept for the next start but what was before.
-    fn leave(&self, status: u8) -> ! {
+    fn leave(&mut self, status: u8) -> ! {
         self.store.give_up(self.herald.as_ref());
         clone::leave(status);
+    }
+
+    /// How this process ends as if it was killed. A unit that knows of the store knows the status that asks for
+    /// the next start; for any other one it would be a failure.
+    fn left_status(&self) -> u8 {
+        let exit = match self.desk.mouth() {
+            Some(_) => ExitCode::Kept,
+            None => ExitCode::Success,
+        };
+        exit.number()
     }
 
     /// Waits for the end of the reactor, and whether that was brought about by the guardian.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use foldhash::HashMap;
 
-use super::cold_start;
 use super::guardian::Guarded;
+use super::{cold_start, posix_locks};
 use crate::custody::descriptor::{Number, Saved};
 use crate::custody::event::Event;
 use crate::custody::ledger::{self, OldFile};
@@ -60,7 +60,9 @@ pub fn find(
             descriptors,
         } = contents;
         let state = ledger::load(&ledger);
-        let state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
+        let mut state = state.map_err(|reason| refuse(&name, &format!("its ledger: {reason}")))?;
+        // It ended with its process, and its number may be another descriptor's.
+        state.forget_poll();
         let kept = Kept {
             bag,
             ledger,
@@ -81,7 +83,8 @@ pub fn find(
 fn refuse(name: &str, reason: &str) -> StartError {
     let message = format!(
         "What the daemon before left in the service manager's store as '{name}' cannot be gone on from: \
-         {reason}. It stays there, and with it every lock. Start a daemon that can go on from it"
+         {reason}. It stays there, and with it every lock. Start a daemon that can go on from it; or stop all \
+         guests, and have it thrown away (systemctl clean --what=fdstore virtlockd.service)"
     );
     StartError::new(ExitCode::Initialisation, message)
 }
@@ -171,6 +174,8 @@ impl Kept {
             .and_then(|state| state.renumbered(|before| numbers.get(&before).copied()))
             .map_err(damaged)?;
         let now: Vec<RawFd> = numbers.into_values().collect();
+        // These ended with the process that had them.
+        posix_locks::lock_again(&state);
         let mut inherited = Inherited::of(&now, &descriptors::open_numbers())
             .map_err(|number| damaged(format!("descriptor {number} is not open")))?;
         let state = state

@@ -7,6 +7,7 @@ pub mod go_on;
 pub mod guardian;
 pub mod kept;
 pub mod plan;
+pub mod posix_locks;
 pub mod rehearsal;
 pub mod serve;
 pub mod standard;

@@ -61,7 +61,9 @@ fn open_for_clients(
     let descriptors = plan::raise_limit();
     let limits = plan::client_limits(&plan.config, descriptors);
     let paths = plan.paths.clone();
-    let Given { activation, stored } = given;
+    let Given {
+        activation, stored, ..
+    } = given;
     let kept = kept::find(stored, &paths.run_directory)?;
     let mut reactor = ManuallyDrop::new(reactor(plan, descriptors, pid_file, desk)?);
     reactor.configure(limits);
@@ -178,7 +180,7 @@ pub fn run(
         Ok(Ended::Ordered) => Ok(End::Ordered),
         Ok(Ended::Orphaned) => Ok(End::Orphaned),
         // As if it was killed: nothing is closed or removed.
-        Ok(Ended::Left) => Ok(End::Over(ExitCode::Success)),
+        Ok(Ended::Left) => Ok(End::Left),
         Err(error) => {
             let message = format!("The reactor cannot go on: {error}");
             Err(StartError::new(ExitCode::Failure, message).into())

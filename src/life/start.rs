@@ -7,8 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::guardian::{self, Again, End, First, Guarded, Guardian};
 use super::plan::Plan;
+use super::store::{self, Store};
 use super::way_back::WayBack;
-use super::{go_on, serve, standard, store, sweep, takeover, understudy};
+use super::{go_on, serve, standard, sweep, takeover, understudy};
 use crate::cli::{Options, Outcome};
 use crate::config::Config;
 use crate::custody::descriptor::Saved;
@@ -24,7 +25,7 @@ use crate::host::paths::Paths;
 use crate::host::patience::while_it_may_pass;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
-use crate::host::{clone, descriptors, limits};
+use crate::host::{clone, descriptors, limits, notify};
 use crate::log;
 use crate::restart::bag;
 use crate::restart::handover::CommandLine;
@@ -63,19 +64,27 @@ pub fn start(outcome: Outcome, program: &OsStr) -> Result<ExitCode, Failed> {
         return Ok(guarded(
             options,
             command_line,
-            Before::Libvirts,
+            Before::Libvirts(Store::of_this_process()),
             Some(first),
         ));
     }
     log::install(log::Settings::initial())?;
+    if notify::has_lasting_store() && !(given.is_whole && notify::is_started_by_manager()) {
+        notify::leave_store_alone();
+        tracing::error!(
+            "The service manager keeps things for this service that are not given to this process, as it did not \
+             start it itself, in the foreground. A stop will fence every owner of a lock: have the unit start \
+             virtlockd without --daemon and without another program in front of it"
+        );
+    }
     start_afresh(wanted(outcome)?, command_line, (given, open), program)
 }
 
 /// Who was here before.
 enum Before {
     /// Nobody: what was open then, and what there is in the service manager's store.
-    Nobody(Vec<RawFd>, store::Given),
-    Libvirts,
+    Nobody(Vec<RawFd>, Store),
+    Libvirts(Store),
     /// This program, and the ledger that it left.
     Ours(RawFd),
 }
@@ -91,10 +100,10 @@ fn guarded(
     let understudy = takeover::understudy();
     let prepared = prepare(&command_line);
     let is_fresh = matches!(before, Before::Nobody(..));
-    let (ledger, open, stored) = match before {
-        Before::Ours(number) => (Some(number), Vec::new(), Vec::new()),
-        Before::Nobody(open, stored) => (None, open, stored),
-        Before::Libvirts => (None, Vec::new(), Vec::new()),
+    let (ledger, open, store) = match before {
+        Before::Ours(number) => (Some(number), Vec::new(), Store::of_this_process()),
+        Before::Nobody(open, store) => (None, open, store),
+        Before::Libvirts(store) => (None, Vec::new(), store),
     };
     let again: Again = Box::new(move |desk: Guarded| {
         let number = match desk {
@@ -121,14 +130,14 @@ fn guarded(
             open.into_iter()
                 .for_each(|number| desk.set_stranger(number));
             desk.set_ledger(ledger);
-            let from_before = (understudy, stored);
+            let from_before = (understudy, store);
             Guardian::new(desk, program, is_fresh, again, from_before).guard(first)
         }
     };
     match end {
         End::Over(exit) => exit,
         // What only a guardian's reactor comes to.
-        End::Kept | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
+        End::Kept | End::Left | End::Ordered | End::Unreadable | End::Orphaned => ExitCode::Failure,
     }
 }
 
@@ -266,8 +275,15 @@ fn start_afresh(
         moved: Vec::new(),
         desk: None,
     };
+    let stored = given.stored.iter();
+    let stored = stored.map(|(name, bag)| (name.clone(), bag::is_full(bag)));
+    let stored: store::Given = stored.collect();
     if takeover::find_document(&plan, &way_back)?.is_some() {
         std::mem::forget(given);
+        let store = match stored.iter().any(|(_, is_full)| *is_full) {
+            true => Store::of_another(),
+            false => Store::of(stored),
+        };
         let theirs = Ok(options.clone());
         let first: First =
             Box::new(move |desk| finish(go_on_from_document(theirs, words, &open, desk)));
@@ -275,7 +291,7 @@ fn start_afresh(
         return Ok(guarded(
             options,
             command_line,
-            Before::Libvirts,
+            Before::Libvirts(store),
             Some(first),
         ));
     }
@@ -286,15 +302,12 @@ fn start_afresh(
             Background::Parent(started) => return Ok(say_how_it_went(program, &started)),
         }
     }
-    let stored = given.stored.iter();
-    let stored = stored.map(|(name, bag)| (name.clone(), bag::is_full(bag)));
-    let stored = stored.collect();
     let serve = move |desk| finish(serve::serve(plan, given, waiting, desk));
     let first: First = Box::new(serve);
     Ok(guarded(
         Ok(options),
         command_line,
-        Before::Nobody(open, stored),
+        Before::Nobody(open, Store::of(stored)),
         Some(first),
     ))
 }

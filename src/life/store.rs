@@ -20,31 +20,51 @@ pub type Given = Vec<(String, bool)>;
 /// What the guardian knows of the store.
 #[derive(Debug)]
 pub struct Store {
-    /// What the bag of this daemon is called.
-    name: &'static str,
+    /// What the bag of this daemon is called; none if there is none.
+    name: Option<&'static str>,
+    /// Whether an empty bag of that name is there from before.
+    is_there: bool,
     /// What is there from before, and is to go when this daemon serves.
     given: Vec<String>,
 }
 
 impl Store {
-    /// With these bags from before in it, and whether anything is in them.
+    /// With these bags from before in it, and whether anything is in them: that is all there is. Nothing is put
+    /// in the place of what is not known to be empty.
     pub fn of(given: Given) -> Store {
-        let is_full = |name: &str| {
-            given
-                .iter()
-                .any(|(known, is_full)| known == name && *is_full)
-        };
-        let [one, other] = NAMES;
-        let name = if is_full(one) { other } else { one };
+        let is_full = |name: &&str| given.iter().any(|(known, full)| known == name && *full);
+        let name = NAMES.into_iter().find(|name| !is_full(name));
         let given = given.into_iter().map(|(known, _)| known);
+        let (own, given): (Vec<String>, Vec<String>) =
+            given.partition(|known| Some(known.as_str()) == name);
         Store {
             name,
-            given: given.filter(|known| known != name).collect(),
+            is_there: !own.is_empty(),
+            given,
+        }
+    }
+
+    /// As the program left it that was executed in this process before: without anything in it.
+    pub fn of_this_process() -> Store {
+        let [name, _] = NAMES;
+        Store {
+            name: Some(name),
+            is_there: true,
+            given: Vec::new(),
+        }
+    }
+
+    /// Of which this daemon makes no use: what is in it is another one's.
+    pub fn of_another() -> Store {
+        Store {
+            name: None,
+            is_there: false,
+            given: Vec::new(),
         }
     }
 
     /// Puts an empty bag there, if there is a store that outlives the end of this daemon.
-    pub fn prepare(&self, desk: &Desk, herald: Option<&Herald>) {
+    pub fn prepare(&mut self, desk: &Desk, herald: Option<&Herald>) {
         if let Some(mouth) = self.try_put(herald) {
             desk.set_mouth(Some(mouth.into_raw_fd()));
         }
@@ -52,7 +72,7 @@ impl Store {
 
     /// Puts another one there, in the place of one that was given up. Its mouth keeps the number: an understudy,
     /// whose table is another one, knows no other. There is no reactor at this moment.
-    pub fn renew(&self, desk: &Desk, herald: Option<&Herald>) {
+    pub fn renew(&mut self, desk: &Desk, herald: Option<&Herald>) {
         if let Some(number) = desk.mouth()
             && let Some(mouth) = self.try_put(herald)
         {
@@ -61,9 +81,10 @@ impl Store {
         }
     }
 
-    fn try_put(&self, herald: Option<&Herald>) -> Option<OwnedFd> {
+    fn try_put(&mut self, herald: Option<&Herald>) -> Option<OwnedFd> {
         let herald = herald.filter(|_| notify::has_lasting_store())?;
-        let put = self.put(herald).inspect_err(|reason| {
+        let name = self.name?;
+        let put = self.put(name, herald).inspect_err(|reason| {
             tracing::error!(
                 "The service manager cannot be told to keep anything: {}. A stop would fence every owner of a \
                  lock",
@@ -73,18 +94,23 @@ impl Store {
         put.ok()
     }
 
-    fn put(&self, herald: &Herald) -> Result<OwnedFd, Errno> {
-        let bag = Bag::new()?;
-        // One that a daemon left which did not get far.
-        herald.forget(self.name);
-        herald.store(self.name, &bag.whole)?;
+    fn put(&mut self, name: &str, herald: &Herald) -> Result<OwnedFd, Errno> {
+        let bag = patiently(Bag::new)?;
+        if self.is_there {
+            herald.forget(name);
+        }
+        self.is_there = true;
+        herald.store(name, &bag.whole)?;
         Ok(bag.mouth)
     }
 
     /// The bag of this daemon is not needed: it is empty, and stays so.
-    pub fn give_up(&self, herald: Option<&Herald>) {
-        if let Some(herald) = herald.filter(|_| notify::has_lasting_store()) {
-            herald.forget(self.name);
+    pub fn give_up(&mut self, herald: Option<&Herald>) {
+        if let Some(herald) = herald.filter(|_| notify::has_lasting_store())
+            && let Some(name) = self.name
+            && std::mem::take(&mut self.is_there)
+        {
+            herald.forget(name);
         }
     }
 

@@ -165,7 +165,7 @@ pub fn look(bag: &OwnedFd) -> Result<Option<Contents>, Unusable> {
     if found.len() != inner_count {
         return Err(damaged("a part of it is missing"));
     }
-    let mut descriptors = HashMap::with_capacity(count);
+    let mut descriptors = HashMap::new();
     for inner in found {
         unpack(&inner, &mut descriptors)?;
     }

@@ -1094,9 +1094,8 @@ impl Reactor {
             Deadline::ClearAway(id) => self.lines.endings.push_back(id),
             Deadline::Accept => self.gate.try_again(),
             Deadline::Idle => self.end_if_idle(),
-            Deadline::Stop if self.doing == Doing::Keeping => {
-                self.cannot_keep("it would have to wait too long for owners that are being fenced");
-            }
+            // At the end of the turn everything is packed, whoever is not dead by then.
+            Deadline::Stop if self.doing == Doing::Keeping => (),
             Deadline::Stop => {
                 self.owners().give_up();
                 self.doing = Doing::Ended;
@@ -1192,8 +1191,8 @@ impl Reactor {
         for pid in unkeepable {
             tracing::error!(
                 target: "locking.lock_daemon",
-                "{} has locks that libvirt's daemon took, which end with this process: it is fenced. What the \
-                 others have is kept",
+                "{} has locks that libvirt's daemon took, which end with this process: it has to be dead before. \
+                 What the others have is kept",
                 self.owners().text(pid)
             );
         }
@@ -1209,14 +1208,23 @@ impl Reactor {
         }
         self.settle();
         let state = self.custody.state();
-        let waits_for = keep::unkeepable(state);
-        if !waits_for.is_empty() {
-            if !waits_for.iter().all(|pid| state.fences().contains_key(pid)) {
-                self.cannot_keep(
-                    "an owner has locks that end with this process, and cannot be fenced",
-                );
-            }
-            return;
+        let mut waits_for = keep::unkeepable(state).into_iter();
+        let waits = waits_for.any(|pid| state.fences().contains_key(&pid));
+        if !waits || self.deadlines.get(Deadline::Stop).is_none() {
+            self.pack();
+        }
+    }
+
+    fn pack(&mut self) {
+        self.deadlines.unset(Deadline::Stop);
+        for pid in keep::unkeepable(self.custody.state()) {
+            // As with every stop; the others lose nothing by it.
+            tracing::error!(
+                target: "locking.lock_daemon",
+                "{} could not be ended, and the locks that it has from libvirt's daemon end with this process: \
+                 until the next start takes them again nothing keeps others from its disks",
+                self.owners().text(pid)
+            );
         }
         let Some(mouth) = self.mouth() else {
             return self.stop();
@@ -1243,6 +1251,7 @@ impl Reactor {
     }
 
     fn cannot_keep(&mut self, reason: &str) {
+        // The service manager may have lost its main process; if so, it starts the daemon again at once.
         if self.guard.is_some_and(Desk::is_to_leave) {
             tracing::error!(
                 target: "rpc.netdaemon",
@@ -1339,14 +1348,11 @@ impl Reactor {
         }
     }
 
-    /// The service manager ends what is left of a daemon whose main process has died: that is no end in order. If
-    /// it keeps everything, all the better.
+    /// The service manager ends what is left of a daemon whose main process has died: that is no end in order. A
+    /// unit that has everything kept does not end it for that, so there it is one.
     fn leave(&mut self) {
-        if self.mouth().is_some() && keep::unkeepable(self.custody.state()).is_empty() {
-            tracing::info!(
-                target: "rpc.netdaemon",
-                "The service manager ends the daemon, which has lost its main process"
-            );
+        if self.mouth().is_some() {
+            tracing::info!(target: "rpc.netdaemon", "The service manager ends the daemon");
             self.begin_to_keep();
         } else {
             self.leave_as_it_is();
@@ -1374,6 +1380,16 @@ impl Reactor {
                 if matches!(self.doing, Doing::Serving | Doing::Keeping) =>
             {
                 tracing::info!(target: "rpc.netdaemon", "{signal}: the daemon ends");
+                if signal == Signal::SIGTERM
+                    && notify::has_lasting_store()
+                    && self.guard.is_none_or(|desk| desk.mouth().is_none())
+                {
+                    tracing::error!(
+                        target: "rpc.netdaemon",
+                        "The service manager could not be given what it was to keep, as was said when the daemon \
+                         started. So the owners are fenced"
+                    );
+                }
                 self.stop();
             }
             Signal::SIGHUP => {

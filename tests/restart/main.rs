@@ -13,6 +13,7 @@ mod ledgers;
 mod libvirt_upgrade;
 mod outside_calls;
 mod recoveries;
+mod shutdown;
 mod store;
 mod story;
 mod successors;

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod killed;
+mod obstacles;
 
 use crate::support;
 use crate::support::client::{
@@ -61,7 +62,7 @@ impl Scene {
     #[track_caller]
     fn stop(&mut self) {
         let status = self.daemon.stop();
-        assert_eq!(status.code(), Some(0), "{}", self.daemon.stderr());
+        assert_eq!(status.code(), Some(81), "{}", self.daemon.stderr());
         self.manager.settle();
         assert_eq!(self.manager.stored(), 1);
         assert!(self.is_held(DISK), "{}", self.daemon.stderr());

@@ -24,6 +24,9 @@ const PROGRAM: &str = "/usr/sbin/virtlockd";
 /// Its configuration.
 const CONFIG: &str = "/etc/libvirt/virtlockd.conf";
 
+/// How long systemd waits before it starts a service again (`RestartSec=`, its default).
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+
 /// A host with guests, and rivals that try to get each of their disks all the time.
 struct Host {
     systemd: Systemd,
@@ -86,6 +89,13 @@ impl Host {
         self.systemd.path(disk(guest, number))
     }
 
+    /// Systemd does not know of it before it reads its units anew.
+    fn changes_unit(&self, change: &str) {
+        let folder = self.systemd.path("/etc/systemd/system/virtlockd.service.d");
+        std::fs::create_dir_all(&folder).expect("make a folder for a drop-in");
+        std::fs::write(folder.join("zz-change.conf"), change).expect("write a drop-in");
+    }
+
     fn ctl(&self, arguments: &[&str]) {
         self.systemd.ctl(arguments);
     }
@@ -101,6 +111,19 @@ impl Host {
         assert_eq!(self.systemd.main_pid(), 0);
         assert_eq!(self.systemd.property("SubState"), "dead-resources-pinned");
         assert_eq!(self.systemd.stored(), 1, "{}", self.systemd.last_words());
+        for (guest, number) in self.disks() {
+            let lock = lock_probe(&self.path(guest, number));
+            assert!(lock.is_some_and(|lock| lock.exclusive));
+        }
+    }
+
+    /// Starts fail, more often than systemd tries it with the limit that it has by itself, and nothing is lost.
+    #[track_caller]
+    fn is_tried_again_and_again(&self) {
+        wait_until(DEADLINE, "systemd to have tried it often", || {
+            let count = self.systemd.property("NRestarts").parse();
+            count.is_ok_and(|count: u32| count > 6)
+        });
         for (guest, number) in self.disks() {
             let lock = lock_probe(&self.path(guest, number));
             assert!(lock.is_some_and(|lock| lock.exclusive));
@@ -442,16 +465,12 @@ fn a_start_that_fails_loses_nothing_and_the_one_that_works_goes_on() {
     };
     std::fs::create_dir_all(host.systemd.path("/etc/libvirt")).expect("make a folder");
     std::fs::write(host.systemd.path(CONFIG), "max_clients = \"many\"\n").expect("write");
-    // It fails as often as systemd tries it.
+    // It fails as often as systemd tries it, which never gives up.
     let restarted = host.systemd.systemctl(&["restart", SERVICE]);
     assert!(!restarted.status.success());
-    wait_until(DEADLINE, "systemd to give up", || {
-        host.systemd.property("SubState") == "failed"
-    });
-    assert_eq!(host.systemd.stored(), 1);
+    host.is_tried_again_and_again();
     std::fs::remove_file(host.systemd.path(CONFIG)).expect("remove the configuration");
-    host.ctl(&["reset-failed", SERVICE]);
-    host.ctl(&["start", SERVICE]);
+    wait_until(DEADLINE, "a start that works", || host.is_active());
     host.all_is_well();
     host.nobody_else_had_a_lock();
 }
@@ -467,15 +486,9 @@ fn a_start_that_fails_late_loses_nothing_either() {
     std::fs::create_dir(&socket).expect("put a directory in the socket's place");
     let started = host.systemd.systemctl(&["start", SERVICE]);
     assert!(!started.status.success());
-    wait_until(DEADLINE, "systemd to give up", || {
-        host.systemd.property("SubState") == "failed"
-    });
-    for (guest, number) in host.disks() {
-        assert!(lock_probe(&host.path(guest, number)).is_some_and(|lock| lock.exclusive));
-    }
+    host.is_tried_again_and_again();
     std::fs::remove_dir(&socket).expect("remove the directory");
-    host.ctl(&["reset-failed", SERVICE]);
-    host.ctl(&["start", SERVICE]);
+    wait_until(DEADLINE, "a start that works", || host.is_active());
     host.all_is_well();
     host.nobody_else_had_a_lock();
 }
@@ -524,9 +537,7 @@ fn without_a_store_that_outlives_it_a_stop_fences() {
             return;
         };
         if let Some(change) = change {
-            let folder = host.systemd.path("/etc/systemd/system/virtlockd.service.d");
-            std::fs::create_dir_all(&folder).expect("make a folder for a drop-in");
-            std::fs::write(folder.join("change.conf"), change).expect("write a drop-in");
+            host.changes_unit(change);
             host.ctl(&["daemon-reload"]);
             if change == fences {
                 // What the unit says counts from the next start on.
@@ -605,6 +616,163 @@ fn int_to_the_main_process_stops_and_fences_and_is_not_undone_by_a_restart() {
 }
 
 #[test]
+fn an_end_that_somebody_else_than_systemd_asks_for_is_followed_by_a_start_that_goes_on() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        for count in ["1", "2"] {
+            let before = host.systemd.main_pid();
+            send(before, Signal::SIGTERM);
+            wait_until(DEADLINE, "the unit to be started again", || {
+                host.systemd.property("NRestarts") == count && host.is_active()
+            });
+            assert_ne!(host.systemd.main_pid(), before);
+            host.all_is_well();
+        }
+        // Whoever asks systemd wants no other one, and it is no failure.
+        host.ctl(&["stop", SERVICE]);
+        assert_eq!(host.systemd.property("ActiveState"), "inactive");
+        assert_eq!(host.systemd.property("Result"), "success");
+        std::thread::sleep(2 * RESTART_PAUSE);
+        host.everything_is_kept();
+        host.ctl(&["start", SERVICE]);
+        host.all_is_well();
+        host.nobody_else_had_a_lock();
+    }
+}
+
+#[test]
+fn who_ends_as_if_it_was_killed_for_a_manager_that_lost_it_is_started_again() {
+    // Behind the death of the main process a SIGTERM may come from a systemd that has not heard of the other
+    // one, and nobody is fenced for it. Nothing can be kept here: the ledger has the locks.
+    let Some(mut host) = Host::without_rivals(Units::Ours) else {
+        return;
+    };
+    let before = host.systemd.main_pid();
+    send(before, Signal::SIGKILL);
+    wait_until(DEADLINE, "systemd to know of another main process", || {
+        ![0, before].contains(&host.systemd.main_pid())
+    });
+    host.all_is_well();
+    host.changes_unit("[Service]\nFileDescriptorStoreMax=0\n");
+    host.ctl(&["daemon-reload"]);
+    send(host.systemd.main_pid(), Signal::SIGTERM);
+    wait_until(DEADLINE, "the unit to be started again", || {
+        host.systemd.property("NRestarts") == "1" && host.is_active()
+    });
+    for (guest, number) in host.disks() {
+        let lock = lock_probe(&host.path(guest, number));
+        assert!(lock.is_some_and(|lock| lock.exclusive));
+    }
+    assert!(host.guests.iter_mut().all(Owner::is_alive));
+}
+
+#[test]
+fn an_end_that_has_fenced_is_not_followed_by_a_start() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        let change = "[Service]\nFileDescriptorStoreMax=0\n";
+        host.changes_unit(change);
+        host.ctl(&["daemon-reload"]);
+        send(host.systemd.main_pid(), Signal::SIGTERM);
+        host.all_are_fenced();
+        wait_until(DEADLINE, "the service to be over", || {
+            host.systemd.property("ActiveState") == "inactive"
+        });
+        std::thread::sleep(2 * RESTART_PAUSE);
+        assert_eq!(host.systemd.property("ActiveState"), "inactive");
+        assert_eq!(host.systemd.property("NRestarts"), "0");
+    }
+}
+
+#[test]
+fn a_host_that_goes_to_another_target_keeps_the_daemon_as_it_keeps_the_guests() {
+    for units in [Units::Ours, Units::LibvirtsWithOurs] {
+        let Some(mut host) = Host::start(units) else {
+            return;
+        };
+        let target = "[Unit]\nRequires=basic.target\nAllowIsolate=yes\n";
+        std::fs::write(host.systemd.path("/units/bare.target"), target).expect("write a unit");
+        host.ctl(&["daemon-reload"]);
+        let before = host.systemd.main_pid();
+        host.ctl(&["isolate", "bare.target"]);
+        assert_eq!(host.systemd.main_pid(), before);
+        host.all_is_well();
+        // The sockets as well, where that is not refused.
+        let _ = host
+            .systemd
+            .systemctl(&["stop", SOCKETS[0], SOCKETS[1], SERVICE]);
+        host.ctl(&["isolate", "bare.target"]);
+        host.everything_is_kept();
+        host.ctl(&["start", SERVICE]);
+        let before = host.systemd.main_pid();
+        host.ctl(&["isolate", "bare.target"]);
+        assert_eq!(host.systemd.main_pid(), before);
+        host.all_is_well();
+        host.nobody_else_had_a_lock();
+    }
+}
+
+#[test]
+fn a_unit_that_is_killed_again_and_again_is_started_as_often() {
+    let Some(mut host) = Host::without_rivals(Units::Ours) else {
+        return;
+    };
+    for count in 1..=7 {
+        host.ctl(&["kill", "-s", "KILL", SERVICE]);
+        wait_until(DEADLINE, "the unit to be started again", || {
+            host.systemd.property("NRestarts") == count.to_string() && host.is_active()
+        });
+    }
+    for (guest, number) in host.disks() {
+        let lock = lock_probe(&host.path(guest, number));
+        assert!(lock.is_some_and(|lock| lock.exclusive));
+    }
+    assert!(host.guests.iter_mut().all(Owner::is_alive));
+}
+
+#[test]
+fn a_restart_of_a_socket_unit_is_a_restart_of_the_service_which_listens_itself() {
+    let Some(mut host) = Host::start(Units::Ours) else {
+        return;
+    };
+    let before = host.systemd.main_pid();
+    // systemd does not start a socket whose service has something in its store.
+    let restarted = host.systemd.systemctl(&["restart", SOCKETS[0]]);
+    assert!(!restarted.status.success());
+    wait_until(DEADLINE, "the service to be started again", || {
+        ![0, before].contains(&host.systemd.main_pid()) && host.is_active()
+    });
+    host.all_is_well();
+    host.ctl(&["restart", SERVICE]);
+    host.all_is_well();
+    host.nobody_else_had_a_lock();
+}
+
+#[test]
+fn a_store_that_a_change_of_the_unit_makes_end_with_the_stop_is_taken_again_from_the_ledger() {
+    // The daemon is not told of that change: it is the one stop that lets all locks go while the guests run.
+    let Some(mut host) = Host::without_rivals(Units::Ours) else {
+        return;
+    };
+    host.changes_unit("[Service]\nFileDescriptorStorePreserve=no\n");
+    host.ctl(&["daemon-reload"]);
+    assert_eq!(host.systemd.stored(), 1);
+    host.ctl(&["stop", SERVICE]);
+    assert_eq!(host.systemd.stored(), 0);
+    assert!(lock_probe(&host.path(0, 0)).is_none());
+    host.ctl(&["start", SERVICE]);
+    for (guest, number) in host.disks() {
+        let lock = lock_probe(&host.path(guest, number));
+        assert!(lock.is_some_and(|lock| lock.exclusive));
+    }
+    assert!(host.guests.iter_mut().all(Owner::is_alive));
+}
+
+#[test]
 fn with_our_drop_ins_libvirts_own_unit_keeps_everything_and_its_sockets_cannot_be_stopped_alone() {
     let Some(mut host) = Host::start(Units::LibvirtsWithOurs) else {
         return;
@@ -642,15 +810,9 @@ fn a_program_that_does_not_know_of_the_store_does_not_start_and_loses_nothing() 
     };
     put_in_place(&c_daemon);
     assert!(!host.systemd.systemctl(&["start", SERVICE]).status.success());
-    wait_until(DEADLINE, "systemd to give up", || {
-        host.systemd.property("SubState") == "failed"
-    });
-    for (guest, number) in host.disks() {
-        assert!(lock_probe(&host.path(guest, number)).is_some_and(|lock| lock.exclusive));
-    }
+    host.is_tried_again_and_again();
     put_in_place(&program());
-    host.ctl(&["reset-failed", SERVICE]);
-    host.ctl(&["start", SERVICE]);
+    wait_until(DEADLINE, "a start that works", || host.is_active());
     host.all_is_well();
     host.nobody_else_had_a_lock();
 }

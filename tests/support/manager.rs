@@ -164,7 +164,9 @@ impl Manager {
                 names.join(":")
             ),
         };
-        let script = format!("{announced}exec \"$@\" {moves} </dev/null >/dev/null");
+        let script = format!(
+            "export SYSTEMD_EXEC_PID=$$\n{announced}exec \"$@\" {moves} </dev/null >/dev/null"
+        );
         let args = [&["-c", &script, "sh"], by, &[PROGRAM]].concat();
         let output = (count > 1).then(|| given.remove(1));
         let input = (count > 0).then(|| given.remove(0));

@@ -1,9 +1,13 @@
 //! A mount namespace with an empty `/run`, so that a daemon under test uses its built-in paths and
 //! meets neither the host's daemon nor another test's.
 
+use super::DEADLINE;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 /// The namespace lives as long as its holder process, which this value owns.
 pub struct Namespace {
@@ -80,8 +84,39 @@ impl Namespace {
     }
 }
 
+impl Namespace {
+    /// The other processes in it.
+    fn processes(&self) -> Vec<i32> {
+        let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let holder = self.holder.id() as i32;
+        let Some(ours) = namespace(holder) else {
+            return Vec::new();
+        };
+        let Ok(listed) = std::fs::read_dir("/proc") else {
+            return Vec::new();
+        };
+        listed
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|pid| *pid != holder && namespace(*pid).as_ref() == Some(&ours))
+            .collect()
+    }
+}
+
 impl Drop for Namespace {
+    /// Ends what is left in it: a daemon that goes on for one that failed is nobody's child, and each of its
+    /// processes makes a new one when the other one dies.
     fn drop(&mut self) {
+        let begun = Instant::now();
+        loop {
+            let left = self.processes();
+            if left.is_empty() || begun.elapsed() > DEADLINE {
+                break;
+            }
+            for pid in left {
+                // It may have ended.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
         let _ = self.holder.kill();
         let _ = self.holder.wait();
     }

@@ -31,6 +31,26 @@ pub enum Units {
     Packages,
 }
 
+/// libvirt's units beside those of its lock daemon, and what they name of systemd's.
+const LIBVIRT: [&str; 9] = [
+    "libvirtd.service",
+    "libvirtd.socket",
+    "libvirt-guests.service",
+    "virt-guest-shutdown.target",
+    "virtlogd.service",
+    "virtlogd.socket",
+    "machine.slice",
+    "network.target",
+    "remote-fs.target",
+];
+
+/// What the stand-ins for libvirt's programs run at their stop.
+const ASKS: &str = "/run/asks";
+const ASKS_SCRIPT: &str = "#!/bin/sh
+: >/run/asks-$1
+while [ ! -e /run/answered-$1 ]; do sleep 0.05; done
+";
+
 /// A running systemd. It is killed when dropped.
 pub struct Systemd {
     holder: Child,
@@ -38,6 +58,8 @@ pub struct Systemd {
     pid: i32,
     group: PathBuf,
     files: TempDir,
+    /// They end with it.
+    machines: Vec<Child>,
 }
 
 impl Systemd {
@@ -81,6 +103,7 @@ impl Systemd {
             pid,
             group,
             files,
+            machines: Vec::new(),
         };
         systemd.install(units);
         std::fs::write(systemd.path("/run/go"), "").expect("let systemd begin");
@@ -109,12 +132,18 @@ impl Systemd {
             copy(&from, &format!("/units/{name}"));
         }
         if units == Units::Packages {
-            self.link_units(&["virtlockd-store.target"]);
+            self.link_units(&["virtlockd-shutdown.service"]);
         } else if units != Units::Libvirts {
             copy(
-                &dist.join("virtlockd-store.target"),
-                "/units/virtlockd-store.target",
+                &dist.join("virtlockd-shutdown.service"),
+                "/units/virtlockd-shutdown.service",
             );
+        }
+        if !matches!(units, Units::Libvirts | Units::Packages) {
+            let folder = "/etc/systemd/system/machine-.scope.d";
+            std::fs::create_dir_all(self.path(folder)).expect("make a folder for a drop-in");
+            let from = dist.join("drop-in/machine-.scope.conf");
+            copy(&from, &format!("{folder}/virtlockd.conf"));
         }
         if units == Units::LibvirtsWithOurs {
             for name in [SERVICE].iter().chain(&SOCKETS) {
@@ -143,6 +172,124 @@ impl Systemd {
             let link = self.path(format!("/units/{name}"));
             std::os::unix::fs::symlink(to, link).expect("link a unit");
         }
+    }
+
+    /// Installs libvirt's other units, as they are ordered, and what they name. In the place of their programs
+    /// are some that do nothing, and whose stop waits for an [`Systemd::answer`].
+    pub fn add_libvirt(&self) {
+        for name in LIBVIRT {
+            let text = std::fs::read(libvirts(name)).expect("read a unit of libvirt");
+            std::fs::write(self.path(format!("/units/{name}")), text).expect("install a unit");
+        }
+        let asks = self.path(ASKS);
+        std::fs::write(&asks, ASKS_SCRIPT).expect("write a script");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(asks, mode).expect("make a script executable");
+        for (unit, settings) in [
+            (
+                "libvirtd.service",
+                "Type=exec\nExecStart=\nExecStart=/bin/sleep infinity\nExecStop=/run/asks daemon\n",
+            ),
+            (
+                "libvirt-guests.service",
+                "ExecStart=\nExecStart=/bin/true\nExecStop=\nExecStop=/run/asks guests\n",
+            ),
+        ] {
+            let folder = self.path(format!("/etc/systemd/system/{unit}.d"));
+            std::fs::create_dir_all(&folder).expect("make a folder for a drop-in");
+            std::fs::write(
+                folder.join("stand-in.conf"),
+                format!("[Service]\n{settings}"),
+            )
+            .expect("write a drop-in");
+        }
+        self.ctl(&["daemon-reload"]);
+    }
+
+    /// Starts what stands for a machine, in a scope as libvirt has systemd make one. Its stop waits for an
+    /// [`Systemd::answer`].
+    pub fn start_machine(&mut self) {
+        // systemd signals whatever is in the scope until nobody new is: the shell asks by itself.
+        let script = "
+            trap '
+                trap \"\" TERM
+                : >/run/asks-machine
+                while [ ! -e /run/answered-machine ]; do sleep 0.05; done
+                exit
+            ' TERM
+            : >/run/machine
+            while :; do sleep 0.05; done";
+        let mut command = self.command("systemd-run");
+        command
+            .args(["--scope", "--collect", "--slice=machine.slice"])
+            .args(["--unit", r"machine-qemu\x2d1\x2dguest.scope"])
+            .args(["-p", "After=libvirtd.service"])
+            .args(["-p", "Before=virt-guest-shutdown.target"])
+            .args(["sh", "-c", script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let machine = command.spawn().expect("run systemd-run");
+        self.machines.push(machine);
+        wait_until(DEADLINE, "the machine to run", || {
+            self.path("/run/machine").exists()
+        });
+    }
+
+    /// Waits until the stop of this one waits for an answer: `guests`, `machine`, `daemon`.
+    pub fn await_question(&self, who: &str) {
+        wait_until(DEADLINE, &format!("the stop of {who} to begin"), || {
+            self.path(format!("/run/asks-{who}")).exists()
+        });
+    }
+
+    /// The stop of this one goes on.
+    pub fn answer(&self, who: &str) {
+        std::fs::write(self.path(format!("/run/answered-{who}")), "").expect("answer a stop");
+    }
+
+    /// What systemd has to say of one start of everything, with all units that are installed on this machine
+    /// instead of the few that are enough for a test.
+    pub fn verify(&self) -> String {
+        std::fs::create_dir(self.path("/verify")).expect("make a folder for units");
+        let names = [
+            SERVICE,
+            SOCKETS[0],
+            SOCKETS[1],
+            "virtlockd-shutdown.service",
+        ];
+        for name in names {
+            let text = std::fs::read(self.path(format!("/units/{name}"))).expect("read a unit");
+            std::fs::write(self.path(format!("/verify/{name}")), text).expect("write a unit");
+        }
+        let mut wanted = format!(
+            "{} multi-user.target libvirt-guests.service",
+            names.join(" ")
+        );
+        // Where the daemons of the drivers are not installed they are what libvirt makes of the same template.
+        let daemon = std::fs::read_to_string(libvirts("libvirtd.service"));
+        let daemon = daemon.expect("read a unit of libvirt");
+        for name in ["libvirtd", "virtqemud", "virtlxcd", "virtxend"] {
+            let unit = format!("{name}.service");
+            if !libvirts(&unit).exists() {
+                let text = daemon.replace("libvirtd", name);
+                std::fs::write(self.path(format!("/verify/{unit}")), text).expect("write a unit");
+            }
+            wanted.push_str(&format!(" {unit}"));
+        }
+        std::fs::write(
+            self.path("/verify/everything.target"),
+            format!("[Unit]\nWants={wanted}\n"),
+        )
+        .expect("write a unit");
+        let mut command = self.command("env");
+        let output = command
+            .arg("SYSTEMD_UNIT_PATH=/etc/systemd/system:/verify:/lib/systemd/system")
+            .args(["systemd-analyze", "verify", "everything.target"])
+            .stdin(Stdio::null())
+            .output()
+            .expect("run systemd-analyze");
+        text(&output.stdout) + &text(&output.stderr)
     }
 
     /// How a file inside is reached from outside.
@@ -207,12 +354,18 @@ impl Systemd {
     pub fn main_pid(&self) -> i32 {
         match self.property("MainPID").parse().expect("a number") {
             0 => 0,
-            inside => self.outside(inside),
+            // It may have died since.
+            inside => self.find(inside).unwrap_or(0),
         }
     }
 
     /// The number outside of a process inside.
     pub fn outside(&self, inside: i32) -> i32 {
+        self.find(inside)
+            .unwrap_or_else(|| panic!("no process {inside} inside"))
+    }
+
+    fn find(&self, inside: i32) -> Option<i32> {
         let group = std::fs::read_dir("/proc").expect("list processes");
         let numbers = group.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         let is_it = |pid: &i32| {
@@ -221,10 +374,7 @@ impl Systemd {
             let is_number = numbers.is_some_and(|it| it.ends_with(&format!("\t{inside}")));
             is_number && namespace(*pid) == namespace(self.pid)
         };
-        let mut found = numbers.into_iter().filter(is_it);
-        found
-            .next()
-            .unwrap_or_else(|| panic!("no process {inside} inside"))
+        numbers.into_iter().find(is_it)
     }
 
     /// A process inside with a connection to the daemon.
@@ -299,6 +449,9 @@ impl Drop for Systemd {
         }
         let _ = self.holder.kill();
         let _ = self.holder.wait();
+        for machine in &mut self.machines {
+            let _ = machine.wait();
+        }
         remove_group(&self.group);
         let name = self.group.file_name().expect("the group has a name");
         let memory = Path::new("/sys/fs/cgroup/memory").join(name);

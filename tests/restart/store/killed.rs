@@ -32,7 +32,7 @@ impl Scene {
     }
 
     /// The process that is the daemon now.
-    fn main(&self) -> i32 {
+    pub(super) fn main(&self) -> i32 {
         let text = std::fs::read_to_string(self.manager.host.path("/run/virtlockd.pid"));
         let number = text.ok().and_then(|text| text.trim().parse().ok());
         number.unwrap_or(self.daemon.pid())
@@ -49,7 +49,7 @@ impl Scene {
     /// The daemon was told to end, and does. Whoever took the place of one that was killed may not have heard it: it
     /// is told, too, as systemd tells every process.
     #[track_caller]
-    fn await_end(&mut self) {
+    pub(super) fn await_end(&mut self) {
         let first = self.daemon.pid();
         wait_until(DEADLINE, "the end of all the daemon's processes", || {
             let left = self.processes();
@@ -62,7 +62,7 @@ impl Scene {
     }
 
     /// Whether everything is in the bag.
-    fn is_kept(&self) -> bool {
+    pub(super) fn is_kept(&self) -> bool {
         self.manager.settle();
         self.manager.all().iter().any(|bag| !look(bag).is_empty())
     }
