@@ -31,11 +31,18 @@ fn the_package_takes_a_running_host_over_and_gives_it_back_as_it_was() {
         host.dpkg(&["--verify", OURS]).well();
         // systemd has read the drop-ins: it keeps a unit that is two processes.
         assert_eq!(host.systemd.property("ExitType"), "cgroup");
+        // And knows already what has to end before the daemon.
+        wait_until(DEADLINE, "the order of a shutdown to be there", || {
+            host.order_of_shutdown() == "active"
+        });
         let said = host.dpkg(&["--remove", OURS]).well();
         assert!(said.contains("with every lock and connection"), "{said}");
         host.is_libvirts();
         host.all_is_well();
         assert_eq!(host.systemd.property("ExitType"), "main");
+        wait_until(DEADLINE, "the order of a shutdown to be gone", || {
+            host.order_of_shutdown() == "inactive"
+        });
     }
     host.dpkg(&["--purge", OURS]).well();
     assert_eq!(host.diversions(), "");
@@ -334,6 +341,7 @@ fn where_libvirts_package_is_not_there_the_other_one_brings_units_and_configurat
     host.dpkg(&["--install", &file]).well();
     assert_eq!(host.systemd.property("ActiveState"), "active");
     assert!(host.systemd.path("/etc/libvirt/virtlockd.conf").exists());
+    assert_eq!(host.order_of_shutdown(), "active");
     host.main = host.systemd.main_pid();
     host.has_guests();
     host.all_is_well();
@@ -355,6 +363,9 @@ fn where_libvirts_package_is_not_there_the_other_one_brings_units_and_configurat
     host.end_guests();
     host.dpkg(&["--remove", STANDALONE]).well();
     assert_eq!(host.systemd.main_pid(), 0);
+    wait_until(DEADLINE, "the order of a shutdown to be gone", || {
+        host.order_of_shutdown() == "inactive"
+    });
     host.dpkg(&["--purge", STANDALONE]).well();
     assert_eq!(host.status(STANDALONE), "none");
     assert!(!host.systemd.path("/etc/libvirt/virtlockd.conf").exists());

@@ -187,6 +187,19 @@ impl Host {
         self.dpkg(&["--install"].into_iter().chain(files).collect::<Vec<_>>())
     }
 
+    /// The state of the unit that has the daemon end late when the host is shut down.
+    pub fn order_of_shutdown(&self) -> String {
+        let unit = "virtlockd-shutdown.service";
+        let said = self.run(&[
+            "systemctl",
+            "show",
+            "--property=ActiveState",
+            "--value",
+            unit,
+        ]);
+        said.well().trim().to_owned()
+    }
+
     /// Which file this is, by device and inode.
     pub fn file(&self, path: &str) -> Option<(u64, u64)> {
         let found = std::fs::metadata(self.systemd.path(path)).ok()?;

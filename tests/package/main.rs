@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod content;
 mod debian;
 mod hardening;
 mod host;

@@ -3,7 +3,7 @@
 
 use super::host::{Ended, Host, LIBVIRTS_PROGRAM, PROGRAM};
 use crate::support::daemon::program;
-use crate::support::{TempDir, packages, skip};
+use crate::support::{DEADLINE, TempDir, packages, skip, wait_until};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -46,7 +46,8 @@ fn build(command: &mut Command, folder: &Path) -> PathBuf {
     panic!("no package was built: {said}");
 }
 
-fn ours(version: &str, folder: &TempDir) -> PathBuf {
+/// Ours as this version.
+pub fn ours(version: &str, folder: &TempDir) -> PathBuf {
     let output = folder.path().join(format!("ours-{version}"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist/build-rpm");
     let mut command = Command::new(script);
@@ -104,6 +105,9 @@ fn the_rpm_takes_a_running_host_over_stays_behind_libvirts_and_gives_it_back() {
     host.is_ours();
     host.all_is_well();
     assert_ne!(host.executed(), before);
+    wait_until(DEADLINE, "the order of a shutdown to be there", || {
+        host.order_of_shutdown() == "active"
+    });
     // Theirs goes over ours, and ours comes back behind it.
     let libvirts = host.file(LIBVIRTS_PROGRAM);
     host.rpm(&["--upgrade", &theirs[1]]).well();
@@ -116,5 +120,8 @@ fn the_rpm_takes_a_running_host_over_stays_behind_libvirts_and_gives_it_back() {
     host.is_libvirts();
     host.all_is_well();
     assert!(host.file(LIBVIRTS_PROGRAM).is_none());
+    wait_until(DEADLINE, "the order of a shutdown to be gone", || {
+        host.order_of_shutdown() == "inactive"
+    });
     host.nothing_was_lost();
 }

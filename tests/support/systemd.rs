@@ -153,8 +153,9 @@ impl Systemd {
                 copy(&from, &format!("/etc/systemd/system/{name}.d/keep.conf"));
             }
         }
-        if super::is_sanitized() {
-            // LeakSanitizer looks at a process by ptrace(2), which no unit needs otherwise.
+        if super::is_sanitized() && matches!(units, Units::Ours | Units::LibvirtsWithOurs) {
+            // LeakSanitizer looks at a process by ptrace(2), which no unit needs otherwise. (libvirt's own has no
+            // filter, and would allow nothing else with this one.)
             let folder = format!("/run/systemd/system/{SERVICE}.d");
             std::fs::create_dir_all(self.path(&folder)).expect("make a folder for a drop-in");
             let drop_in = "[Service]\nSystemCallFilter=@debug\n";
