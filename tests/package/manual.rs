@@ -204,6 +204,27 @@ fn every_page_is_shown_without_a_warning() {
     }
 }
 
+/// mandoc knows more of what a page should be; how long its lines are is a matter of taste.
+#[test]
+fn no_page_has_what_mandoc_warns_of() {
+    if !Path::new("/usr/bin/mandoc").exists() {
+        return skip("needs mandoc (tests/run installs it)");
+    }
+    let folder = crate::support::TempDir::new();
+    for (path, page) in pages() {
+        let path = folder
+            .path()
+            .join(path.file_name().expect("a page has a name"));
+        std::fs::write(&path, page).expect("write the page");
+        let output = Command::new("mandoc")
+            .args(["-Tlint", "-Wwarning"])
+            .arg(&path)
+            .output();
+        let output = output.expect("run mandoc");
+        assert!(output.status.success(), "{}", text(&output.stdout));
+    }
+}
+
 /// A text of Markdown without what its links lead to.
 fn without_targets(text: &str) -> String {
     let mut pieces = text.split("](");
