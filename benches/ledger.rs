@@ -45,6 +45,7 @@ fn granted<'a>(owner: &'a Owner, name: &'a [u8], descriptor: Number, inode: u64)
         autocreate: false,
         created: false,
         kind: KindRecord::OpenFile,
+        since: 1_795_325_634_000,
     }
 }
 

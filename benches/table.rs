@@ -55,6 +55,7 @@ impl Guest {
                 identity: *identity,
                 mode: Mode::Exclusive,
                 autocreate: false,
+                since: 0,
                 lease: (),
             };
             let vacant = table.vacant(b"", name).expect("nobody holds it");

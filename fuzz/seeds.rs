@@ -17,6 +17,10 @@ use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::Mode;
 use virtlockd::restart::libvirt_json;
 use virtlockd::wire::frame::{self, Frame, HEADER, LONGEST, STATUS_ERROR, Split};
+use virtlockd::wire::status::{
+    Call, Cursor, Happened, Holder, Key, Kind, Owner, Resource, encode_next,
+};
+use virtlockd::wire::xdr::Encoder;
 use virtlockd::wire::{admin, lock};
 
 /// An input of a target, named.
@@ -60,6 +64,7 @@ pub fn all() -> Vec<Seed> {
     for (number, steps) in PINGS.into_iter().enumerate() {
         add(&mut seeds, "keepalive", &number.to_string(), steps);
     }
+    status_seeds(&mut seeds);
     add(&mut seeds, "config", "empty", b"");
     add(
         &mut seeds,
@@ -256,6 +261,83 @@ fn from_vector(seeds: &mut Vec<Seed>, vector: &Value) {
     }
 }
 
+/// Calls, results and messages of the status program, of which there are no vectors: it is our own.
+fn status_seeds(seeds: &mut Vec<Seed>) {
+    let target = lock::Target {
+        lockspace: b"",
+        name: b"/disk",
+    };
+    let key = Key {
+        pid: 7,
+        uuid: Some([7; 16]),
+    };
+    let calls = [
+        Call::Daemon,
+        Call::Counters,
+        Call::Lockspaces(Some(b"/ls")),
+        Call::Resources(Cursor::START),
+        Call::Owners(Cursor::START),
+        Call::Holders(target, Some(key)),
+        Call::File {
+            device: 1,
+            inode: 1,
+        },
+        Call::Resource(target),
+        Call::Subscribe(0x3ff),
+    ];
+    let mut all = Vec::new();
+    for call in calls {
+        let mut frame = Vec::new();
+        call.encode(&mut frame, 1);
+        step_of(&mut all, 2, &frame);
+        let choice = call.procedure() as u8;
+        let name = format!("{:?}", call.procedure());
+        let arguments = &frame[HEADER..];
+        add(seeds, "status", &name, &[&[choice], arguments].concat());
+        let result = [&[64 + choice][..], &[0; 64]].concat();
+        add(seeds, "status", &format!("{name}-result"), &result);
+    }
+    add(seeds, "connection", "status", &all);
+    let owner = Owner {
+        key,
+        id: 1,
+        name: b"guest",
+        since: 1,
+        held: 1,
+        standing: 1,
+    };
+    let holder = Holder { owner, times: 1 };
+    let resource = Resource {
+        lockspace: b"",
+        name: b"/disk",
+        device: 1,
+        inode: 1,
+        is_shared: true,
+        since: 1,
+        holders: 1,
+    };
+    let mut page = vec![64 + 4];
+    let mut out = Encoder::new(&mut page);
+    out.u32(1);
+    resource.encode(&mut out, std::iter::once(holder));
+    encode_next(&mut out, Some(Cursor { list: 1, place: 64 }));
+    add(seeds, "status", "a-page", &page);
+    let happened = Happened {
+        kind: Kind::Refused,
+        at: 1,
+        count: 1,
+        owner: Some((key, 1, b"guest")),
+        lockspace: b"",
+        name: b"/disk",
+        mode: 2,
+        text: b"is locked",
+    };
+    let mut message = Vec::new();
+    happened.encode(&mut message);
+    let payload = &message[HEADER..];
+    add(seeds, "status", "a-message", &[&[128], payload].concat());
+}
+
 /// The whole frames at the front.
 fn frames(mut stream: &[u8]) -> Vec<Frame<'_>> {
     let mut frames = Vec::new();
@@ -307,6 +389,7 @@ fn granted(
         autocreate: !lockspace.is_empty(),
         created: false,
         kind: KindRecord::OpenFile,
+        since: 1_795_325_634_000,
     }
 }
 

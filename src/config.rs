@@ -122,6 +122,47 @@ pub fn parse(file_name: &str, bytes: &[u8]) -> Result<Config, ConfigError> {
         })
 }
 
+/// Another of libvirt's configuration files, in the same grammar.
+#[derive(Debug)]
+pub struct Other(Settings);
+
+impl Other {
+    /// Reads the file at `path`; `None` if there is none.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn load(path: &Path) -> Result<Option<Other>, ConfigError> {
+        let wrong = |problem| ConfigError {
+            file_name: path.to_string_lossy().into_owned(),
+            problem,
+        };
+        match whole_file::read(path, FILE_BYTES_MAX) {
+            Ok(bytes) => match read_settings(&bytes) {
+                Ok(settings) => Ok(Some(Other(settings))),
+                Err(problem) => Err(wrong(problem)),
+            },
+            Err(Unread::Open(Errno::ENOENT)) => Ok(None),
+            Err(reason) => Err(wrong(Problem::Unread(reason))),
+        }
+    }
+
+    /// The text that a key has.
+    pub fn text(&self, key: &str) -> Option<&[u8]> {
+        match self.0.get(key.as_bytes()) {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The number that a key has.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        match self.0.get(key.as_bytes()) {
+            Some(Value::Unsigned(number)) => Some(*number),
+            _ => None,
+        }
+    }
+}
+
 /// A value as the grammar knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Value {

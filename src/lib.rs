@@ -16,7 +16,29 @@
 //!
 //! ```text
 //! main.rs                 from the words to the exit code
+//! virtlockctl.rs          the other program: its words go to ctl/
 //! lib.rs                  this map
+//! ctl/                    virtlockctl: who has this disk?
+//!   options.rs            the words of its command line, and the help
+//!   status.rs             what is held
+//!   who.rs                who has a disk
+//!   events.rs             what happens
+//!   metrics.rs            numbers for a monitor
+//!   audit.rs              which disks no lock protects
+//!   doctor.rs             is everything as it must be?
+//!   exec.rs               a command that has locks
+//!   ask.rs                a connection to a daemon
+//!   view.rs               what a daemon says, gathered
+//!   look.rs               a look at a file that may never answer
+//!   patience.rs           the process that looks, and how long it is waited for
+//!   kernel.rs             what the kernel knows of locks
+//!   guests.rs             the guests that run, and what they have open
+//!   mounts.rs             what is mounted where
+//!   leases.rs             libvirt's names for the leases of disks
+//!   sha256.rs             the sum that they are
+//!   show.rs               tables and JSON
+//!   text.rs               bytes, uuids and times as text
+//!   exit.rs               how a command ends
 //! cli.rs                  the command line, with every form that getopt_long takes
 //! config.rs               virtlockd.conf: libvirt's grammar, and the keys known here
 //! exit.rs                 exit codes, and the error that carries one to main
@@ -42,6 +64,7 @@
 //!   lines.rs              who waits for a piece of the daemon's time
 //!   deadlines.rs          what is to happen when
 //!   watch.rs              the poll, and what a readiness event is about
+//!   notes.rs              leases whose files are to say who has them
 //!   reserve.rs            descriptors for the time when there are no others
 //!   waiting_room.rs       clients that there is no room for
 //!   flow.rs               whether a connection goes on after a frame
@@ -55,13 +78,16 @@
 //!     turn.rs             what one connection sent is read, worked on and answered
 //!     poison.rs           a frame of which the daemon died again and again
 //!     recovery.rs         what a reactor that died left of a client, and of its call
-//!   services/             the two programs that clients call
+//!   services/             the three programs that clients call
 //!     dispatch.rs         from a frame to its procedure, in libvirt's order of checks
 //!     lock.rs             the lock program
 //!     admin/              the admin program
 //!       clients.rs        a server's clients: who they are, and their end on demand
 //!       parameters.rs     a server's numbers: workers and client limits
 //!       logging.rs        log outputs and filters
+//!     status/             the status program, which is our own
+//!       lists.rs          what is held and by whom, in pages
+//!       news.rs           what happened, as messages
 //!   owners/               owners and their processes
 //!     fence.rs            who must die: SIGTERM, SIGKILL, and what follows
 //!     watched.rs          owners without a connection of their own
@@ -76,6 +102,8 @@
 //!   locking.rs            the door's part for locks: table, file and event put together
 //!   state.rs              all that lasts, as one value that events change
 //!   event.rs              every change, as data
+//!   counters.rs           how often what happened
+//!   news.rs               what happened just now, for those who listen
 //!   entries.rs            a state as the fewest events that say it
 //!   encoding.rs           an event as bytes, and back
 //!   ledger.rs             the events in a memory file
@@ -105,6 +133,7 @@
 //!   place.rs              where a resource's file is
 //!   lockspace.rs          a lockspace's directory
 //!   holder.rs             who has it, in words
+//!   note.rs               who has it, written into a lease's file
 //! wire/                   bytes to messages and back: no input or output, no state
 //!   xdr.rs                words, strings and lists
 //!   frame.rs              a length, a header, a payload
@@ -116,6 +145,11 @@
 //!     call.rs             calls
 //!     answer.rs           what they return
 //!     parameter.rs        named values
+//!   status/               the status program
+//!     program.rs          its numbers and procedures
+//!     call.rs             calls
+//!     answer.rs           what they return
+//!     happened.rs         messages about what happened
 //! log/                    libvirt's log settings and lines, on top of tracing
 //!   level.rs              the four levels
 //!   settings.rs           outputs and filters, as people write them
@@ -137,6 +171,7 @@
 //!   pid_file.rs           the pid file and its lock
 //!   descriptors.rs        descriptors over the start of another program
 //!   memory.rs             a memory file written through a mapping
+//!   scribe.rs             a process that writes where it may hang, never waited for
 //!   shared.rs             memory that outlives the process that wrote it
 //!   heap.rs               the allocator's memory
 //!   limits.rs             the limit of open files
@@ -147,12 +182,15 @@
 //!   program.rs            a program to be executed, prepared
 //!   leash.rs              a process group that does not outlive this process
 //!   signals.rs            signals as readable events
+//!   child.rs              a child that ends with this process
 //!   clock.rs              the monotonic clock; the calendar
 //!   clone.rs              copies of this process, waited for and ended
+//!   terminal.rs           the width of a terminal
 //!   timer.rs              one timer for the earliest deadline
 //!   daemonize.rs          the start in the background
 //!   environment.rs        variables meant for this process alone
 //!   names.rs              the names of users and groups
+//!   note.rs               the note in a lease file, as text
 //!   notify.rs             word to the service manager
 //!   text.rs               what the C library makes of texts
 //! ```
@@ -174,6 +212,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod ctl;
 pub mod custody;
 pub mod desk;
 pub mod exit;

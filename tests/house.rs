@@ -17,13 +17,16 @@ use std::path::Path as FilePath;
 use read::{Path, Source, is, is_word};
 
 /// The rooms from the top, what is in each, and the rooms that it may use.
-const ROOMS: [Room; 12] = [
+const ROOMS: [Room; 14] = [
     Room(
         "main",
         &["main.rs"],
         &["life", "words", "restart", "log", "host"],
     ),
+    Room("virtlockctl", &["virtlockctl.rs"], &["ctl"]),
     Room("lib", &["lib.rs"], &[]),
+    // It speaks the wire like anybody, and knows nothing of the daemon's inside.
+    Room("ctl", &["ctl/"], &["words", "wire", "log", "host"]),
     Room(
         "life",
         &["life/"],
@@ -179,7 +182,11 @@ const RULES: [Rule; 13] = [
             "locks/lease.rs",
             "locks/job.rs",
             "locks/place.rs",
+            // A process that has no lock writes who has one.
+            "locks/note.rs",
             "host/file.rs",
+            // A process that has no lock asks who has one.
+            "ctl/look.rs",
         ],
         // To look at a file that is open changes nothing.
         never: Never::UseOf(
@@ -188,6 +195,7 @@ const RULES: [Rule; 13] = [
                 "FileIdentity",
                 "Lockable",
                 "identity",
+                "known_here",
                 "known_identity",
                 "read_now",
             ],
@@ -335,7 +343,7 @@ impl House {
         };
         match first.as_str() {
             "crate" => path.to_vec(),
-            "virtlockd" if name == "main.rs" => of_crate(&[], rest),
+            "virtlockd" if matches!(name, "main.rs" | "virtlockctl.rs") => of_crate(&[], rest),
             "self" => of_crate(&here, rest),
             "super" => {
                 let ups = path.iter().take_while(|word| *word == "super").count();

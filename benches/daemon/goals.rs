@@ -6,7 +6,7 @@ use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::Subject;
-use crate::{boot, crash, fan, fence, hostile, idle, pipeline, reexec, rtt, stop, storm};
+use crate::{boot, crash, fan, fence, hostile, idle, listing, pipeline, reexec, rtt, stop, storm};
 
 /// Which side of the limit is good.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -181,6 +181,17 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             &|of| results.median(stop::NAME, &stop::case(machines), metric, of),
         );
     }
+    let machines = most(&sizes.listed);
+    goal(
+        format!("bystander's p99, {machines} VMs listed"),
+        Good::AtMost,
+        2.0,
+        "x before",
+        &|of| {
+            let case = listing::case(machines);
+            results.median(listing::NAME, &case, listing::RATIO, of)
+        },
+    );
     let silent = idle::case(sizes.silent);
     let metrics = [
         (idle::WAKEUPS, 0.0, ""),

@@ -38,6 +38,7 @@
 //! * `reexec.rs`: the daemon replaces itself under thousands of guests.
 //! * `crash.rs`: it is killed under thousands of guests.
 //! * `stop.rs`: the daemon stops and starts under thousands of guests.
+//! * `listing.rs`: somebody lists all that is held, again and again.
 //! * `idle.rs`: guests that do nothing, and what they cost.
 //! * `hostile.rs`: what a bystander notices of each attacker.
 //!
@@ -64,6 +65,7 @@ mod goals;
 mod helper;
 mod hostile;
 mod idle;
+mod listing;
 mod machines;
 mod measure;
 mod nursery;
@@ -104,7 +106,7 @@ struct Scenario {
     has_floor: bool,
 }
 
-const SCENARIOS: [Scenario; 11] = [
+const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: rtt::NAME,
         run: rtt::run,
@@ -148,6 +150,11 @@ const SCENARIOS: [Scenario; 11] = [
     Scenario {
         name: stop::NAME,
         run: stop::run,
+        has_floor: false,
+    },
+    Scenario {
+        name: listing::NAME,
+        run: listing::run,
         has_floor: false,
     },
     Scenario {
@@ -207,6 +214,7 @@ fn play(role: &str, arguments: &[String]) -> Outcome<()> {
         "floor" => floor::serve(Path::new(text(0)?)),
         "crowd" => crowd::hold(Path::new(text(0)?), count(1)?, count(2)?),
         "nursery" => nursery::keep(text(0)?, count(1)?, text(2)?, text(3)?),
+        "lister" => listing::list(Path::new(text(0)?)),
         "attacker" => attacker::attack(Path::new(text(0)?), text(1)?, text(2)?),
         "bystander" => bystander::stand_by(Path::new(text(0)?), text(1)?),
         _ => Err("no such role".into()),

@@ -9,11 +9,12 @@ pub const HELP: &str = "\
 cargo bench --bench daemon -- [options]     (as root: it needs mount namespaces)
   --quick             small sizes and one run: does it work, what is the shape
   --runs N            runs of each scenario, interleaved between subjects (default 3; quick 1)
-  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,crash,stop,idle,hostile
+  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,crash,stop,listing,idle,
+                      hostile
   --subjects A,B      of c,ours,before,floor
   --idle A,B          idle connections of rtt
   --busy A,B          clients of fan
-  --machines A,B      machines of boot, reexec, crash and stop
+  --machines A,B      machines of boot, reexec, crash, stop and listing
   --hostile WORDS     of hostile, only the cases with these words in their name
   --c-most-idle N     no more idle connections than this for the C daemon, which takes minutes
   --daemon PATH       our daemon (default: the one just built)
@@ -31,6 +32,7 @@ pub struct Sizes {
     pub storm_zombies: Vec<u32>,
     pub reexec: Vec<u32>,
     pub crash: Vec<u32>,
+    pub listed: Vec<u32>,
     pub silent: u32,
     pub silent_seconds: u64,
 }
@@ -45,6 +47,7 @@ impl Sizes {
             storm_zombies: vec![500, 2000],
             reexec: vec![100, 1000, 6000],
             crash: vec![100, 1000, 6000],
+            listed: vec![6000],
             silent: 10_000,
             silent_seconds: 10,
         }
@@ -59,6 +62,7 @@ impl Sizes {
             storm_zombies: vec![100],
             reexec: vec![100],
             crash: vec![100],
+            listed: vec![100],
             silent: 1000,
             silent_seconds: 3,
         }
@@ -163,6 +167,7 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
         sizes.boot = numbers(&words)?;
         sizes.reexec = sizes.boot.clone();
         sizes.crash = sizes.boot.clone();
+        sizes.listed = sizes.boot.clone();
     }
     let hostile = text("--hostile")?;
     let c_most_idle = match text("--c-most-idle")? {

@@ -314,6 +314,11 @@ impl Server {
         socket_of(self.pid)
     }
 
+    /// Where administrators connect.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.socket().with_file_name("virtlockd-admin-sock")
+    }
+
     /// The path of a disk as requests name it.
     pub fn disk(&self, number: u32) -> String {
         format!("/run/disks/{number}")

@@ -42,7 +42,7 @@ use virtlockd::server::watch::Watch;
 use virtlockd::wire::error;
 use virtlockd::wire::frame::{self, HEADER, Header, Kind, LONGEST, STATUS_ERROR, STATUS_OK, Split};
 use virtlockd::wire::lock::{self, Call, LONGEST_FRAME, Procedure, Target};
-use virtlockd::wire::{admin, keepalive};
+use virtlockd::wire::{admin, keepalive, status};
 
 use super::log_reader;
 use super::reference;
@@ -145,6 +145,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut self.orders,
+            leases: &mut Vec::new(),
             making: turn::making(self.desk.memory()),
             own_seen: Seen::default(),
         };
@@ -500,7 +501,7 @@ fn harmless(world: &World, service: Service, header: Header, payload: &[u8]) -> 
     match service {
         Service::Admin => {
             let shutdown = admin::Procedure::ConnectDaemonShutdown as i32;
-            if header.procedure == shutdown {
+            if header.program == admin::PROGRAM && header.procedure == shutdown {
                 None
             } else {
                 unchanged
@@ -546,7 +547,11 @@ fn check_reply(service: Service, header: Header, flow: Flow, reply: &[u8]) {
     match (frame.header.status, service) {
         (STATUS_OK, Service::Lock) => assert!(frame.payload.is_empty()),
         (STATUS_OK, Service::Admin) => {
-            let items = reference::admin_result(header.procedure);
+            let items = if header.program == status::PROGRAM {
+                reference::status_result(header.procedure)
+            } else {
+                reference::admin_result(header.procedure)
+            };
             let result = reference::canonical(items, frame.payload);
             assert_eq!(result.as_deref(), Some(frame.payload), "{header:?}");
         }

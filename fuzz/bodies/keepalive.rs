@@ -128,6 +128,7 @@ impl Daemon {
             reserve: &self.reserve,
             names: &mut self.names,
             orders: &mut orders,
+            leases: &mut Vec::new(),
             making: turn::making(desk.memory()),
             own_seen: Seen::default(),
         };

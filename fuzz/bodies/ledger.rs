@@ -15,6 +15,9 @@ const VERSION: std::ops::Range<usize> = 8..12;
 const LENGTH: std::ops::Range<usize> = 40..48;
 const OLD_LENGTH: std::ops::Range<usize> = 16..24;
 const OLD_HEADER: usize = 32;
+/// Format 3 had no counts in its header, and says itself where its events begin.
+const HEADER_OF_3: usize = 64;
+const START: std::ops::Range<usize> = 32..40;
 
 pub fn run(data: &[u8]) {
     replay(data);
@@ -25,9 +28,14 @@ pub fn run(data: &[u8]) {
     content.extend_from_slice(data);
     replay(&content);
     for version in 1..ledger::VERSION {
-        let mut content = empty.content()[..OLD_HEADER].to_vec();
+        let is_old = version < 3;
+        let header = if is_old { OLD_HEADER } else { HEADER_OF_3 };
+        let mut content = empty.content()[..header].to_vec();
         content[VERSION].copy_from_slice(&version.to_le_bytes());
-        content[OLD_LENGTH].copy_from_slice(&length);
+        if !is_old {
+            content[START].copy_from_slice(&(header as u64).to_le_bytes());
+        }
+        content[if is_old { OLD_LENGTH } else { LENGTH }].copy_from_slice(&length);
         content.extend_from_slice(data);
         replay(&content);
     }

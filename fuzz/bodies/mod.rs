@@ -14,16 +14,18 @@ pub mod lock_call;
 mod log_reader;
 pub mod log_settings;
 mod reference;
+pub mod status;
 mod world;
 
 /// A body by the name of its target.
 pub type Body = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const ALL: [Body; 10] = [
+pub const ALL: [Body; 11] = [
     ("frame", frame::run),
     ("lock_call", lock_call::run),
     ("admin_call", admin_call::run),
+    ("status", status::run),
     ("keepalive", keepalive::run),
     ("error_object", error_object::run),
     ("connection", connection::run),

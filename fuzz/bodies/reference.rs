@@ -106,6 +106,10 @@ pub enum Item {
     Array(u32, &'static [Item]),
     /// A type and a value of that type.
     Value,
+    /// A word, and these if it is not 0.
+    Perhaps(&'static [Item]),
+    /// These behind a word that is not 0, again and again; then a word that is.
+    List(&'static [Item]),
 }
 
 const LOCK_TEXT: Item = Item::Text(65536);
@@ -163,6 +167,99 @@ pub fn admin_result(procedure: i32) -> &'static [Item] {
     }
 }
 
+const STATUS_TEXT: Item = Item::Text(131_072);
+const CURSOR: &[Item] = &[Item::Hyper, Item::Hyper];
+const KEY: &[Item] = &[Item::Word, Item::Perhaps(&[Item::Uuid])];
+/// A holder: key, id, name, since, held, standing; times.
+const HOLDER: &[Item] = &[
+    Item::Word,
+    Item::Perhaps(&[Item::Uuid]),
+    Item::Word,
+    STATUS_TEXT,
+    Item::Hyper,
+    Item::Word,
+    Item::Word,
+    Item::Word,
+];
+const RESOURCE: Item = Item::List(&[
+    STATUS_TEXT,
+    STATUS_TEXT,
+    Item::Hyper,
+    Item::Hyper,
+    Item::Truth,
+    Item::Hyper,
+    Item::Word,
+    Item::List(HOLDER),
+]);
+const NEXT: Item = Item::Perhaps(CURSOR);
+
+/// The arguments of a procedure of the status program.
+pub fn status_arguments(procedure: i32) -> &'static [Item] {
+    use Item::{Hyper, Perhaps, Word};
+    match procedure {
+        1 | 2 => &[Word],
+        3 => &[Item::OptionalText(131_072), Word],
+        4 | 5 => &[Hyper, Hyper, Word],
+        6 => &[STATUS_TEXT, STATUS_TEXT, Perhaps(KEY), Word],
+        7 => &[Hyper, Hyper, Word],
+        8 => &[STATUS_TEXT, STATUS_TEXT, Word],
+        9 => &[Word, Word],
+        _ => panic!("no procedure {procedure}"),
+    }
+}
+
+/// The result of a procedure of the status program.
+pub fn status_result(procedure: i32) -> &'static [Item] {
+    use Item::{Hyper, List, Truth, Word};
+    match procedure {
+        1 => &[
+            STATUS_TEXT,
+            Word,
+            Hyper,
+            Hyper,
+            Hyper,
+            Hyper,
+            Word,
+            Word,
+            Word,
+            Word,
+        ],
+        2 => &[List(&[STATUS_TEXT, Hyper])],
+        3 => &[List(&[STATUS_TEXT]), Truth],
+        4 => &[RESOURCE, NEXT],
+        5 => &[
+            List(&[
+                Word,
+                Item::Perhaps(&[Item::Uuid]),
+                Word,
+                STATUS_TEXT,
+                Hyper,
+                Word,
+                Word,
+            ]),
+            NEXT,
+        ],
+        6 => &[List(HOLDER), Truth],
+        7 | 8 => &[RESOURCE],
+        _ => &[],
+    }
+}
+
+/// What the daemon says that happened: kind, time, count, owner, lockspace, name, mode, text.
+pub fn status_happened() -> &'static [Item] {
+    use Item::{Hyper, Perhaps, Word};
+    &[
+        Word,
+        Hyper,
+        Hyper,
+        Perhaps(&[Word, Perhaps(&[Item::Uuid]), Word, STATUS_TEXT]),
+        STATUS_TEXT,
+        STATUS_TEXT,
+        Word,
+        STATUS_TEXT,
+    ]
+}
+
 /// The items at the front of `payload` as a client writes them: strings end where they are read to,
 /// padding and what nobody looks at is 0, yes is 1. `None` if they do not decode.
 pub fn canonical(items: &[Item], payload: &[u8]) -> Option<Vec<u8>> {
@@ -209,6 +306,20 @@ fn take_items(items: &[Item], rest: &mut &[u8], out: &mut Vec<u8>) -> Option<()>
                 for _ in 0..count {
                     take_items(element, rest, out)?;
                 }
+            }
+            Item::Perhaps(items) => {
+                let present = take_word(rest)? != 0;
+                out.extend(u32::from(present).to_be_bytes());
+                if present {
+                    take_items(items, rest, out)?;
+                }
+            }
+            Item::List(row) => {
+                while take_word(rest)? != 0 {
+                    out.extend(1u32.to_be_bytes());
+                    take_items(row, rest, out)?;
+                }
+                out.extend([0; 4]);
             }
             Item::Value => {
                 let kind = take_word(rest)?;

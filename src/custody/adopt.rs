@@ -68,6 +68,7 @@ impl State<Saved> {
             clients,
             served: self.served,
             traffic: self.traffic,
+            subscribers: self.subscribers,
             lockspaces: self.lockspaces,
             estates: estates?,
             fences: fences?,
@@ -185,6 +186,8 @@ fn adopt_client(
         has_called: client.has_called,
         restricted: client.restricted,
         owner: client.owner,
+        registered_at: client.registered_at,
+        wanted: client.wanted,
         life: client.life,
     })
 }

@@ -68,6 +68,10 @@ pub struct Client<D> {
     pub restricted: bool,
     /// The owner for which its calls are made, once it has registered.
     pub owner: Option<Box<Owner>>,
+    /// When it did, milliseconds since the epoch, if it stands for the owner; 0 if nobody knows.
+    pub registered_at: u64,
+    /// Of what it is told when it happens, a bit for each kind (admin socket).
+    pub wanted: u32,
     /// The process that made the connection, to be known again; found out when it stands for its owner.
     pub life: Option<Life>,
 }
@@ -87,6 +91,8 @@ impl<D: Descriptor> Client<D> {
             has_called: false,
             restricted: false,
             owner: None,
+            registered_at: 0,
+            wanted: 0,
             life: None,
         }
     }

@@ -67,7 +67,7 @@ enum Whom {
 }
 
 /// Why an owner does not have its lock any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Why {
     /// The file could not be locked.
     NotLocked(NotAgain),
@@ -283,10 +283,10 @@ impl Work<'_> {
             }
         }
         let give_up = Moment::now().plus_ms(PATIENCE_MS);
-        while left.iter().any(|(_, reason)| may_pass(*reason)) && Moment::now() < give_up {
+        while left.iter().any(|(_, reason)| may_pass(reason)) && Moment::now() < give_up {
             std::thread::sleep(PAUSE);
             left.retain_mut(|(resource, reason)| {
-                if !may_pass(*reason) {
+                if !may_pass(reason) {
                     return true;
                 }
                 match self.lock(resource, taken) {
@@ -340,6 +340,7 @@ impl Work<'_> {
             autocreate: resource.autocreate,
             created: lease.created,
             kind: (&lease.kind).into(),
+            since: resource.since,
         };
         let mut given = Given::of_owner(first);
         given.file = Some(lease.descriptor);
@@ -369,7 +370,7 @@ impl Work<'_> {
                 process: None,
                 is_fenced: false,
                 path: place_of(resource).path(),
-                why,
+                why: why.clone(),
             });
         }
     }
@@ -506,10 +507,10 @@ fn spare(pid: Pid, taken: &mut TakenAgain) {
 }
 
 /// Whether a lock may be had a moment later.
-fn may_pass(reason: NotAgain) -> bool {
+fn may_pass(reason: &NotAgain) -> bool {
     match reason {
         NotAgain::Taken(_) => true,
-        NotAgain::Open(reason) | NotAgain::Lock(reason) => errno::may_pass(reason),
+        NotAgain::Open(reason) | NotAgain::Lock(reason) => errno::may_pass(*reason),
         NotAgain::Gone | NotAgain::Replaced => false,
     }
 }

@@ -3,7 +3,7 @@
 //! The way back to a program that does not know today's format goes over a second memory file, which is
 //! written when such a program stands in the place of this one and is asked what it reads; the daemon's
 //! own ledger stays as it is. Those programs know less, and what they do not know is left out: up to format 3
-//! how a process is known again; up to format 2 nothing is watched, a process is one owner whatever
+//! how a process is known again and since when what is; up to format 2 nothing is watched, a process is one owner whatever
 //! domains it stands for, and there is no word for what a dead owner left. It is for the caller to wait
 //! until nothing is lost with it.
 
@@ -11,9 +11,7 @@ use std::num::NonZeroUsize;
 
 use super::encoding;
 use super::event::Event;
-use super::ledger::{
-    self, CHECKSUM_AT, EXTENTS_AT, HEADER, MAGIC, OLD_HEADER, VERSION, VERSION_AT,
-};
+use super::ledger::{self, CHECKSUM_AT, EXTENTS_AT, MAGIC, VERSION, VERSION_AT};
 use crate::host::errno::Errno;
 use crate::host::memory::Memory;
 
@@ -40,10 +38,10 @@ pub fn is_earlier(version: u32) -> bool {
 /// What the kernel says when it has no memory for that.
 pub fn write<'a>(version: u32, events: impl Iterator<Item = Event<'a>>) -> Result<Memory, Errno> {
     let is_like_ours = version >= FIRST_LIKE_OURS;
-    let header = if is_like_ours { HEADER } else { OLD_HEADER };
+    let header = ledger::header_of(version);
     let mut content = vec![0; header];
     for event in events.filter(|event| was_known(version, event)) {
-        encoding::encode_behind(&event, &mut content)?;
+        encoding::encode_untimed_behind(&event, &mut content)?;
     }
     let events = content.get(header..).unwrap_or_default();
     let (length, checksum) = (events.len() as u64, ledger::checksum(events));
@@ -70,7 +68,12 @@ pub fn write<'a>(version: u32, events: impl Iterator<Item = Event<'a>>) -> Resul
 /// Whether a format has this event. The poll is not written: without one, each connection is looked at anew.
 fn was_known(version: u32, event: &Event<'_>) -> bool {
     match event {
-        Event::Here(_) | Event::ClientIs(..) | Event::OwnerIs(..) | Event::Poll(_) => false,
+        Event::Here(_)
+        | Event::ClientIs(..)
+        | Event::OwnerIs(..)
+        | Event::RegisteredAt(..)
+        | Event::Subscribed(..)
+        | Event::Poll(_) => false,
         Event::OldPoll(..)
         | Event::ReleasedBy(..)
         | Event::Watched(_)

@@ -22,13 +22,17 @@ const REGISTERED: u8 = 2;
 const GRANTED: u8 = 6;
 const RELEASED_BY: u8 = 20;
 
+/// The first format that says when a lock was granted.
+const FIRST_WITH_TIMES: u32 = 4;
+
 /// An [`OwnerRecord`]: the process, the domain's id, its name, its uuid.
 type OwnerFields<'a> = (Pid, u32, &'a [u8], [u8; 16]);
 /// [`Event::Registered`] behind its place: the client and the owner.
 type RegisteredFields<'a> = (i32, OwnerFields<'a>);
-/// [`Event::Granted`] behind its place: owner, lockspace, name, then descriptor, device and inode, then mode,
-/// autocreate, created and kind.
-type GrantedFields<'a> = (
+/// [`Event::Granted`] behind its place: what it was before times were told, then since when.
+type GrantedFields<'a> = (UntimedFields<'a>, u64);
+/// Owner, lockspace, name, then descriptor, device and inode, then mode, autocreate, created and kind.
+type UntimedFields<'a> = (
     OwnerFields<'a>,
     &'a [u8],
     &'a [u8],
@@ -63,27 +67,11 @@ fn configuration() -> impl bincode::config::Config {
 /// Writes an event to the front of `place`, and says how many bytes that took.
 #[inline]
 pub(super) fn encode(event: &Event<'_>, place: &mut [u8]) -> Result<usize, Unwritten> {
+    if let Some(fields) = granted_of(event) {
+        let written = bincode::encode_into_slice((GRANTED, fields), place, configuration());
+        return Ok(written?);
+    }
     let written = match event {
-        Event::Granted {
-            owner,
-            resource: ResourceName { lockspace, name },
-            descriptor,
-            identity: FileIdentity { device, inode },
-            mode,
-            autocreate,
-            created,
-            kind,
-        } => {
-            let flags = [
-                *mode as u8,
-                (*autocreate).into(),
-                (*created).into(),
-                *kind as u8,
-            ];
-            let file = (descriptor.0, *device, *inode);
-            let fields: GrantedFields<'_> = (fields_of(owner), lockspace, name, file, flags);
-            bincode::encode_into_slice((GRANTED, fields), place, configuration())?
-        }
         Event::ReleasedBy(pid, uuid, ResourceName { lockspace, name }) => {
             let fields: ReleasedFields<'_> = (*pid, *uuid, lockspace, name);
             bincode::encode_into_slice((RELEASED_BY, fields), place, configuration())?
@@ -105,20 +93,24 @@ fn encode_by_serde(event: &Event<'_>, place: &mut [u8]) -> Result<usize, Unwritt
     )?)
 }
 
-/// Writes an event behind what is there.
-pub(super) fn encode_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
-    let bytes = bincode::serde::encode_to_vec(event, configuration());
+/// Writes an event behind what is there, as the formats before [`FIRST_WITH_TIMES`] had it.
+pub(super) fn encode_untimed_behind(event: &Event<'_>, content: &mut Vec<u8>) -> Result<(), Errno> {
+    let bytes = match granted_of(event) {
+        Some((untimed, _)) => bincode::encode_to_vec((GRANTED, untimed), configuration()),
+        None => bincode::serde::encode_to_vec(event, configuration()),
+    };
     content.extend(bytes.map_err(|_| Errno::EINVAL)?);
     Ok(())
 }
 
-/// Reads the event at the front of these bytes, and says how many of them it takes.
+/// Reads the event at the front of these bytes of this format, and says how many of them it takes.
 ///
 /// # Errors
 /// What does not fit an event.
 #[inline]
-pub(super) fn decode(bytes: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
+pub(super) fn decode(version: u32, bytes: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
     let by_fields = match bytes.split_first() {
+        Some((&GRANTED, fields)) if version < FIRST_WITH_TIMES => return decode_untimed(fields),
         Some((&GRANTED, fields)) => decode_granted(fields),
         Some((&RELEASED_BY, fields)) => decode_released(fields),
         Some((&REGISTERED, fields)) => decode_registered(fields),
@@ -136,21 +128,16 @@ fn decode_by_serde(bytes: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
 }
 
 fn decode_granted(bytes: &[u8]) -> Option<(Event<'_>, usize)> {
-    let (fields, used): (GrantedFields<'_>, usize) =
+    let ((untimed, since), used): (GrantedFields<'_>, usize) =
         bincode::borrow_decode_from_slice(bytes, configuration()).ok()?;
-    let (owner, lockspace, name, (descriptor, device, inode), flags) = fields;
-    let [mode, autocreate, created, kind] = flags;
-    let granted = Event::Granted {
-        owner: owner_of(owner),
-        resource: ResourceName { lockspace, name },
-        descriptor: Number(descriptor),
-        identity: FileIdentity { device, inode },
-        mode: mode_of(mode)?,
-        autocreate: truth_of(autocreate)?,
-        created: truth_of(created)?,
-        kind: kind_of(kind)?,
-    };
-    Some((granted, used))
+    Some((granted(untimed, since)?, used))
+}
+
+fn decode_untimed(bytes: &[u8]) -> Result<(Event<'_>, usize), DecodeError> {
+    let (untimed, used): (UntimedFields<'_>, usize) =
+        bincode::borrow_decode_from_slice(bytes, configuration())?;
+    let granted = granted(untimed, 0).ok_or(DecodeError::Other("a lock of no known kind"))?;
+    Ok((granted, used.saturating_add(1)))
 }
 
 fn decode_released(bytes: &[u8]) -> Option<(Event<'_>, usize)> {
@@ -166,6 +153,50 @@ fn decode_registered(bytes: &[u8]) -> Option<(Event<'_>, usize)> {
         bincode::borrow_decode_from_slice(bytes, configuration()).ok()?;
     let (client, owner) = fields;
     Some((Event::Registered(Number(client), owner_of(owner)), used))
+}
+
+/// The fields of [`Event::Granted`].
+#[inline]
+fn granted_of<'a>(event: &Event<'a>) -> Option<GrantedFields<'a>> {
+    let Event::Granted {
+        owner,
+        resource: ResourceName { lockspace, name },
+        descriptor,
+        identity: FileIdentity { device, inode },
+        mode,
+        autocreate,
+        created,
+        kind,
+        since,
+    } = event
+    else {
+        return None;
+    };
+    let flags = [
+        *mode as u8,
+        (*autocreate).into(),
+        (*created).into(),
+        *kind as u8,
+    ];
+    let file = (descriptor.0, *device, *inode);
+    let untimed = (fields_of(owner), *lockspace, *name, file, flags);
+    Some((untimed, *since))
+}
+
+fn granted(untimed: UntimedFields<'_>, since: u64) -> Option<Event<'_>> {
+    let (owner, lockspace, name, (descriptor, device, inode), flags) = untimed;
+    let [mode, autocreate, created, kind] = flags;
+    Some(Event::Granted {
+        owner: owner_of(owner),
+        resource: ResourceName { lockspace, name },
+        descriptor: Number(descriptor),
+        identity: FileIdentity { device, inode },
+        mode: mode_of(mode)?,
+        autocreate: truth_of(autocreate)?,
+        created: truth_of(created)?,
+        kind: kind_of(kind)?,
+        since,
+    })
 }
 
 fn fields_of<'a>(owner: &OwnerRecord<'a>) -> OwnerFields<'a> {
@@ -203,6 +234,7 @@ fn kind_of(byte: u8) -> Option<KindRecord> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ledger::VERSION;
     use super::*;
 
     #[test]
@@ -214,7 +246,28 @@ mod tests {
             assert_eq!(one, other, "{event:?}");
             let cut = encode(&event, &mut one[..length - 1]);
             assert_eq!(cut, Err(Unwritten::NoRoom), "{event:?}");
-            assert_eq!(decode(&other).unwrap(), (event, length));
+            assert_eq!(decode(VERSION, &other).unwrap(), (event, length));
+        }
+    }
+
+    #[test]
+    fn a_format_before_times_says_the_same_without_them() {
+        for event in events() {
+            let mut bytes = Vec::new();
+            encode_untimed_behind(&event, &mut bytes).unwrap();
+            let mut untimed = event.clone();
+            if let Event::Granted { since, .. } = &mut untimed {
+                *since = 0;
+            }
+            let (read, used) = decode(FIRST_WITH_TIMES - 1, &bytes).unwrap();
+            assert_eq!((read, used), (untimed, bytes.len()));
+            let cut = &bytes[..bytes.len() - 1];
+            assert!(decode(FIRST_WITH_TIMES - 1, cut).is_err());
+            // The kind of lock is the last byte.
+            if matches!(event, Event::Granted { .. }) {
+                *bytes.last_mut().unwrap() = 9;
+                assert!(decode(FIRST_WITH_TIMES - 1, &bytes).is_err());
+            }
         }
     }
 
@@ -225,12 +278,12 @@ mod tests {
             let mut bytes = [0; 1024];
             let length = encode(&event, &mut bytes).unwrap();
             for at in 0..length {
-                assert!(decode(&bytes[..at]).is_err());
+                assert!(decode(VERSION, &bytes[..at]).is_err());
                 for value in [0, 1, 2, 3, 250, 251, 252, 253, 254, 255] {
                     let mut bytes = bytes;
                     bytes[at] = value;
                     let bytes = &bytes[..length];
-                    assert_eq!(text(decode(bytes)), text(decode_by_serde(bytes)));
+                    assert_eq!(text(decode(VERSION, bytes)), text(decode_by_serde(bytes)));
                 }
             }
         }
@@ -275,6 +328,7 @@ mod tests {
                 autocreate: pid > 0,
                 created: pid < 0,
                 kind,
+                since: u64::from(pid.cast_unsigned()) << 20,
             });
         }
         events

@@ -64,11 +64,17 @@ impl<F: Form> State<F> {
 fn client_entries<D: Descriptor>(client: &Client<D>) -> impl Iterator<Item = Event<'_>> + Clone {
     let number = client.socket.number();
     let owner = client.owner.as_deref();
+    let registered_at = client.registered_at;
+    let registered_at = (registered_at != 0).then_some(Event::RegisteredAt(number, registered_at));
+    let wanted = client.wanted;
+    let wanted = (wanted != 0).then_some(Event::Subscribed(number, wanted));
     // Also when it is over, one that was refused is not among those that are served.
     std::iter::once(Event::Connected(number, client.arrival))
         .chain(client.has_called.then_some(Event::Called(number)))
         .chain(owner.map(|owner| Event::Registered(number, owner.into())))
         .chain(client.life.map(|life| Event::ClientIs(number, life)))
+        .chain(registered_at)
+        .chain(wanted)
         .chain(client.restricted.then_some(Event::Restricted(number)))
         .chain(client.is_over().then_some(Event::Leaving(number)))
 }
@@ -94,6 +100,7 @@ fn granted_to<'a, D: Descriptor>(
         autocreate: resource.autocreate,
         created: resource.lease.created,
         kind: (&resource.lease.kind).into(),
+        since: resource.since,
     };
     let parked = resource.lease.kind.parked().iter();
     std::iter::once(granted).chain(parked.map(move |it| Event::Parked(name, it.number())))

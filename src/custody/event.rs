@@ -134,6 +134,8 @@ pub enum Event<'a> {
         created: bool,
         /// How it is locked.
         kind: KindRecord,
+        /// When, milliseconds since the epoch; 0 if nobody knows. (Up to format 3 it was not said.)
+        since: u64,
     },
     /// One more holding of a shared resource.
     Joined(
@@ -193,6 +195,10 @@ pub enum Event<'a> {
     ClientIs(Number, Life),
     /// The same of an owner that is watched or being fenced.
     OwnerIs(Pid, Life),
+    /// When a client that stands for its owner registered, milliseconds since the epoch.
+    RegisteredAt(Number, u64),
+    /// A client is to be told when something of these kinds happens.
+    Subscribed(Number, u32),
 }
 
 /// Where the numbers of processes mean what they do: what is not known is not compared.

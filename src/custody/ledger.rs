@@ -21,10 +21,11 @@
 //! 24  u64      when closed: checksum of the events; otherwise 1 if events are missing that happened last
 //! 32  u64 u64  extent 0: where its events begin, and how many bytes they are
 //! 48  u64 u64  extent 1
-//! 64  ..       events
+//! 64  32 u64   counts, see [`Counter`]
+//! 320 ..       events
 //! ```
 //!
-//! Format 4 has more events than format 3. Before that there was one extent: the bytes of events stood at 16, and they began at 32.
+//! Format 3 has fewer events, and no counts: its events begin at 64. Before that there was one extent: the bytes of events stood at 16, and they began at 32.
 
 use std::ffi::OsString;
 use std::mem::ManuallyDrop;
@@ -35,6 +36,7 @@ use std::path::{Path, PathBuf};
 
 use crate::host::errno::{self, Errno};
 
+use super::counters::Counter;
 use super::descriptor::Saved;
 use super::encoding::{self, Unwritten, encode};
 use super::event::Event;
@@ -51,15 +53,20 @@ pub const VERSION: u32 = 4;
 const FIRST_WITH_EXTENTS: u32 = 3;
 
 pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
-pub(super) const HEADER: usize = 64;
+pub(super) const HEADER: usize = COUNTS_AT + COUNTS * WORD;
+/// The header of format 3.
+const HEADER_OF_3: usize = 64;
 /// The header before format 3.
-pub(super) const OLD_HEADER: usize = 32;
+const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
 const WHICH_AT: usize = 16;
 pub(super) const CHECKSUM_AT: usize = 24;
 /// What is there instead while events are missing.
 const STALE: u64 = 1;
 pub(super) const EXTENTS_AT: usize = 32;
+const COUNTS_AT: usize = 64;
+/// Room for so many counts.
+const COUNTS: usize = 32;
 /// The file grows by this much at a time, bytes.
 const STEP: usize = 64 * 1024;
 /// Up to so much memory that does not count is kept, bytes. A few busy clients make a small ledger long
@@ -80,7 +87,18 @@ const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
 };
 /// The first format that tells the domains of a process apart.
 const FIRST_WITH_DOMAINS: u32 = 3;
+/// The first format that has counts.
+const FIRST_WITH_COUNTS: u32 = 4;
 const WORD: usize = size_of::<u64>();
+
+/// How long the header of a format is, bytes.
+pub(super) fn header_of(version: u32) -> usize {
+    match version {
+        1 | 2 => OLD_HEADER,
+        3 => HEADER_OF_3,
+        _ => HEADER,
+    }
+}
 
 /// Why a ledger cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +132,9 @@ impl std::fmt::Display for Unreadable {
         }
     }
 }
+
+/// How often what happened, in the order of [`Counter::ALL`].
+pub type Counts = [u64; Counter::ALL.len()];
 
 /// What a ledger says, the ledger, and what happened behind a mark.
 pub type Theirs = (State<Saved>, Read, Since);
@@ -183,6 +204,8 @@ pub struct Orphan {
     pub path: PathBuf,
     /// What it says.
     pub state: Result<State<Saved>, Unreadable>,
+    /// What it has counted.
+    pub counts: Counts,
     /// Whether what happened last is not in it: then more may be held by it than was.
     pub is_stale: bool,
     /// As long as this is open nobody else takes it for an orphan.
@@ -212,10 +235,15 @@ pub fn find_orphan(run_directory: &Path) -> Result<Option<Orphan>, Errno> {
             let content = Memory::adopt_copy(&held).map_err(Unreadable::System);
             let found = content.and_then(|content| Ok((find(content.bytes())?, content)));
             let is_stale = found.as_ref().is_ok_and(|(found, _)| found.is_stale);
+            let counts = found
+                .as_ref()
+                .map(|(found, content)| counts(content.bytes(), found));
+            let counts = counts.unwrap_or_default();
             let state = found.and_then(|(found, content)| read(content.bytes(), &found));
             Ok(Some(Orphan {
                 path,
                 state,
+                counts,
                 is_stale,
                 _held: held,
             }))
@@ -362,6 +390,7 @@ impl Ledger {
         }
         let new = beside(&name, NEW);
         let mut another = Memory::named(&new, FIRST_SIZE).map(Ledger::in_memory)?;
+        another.go_on_counting(self.memory.bytes());
         let written = another
             .rewrite(events)
             .map_err(Refusal::of("the ledger cannot be written (fallocate)"))
@@ -406,6 +435,7 @@ impl Ledger {
         {
             return false;
         }
+        another.go_on_counting(self.memory.bytes());
         (another.name, another.old) = (self.name.take(), self.old);
         *self = another;
         true
@@ -656,6 +686,31 @@ impl Ledger {
             .store(extent_at(which).saturating_add(WORD), length as u64);
     }
 
+    /// One more of what is counted.
+    #[inline]
+    pub fn count(&mut self, counter: Counter) {
+        self.count_many(counter, 1);
+    }
+
+    /// So many more of what is counted.
+    pub fn count_many(&mut self, counter: Counter, more: u64) {
+        let so_far = self.counted(counter);
+        self.memory
+            .store(count_at(counter), so_far.saturating_add(more));
+    }
+
+    /// How much was counted.
+    pub fn counted(&self, counter: Counter) -> u64 {
+        counted(self.memory.bytes(), counter)
+    }
+
+    /// What another ledger of this format has counted goes on here.
+    fn go_on_counting(&mut self, from: &[u8]) {
+        for counter in Counter::ALL {
+            self.memory.store(count_at(counter), counted(from, counter));
+        }
+    }
+
     /// Closes it for a handover: from now on a change of any byte is noticed.
     pub fn close(&mut self) {
         let sum = checksum(self.events());
@@ -710,6 +765,16 @@ fn extent_at(which: usize) -> usize {
     EXTENTS_AT.saturating_add(which.saturating_mul(2 * WORD))
 }
 
+fn count_at(counter: Counter) -> usize {
+    COUNTS_AT.saturating_add((counter as usize).saturating_mul(WORD))
+}
+
+fn counted(content: &[u8], counter: Counter) -> u64 {
+    let bytes = content.get(count_at(counter)..);
+    let bytes = bytes.and_then(|rest| rest.first_chunk::<8>());
+    bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
 /// FNV-1a over words of eight bytes: notices what is cut off or mixed up, and is quick.
 pub(super) fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = 0xcbf2_9ce4_8422_2325u64;
@@ -757,7 +822,7 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
     let Some(bytes) = content.get(events.clone()) else {
         return Err(Unreadable::Damaged("it is cut short".into()));
     };
-    if version >= FIRST_WITH_EXTENTS && events.start < HEADER {
+    if version >= FIRST_WITH_EXTENTS && events.start < header_of(version) {
         return Err(Unreadable::Damaged("its events are in its header".into()));
     }
     if is_closed && checksum(bytes) != word(CHECKSUM_AT) {
@@ -770,6 +835,24 @@ fn find(content: &[u8]) -> Result<Found, Unreadable> {
         which,
         events,
     })
+}
+
+/// What a ledger has counted, if its format counts and it is not damaged.
+pub fn counts_of(content: &[u8]) -> Counts {
+    let found = find(content);
+    found.map_or_else(|_| Counts::default(), |found| counts(content, &found))
+}
+
+/// The same of the ledger in a memory file.
+pub fn load_counts(descriptor: &OwnedFd) -> Counts {
+    counts_of(&memory::read(descriptor).unwrap_or_default())
+}
+
+fn counts(content: &[u8], found: &Found) -> Counts {
+    if found.version < FIRST_WITH_COUNTS {
+        return Counts::default();
+    }
+    Counter::ALL.map(|counter| counted(content, counter))
 }
 
 /// Reads the ledger in a memory file.
@@ -806,7 +889,7 @@ fn read_since(
     let mut numbers = Numbers::default();
     state.reserve(events.len());
     while !events.is_empty() {
-        let (event, used) = encoding::decode(events)
+        let (event, used) = encoding::decode(found.version, events)
             .map_err(|error| Unreadable::Damaged(format!("an event does not decode: {error}")))?;
         let is_behind = found.events.end.saturating_sub(events.len()) >= mark;
         let is_release = matches!(event, Event::ReleasedBy(..));

@@ -5,6 +5,7 @@ use super::descriptor::{Descriptor, Number};
 use super::event::{Event, ResourceName};
 use super::state::Left;
 use super::{Custody, Given, OwnFile};
+use crate::host::clock;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{FileIdentity, Lockable};
@@ -38,7 +39,7 @@ pub enum Decided<'a> {
 }
 
 /// Why a call on a resource was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// There is no such lockspace.
     NoLockspace,
@@ -144,7 +145,7 @@ impl Custody {
         let (lease, identity) = match done {
             Ok(locked) => locked,
             Err(refused) => {
-                self.keep_own_file(refused);
+                self.keep_own_file(&refused);
                 return Err(self.refusal(refused));
             }
         };
@@ -163,6 +164,7 @@ impl Custody {
             autocreate,
             created: lease.created,
             kind: (&lease.kind).into(),
+            since: clock::wall_ms(),
         };
         let mut given = Given::of_owner(owner);
         let created = lease.created;
@@ -246,7 +248,7 @@ impl Custody {
     }
 
     /// Whoever wanted the daemon's own file made us open and close it, and with that its lock was gone.
-    fn keep_own_file(&mut self, refused: NotLocked) {
+    fn keep_own_file(&mut self, refused: &NotLocked) {
         let Some(OwnFile {
             identity,
             descriptor,
@@ -486,6 +488,7 @@ mod tests {
                     autocreate: false,
                     created: false,
                     kind: (&kind).into(),
+                    since: 0,
                 };
                 let mut given = Given::of_owner(&owner);
                 given.file = Some(descriptor);
@@ -574,6 +577,7 @@ mod tests {
             autocreate: false,
             created: false,
             kind: KindRecord::Process,
+            since: 0,
         };
         ledger.append(&granted).unwrap();
         ledger.append(&Event::Parked(resource, Number(21))).unwrap();
@@ -612,6 +616,7 @@ mod tests {
             autocreate: false,
             created: false,
             kind: KindRecord::Process,
+            since: 0,
         };
         let mut given = Given::of_owner(&dead);
         given.file = Some(held);

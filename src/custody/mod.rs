@@ -10,6 +10,7 @@
 pub mod adopt;
 pub mod clients;
 pub mod cold;
+pub mod counters;
 pub mod descriptor;
 pub mod earlier;
 mod encoding;
@@ -18,6 +19,7 @@ pub mod event;
 pub mod fences;
 pub mod ledger;
 pub mod locking;
+pub mod news;
 pub mod own_connections;
 pub mod renumber;
 pub mod roll;
@@ -35,20 +37,23 @@ use crate::host::clone;
 use crate::host::errno::{self, Errno};
 
 use self::clients::{Arrival, Client, ClientId, Traffic};
+use self::counters::Counter;
 use self::descriptor::{Descriptor, Number, Open};
-use self::event::{Event, Here, OwnerRecord};
+use self::event::{Event, Here, OwnerRecord, ResourceName};
 use self::fences::{Fence, Stage, Watched};
-use self::ledger::{Ledger, OldFile};
+use self::ledger::{Counts, Ledger, OldFile};
+use self::news::{News, What};
 use self::servers::{Listening, Server, Service};
 use self::settings::{LogSettings, Settings};
 use self::state::{Left, Source, State};
-use crate::host::clock::Moment;
+use crate::host::clock::{self, Moment};
 use crate::host::file::{FileIdentity, Lockable};
 use crate::host::memory::Memory;
 use crate::host::process::{self, Life, Process};
 use crate::host::refusal::Refusal;
 use crate::host::stream;
-use crate::locks::table::{Owner, Pid, ResourceId};
+use crate::locks::place::Place;
+use crate::locks::table::{Mode, Owner, Pid, ResourceId};
 
 /// What a connection or a lock usually takes of the ledger at most, bytes.
 const LEDGER_ENTRY: usize = 512;
@@ -62,6 +67,9 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(100);
 pub struct Custody {
     state: State<Open>,
     ledger: Ledger,
+    news: News,
+    /// When this reactor began, milliseconds since the epoch.
+    begun_at: u64,
     own_file: Option<OwnFile>,
     /// What a connection or a lock took of the ledger when it was last found too long, bytes.
     ledger_entry: usize,
@@ -120,6 +128,8 @@ impl Custody {
         Custody {
             state: State::default(),
             ledger,
+            news: News::default(),
+            begun_at: clock::wall_ms(),
             own_file: None,
             ledger_entry: 0,
             is_read_after_death: false,
@@ -175,6 +185,7 @@ impl Custody {
     #[inline(always)]
     fn commit(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Result<Left<Open>, Errno> {
         self.ledger.append(&event)?;
+        self.note(&event);
         Ok(self.apply(event, given))
     }
 
@@ -184,6 +195,7 @@ impl Custody {
         if let Err(reason) = self.ledger.append_what_must_be(&event) {
             self.write_down_at_last(&event, reason);
         }
+        self.note(&event);
         self.apply(event, &mut given)
     }
 
@@ -211,6 +223,26 @@ impl Custody {
         }
     }
 
+    /// Counts an event that is about to be applied, and tells those who listen.
+    #[inline(always)]
+    fn note(&mut self, event: &Event<'_>) {
+        let stage = || match event {
+            Event::Fencing(fence) => self.state.fences().get(&fence.pid).map(|it| it.stage),
+            _ => None,
+        };
+        if let Some(counter) = Counter::of(event, stage) {
+            self.ledger.count(counter);
+            if self.is_listened_to() {
+                self.news.tell(event, &self.state);
+            }
+        }
+    }
+
+    /// Whether anybody is to be told of what happens.
+    fn is_listened_to(&self) -> bool {
+        !self.state.subscribers().is_empty()
+    }
+
     #[inline(always)]
     fn apply(&mut self, event: Event<'_>, given: &mut Given<'_>) -> Left<Open> {
         match self.state.apply(event, given) {
@@ -231,6 +263,88 @@ impl Custody {
              please report it"
         );
         self.ledger.lose();
+    }
+
+    /// The resource `name` of `lockspace`, if somebody holds it.
+    pub fn find(&mut self, lockspace: &[u8], name: &[u8]) -> Option<ResourceId> {
+        self.state.table.find(lockspace, name)
+    }
+
+    // What happens.
+
+    /// How much was counted of something.
+    pub fn counted(&self, counter: Counter) -> u64 {
+        self.ledger.counted(counter)
+    }
+
+    /// So much was counted by a daemon that this one goes on for.
+    pub fn count_more(&mut self, counts: &Counts) {
+        for (counter, more) in Counter::ALL.into_iter().zip(counts) {
+            self.ledger.count_many(counter, *more);
+        }
+    }
+
+    /// When this reactor began, milliseconds since the epoch. No other one of the service began then.
+    pub fn begun_at(&self) -> u64 {
+        self.begun_at
+    }
+
+    /// What has happened, as far as anybody listens.
+    pub fn news(&self) -> &News {
+        &self.news
+    }
+
+    /// So many things happened of which a subscriber was not told.
+    pub fn missed(&mut self, count: u64) {
+        self.ledger.count_many(Counter::Missed, count);
+    }
+
+    /// A client is to be told of what happens, of kinds that these bits mean to it; 0 for nothing.
+    pub fn subscribes(&mut self, id: ClientId, wanted: u32) {
+        if self.state.client(id).is_some_and(|it| it.wanted != wanted) {
+            self.record(Event::Subscribed(Number(id.0), wanted), Given::default());
+        }
+        self.forget_news();
+    }
+
+    fn forget_news(&mut self) {
+        if !self.is_listened_to() {
+            self.news.forget();
+        }
+    }
+
+    /// A new program took over.
+    pub fn was_upgraded(&mut self) {
+        self.happened(Counter::Upgraded, What::Upgraded, "");
+    }
+
+    /// This process went on for one that died, as these words say.
+    pub fn was_recovered(&mut self, how: &str) {
+        self.happened(Counter::Recovered, What::Recovered, how);
+    }
+
+    fn happened(&mut self, counter: Counter, what: What, text: &str) {
+        self.ledger.count(counter);
+        if self.is_listened_to() {
+            self.news.tell_of_daemon(what, text);
+        }
+    }
+
+    /// An owner was refused a resource; `by` says by whom it is held, or what else is the matter.
+    pub fn was_refused(&mut self, owner: &Owner, place: Place<'_>, mode: Mode, by: &[u8]) {
+        self.ledger.count(Counter::Refused);
+        if self.is_listened_to() {
+            let resource = ResourceName {
+                lockspace: place.lockspace,
+                name: place.name,
+            };
+            self.news.tell_of_refusal(owner, resource, mode, by);
+        }
+    }
+
+    /// Somebody else has a lock that an owner had.
+    pub fn lost_a_lock(&mut self) {
+        self.ledger.count(Counter::Lost);
     }
 
     // The process and its servers.
@@ -324,7 +438,17 @@ impl Custody {
         }
         let event = Event::Registered(Number(id.0), owner.into());
         self.record(event, Given::of_owner(owner));
+        self.note_registration(id);
         self.note_life_of_client(id);
+    }
+
+    /// When a client registered that stands for its owner, if nobody has written that down: just now.
+    pub fn note_registration(&mut self, id: ClientId) {
+        let client = self.state.client(id);
+        if client.is_some_and(|it| it.own_owner().is_some() && it.registered_at == 0) {
+            let event = Event::RegisteredAt(Number(id.0), clock::wall_ms());
+            self.record(event, Given::default());
+        }
     }
 
     /// A client that stands for its owner is to be known again, should all processes of this daemon be
@@ -401,7 +525,9 @@ impl Custody {
     /// have its number.
     pub fn gone(&mut self, id: ClientId) -> Option<Client<OwnedFd>> {
         self.state.client(id)?;
-        match self.record(Event::Gone(Number(id.0)), Given::default()) {
+        let left = self.record(Event::Gone(Number(id.0)), Given::default());
+        self.forget_news();
+        match left {
             Left::Client(client) => Some(client),
             _ => None,
         }
@@ -674,5 +800,53 @@ impl Custody {
         self.ledger
             .replay()
             .is_ok_and(|replayed| said(replayed.entries()) == said(self.state.entries()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::host::stream::{Peer, UNKNOWN_PEER};
+
+    #[test]
+    fn a_registration_that_a_death_cut_short_has_its_time_and_is_counted_once() {
+        let mut custody = Custody::new(Ledger::new().unwrap());
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let id = ClientId(ours.as_raw_fd());
+        let pid = process::own_number();
+        let arrival = Arrival {
+            server: Service::Lock,
+            id: custody.take_id(Service::Lock),
+            peer: Some(Peer {
+                pid,
+                ..UNKNOWN_PEER
+            }),
+            start_time: None,
+            connected_at: 0,
+            refused: false,
+        };
+        custody.connected(OwnedFd::from(ours), arrival);
+        let owner = Owner {
+            pid,
+            id: 1,
+            name: b"guest"[..].into(),
+            uuid: [1; 16],
+        };
+        let event = Event::Registered(Number(id.0), (&owner).into());
+        custody.record(event, Given::of_owner(&owner));
+        let seen = |custody: &Custody| {
+            let at = custody.state().client(id).map(|it| it.registered_at);
+            (at.unwrap(), custody.counted(Counter::Registered))
+        };
+        assert_eq!(seen(&custody), (0, 0));
+        custody.note_registration(id);
+        let (at, count) = seen(&custody);
+        assert!(at > 0 && count == 1);
+        custody.note_registration(id);
+        assert_eq!(seen(&custody), (at, 1));
+        assert!(custody.is_written_down());
     }
 }

@@ -87,12 +87,16 @@ impl State<Saved> {
             ..listening
         });
         let traffic = self.traffic.into_iter();
+        let subscribers = self.subscribers.into_iter();
         let mut state = State {
             listeners: listeners.collect(),
             clients,
             served: both,
             traffic: traffic
                 .map(|(id, traffic)| (ClientId(now(Number(id.0)).0), traffic))
+                .collect(),
+            subscribers: subscribers
+                .map(|id| ClientId(now(Number(id.0)).0))
                 .collect(),
             table: self
                 .table
@@ -139,6 +143,7 @@ mod tests {
             autocreate: false,
             created: false,
             kind: KindRecord::OpenFile,
+            since: 9,
         };
         let arrival = |id| Arrival {
             server: Service::Lock,
@@ -162,6 +167,8 @@ mod tests {
             Event::Connected(Number(socket), arrival(1)),
             Event::Connected(Number(other), arrival(2)),
             Event::Registered(Number(other), owner(20)),
+            Event::RegisteredAt(Number(other), 8),
+            Event::Subscribed(Number(other), 6),
             Event::Traffic(Number(other), Box::new(traffic)),
             granted(20, b"/a", file),
             granted(30, b"/b", file + 1),
@@ -220,8 +227,21 @@ mod tests {
         let second = renumbered.client(ClientId(3)).unwrap();
         assert_eq!((second.socket, second.arrival.id), (Number(3), 2));
         assert_eq!(renumbered.traffic()[&ClientId(3)].pending, [1]);
+        assert_eq!((second.registered_at, second.wanted), (8, 6));
+        let subscribers = renumbered.subscribers().iter().copied();
+        assert_eq!(subscribers.collect::<Vec<_>>(), [ClientId(3)]);
         assert_eq!(renumbered.fences()[&20].process, Number(10));
         assert_eq!(renumbered.watched()[&40].process, Some(Number(20)));
+    }
+
+    #[test]
+    fn a_client_whose_socket_alone_has_another_number_is_told_what_it_was_told_before() {
+        let mut state = state(10, 2, 30, 40);
+        state.renumber_socket(Number(2), Number(99));
+        let subscribers: Vec<ClientId> = state.subscribers().iter().copied().collect();
+        assert_eq!(subscribers, [ClientId(99)]);
+        let moved = state.client(ClientId(99)).unwrap();
+        assert_eq!((moved.socket, moved.wanted), (Number(99), 6));
     }
 
     #[test]

@@ -96,6 +96,11 @@ impl<T> Roll<T> {
         self.things.is_empty()
     }
 
+    /// Up to which number there may be things.
+    pub fn end(&self) -> usize {
+        self.places.len()
+    }
+
     /// The numbers, in their order.
     pub fn numbers(&self) -> impl Iterator<Item = RawFd> + Clone {
         let taken = self.places.iter().enumerate();

@@ -2,6 +2,7 @@
 //! ledger, with their numbers. Both are changed by the same events.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
 
 use foldhash::HashMap;
 
@@ -33,6 +34,8 @@ pub struct State<F: Form> {
     /// Bytes on their way, of the clients that have any. Written down when a state is passed on, and
     /// taken out when somebody goes on with it.
     pub(in crate::custody) traffic: BTreeMap<ClientId, Traffic>,
+    /// The clients that are told of what happens.
+    pub(in crate::custody) subscribers: BTreeSet<ClientId>,
     pub(in crate::custody) lockspaces: BTreeSet<Box<[u8]>>,
     pub(in crate::custody) table: Table<Lease<F::File>>,
     /// The files that must not be opened and closed: those with POSIX locks, each as often as it is
@@ -71,6 +74,7 @@ impl<F: Form> Default for State<F> {
             served: Both::default(),
             own_connections: OwnConnections::default(),
             traffic: BTreeMap::new(),
+            subscribers: BTreeSet::new(),
             lockspaces: BTreeSet::new(),
             table: Table::new(),
             avoid: Vec::new(),
@@ -169,6 +173,7 @@ impl<F: Form> State<F> {
                 autocreate,
                 created,
                 kind,
+                since,
             } => {
                 let ResourceName { lockspace, name } = resource;
                 let vacant = self.table.vacant(lockspace, name);
@@ -183,6 +188,7 @@ impl<F: Form> State<F> {
                     identity,
                     mode,
                     autocreate,
+                    since,
                     lease: Lease {
                         descriptor: source.file(descriptor)?,
                         kind,
@@ -240,7 +246,8 @@ impl<F: Form> State<F> {
                 let owner = Box::new(source.owner(record));
                 self.client_mut(number)?;
                 self.stands_no_more(number);
-                self.client_mut(number)?.owner = Some(owner);
+                let client = self.client_mut(number)?;
+                (client.owner, client.registered_at) = (Some(owner), 0);
                 self.stands_from_now(number);
             }
             Event::Restricted(number) => self.client_mut(number)?.restricted = true,
@@ -250,6 +257,7 @@ impl<F: Form> State<F> {
                 self.client_mut(number)?.standing = Standing::Over;
             }
             Event::Gone(number) => {
+                self.subscribers.remove(&ClientId(number.0));
                 self.traffic.remove(&ClientId(number.0));
                 self.stands_no_more(number);
                 self.set_served(number, false);
@@ -330,6 +338,16 @@ impl<F: Form> State<F> {
             Event::Here(here) => self.here = Some(here),
             Event::ClientIs(number, life) => self.client_mut(number)?.life = Some(life),
             Event::OwnerIs(pid, life) => _ = self.lives.insert(pid, life),
+            Event::RegisteredAt(number, at) => self.client_mut(number)?.registered_at = at,
+            Event::Subscribed(number, wanted) => {
+                self.client_mut(number)?.wanted = wanted;
+                let id = ClientId(number.0);
+                if wanted == 0 {
+                    self.subscribers.remove(&id);
+                } else {
+                    self.subscribers.insert(id);
+                }
+            }
             Event::Server(service, server) => *self.servers.of_mut(service) = server,
             Event::Listening(listening) => {
                 let Listening {
@@ -637,6 +655,11 @@ impl<F: Form> State<F> {
         clients.map(|(number, client)| (ClientId(number), client))
     }
 
+    /// Up to which number of a descriptor there may be clients.
+    pub fn client_end(&self) -> usize {
+        self.clients.end()
+    }
+
     /// How many clients there are.
     pub fn client_count(&self) -> usize {
         self.clients.len()
@@ -647,9 +670,21 @@ impl<F: Form> State<F> {
         &self.traffic
     }
 
+    /// The clients that are told of what happens.
+    pub fn subscribers(&self) -> &BTreeSet<ClientId> {
+        &self.subscribers
+    }
+
     /// The directories of the lockspaces, the default one not among them.
     pub fn lockspaces(&self) -> impl Iterator<Item = &[u8]> + Clone {
         self.lockspaces.iter().map(|directory| &**directory)
+    }
+
+    /// Those of them that come behind this one in their order, or all of them.
+    pub fn lockspaces_behind(&self, after: Option<&[u8]>) -> impl Iterator<Item = &[u8]> {
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let behind = self.lockspaces.range::<[u8], _>((start, Bound::Unbounded));
+        behind.map(|directory| &**directory)
     }
 
     /// Whether there is such a lockspace. The default one, with the empty path, always is.
@@ -845,6 +880,9 @@ impl State<Saved> {
             let is_served = !client.arrival.refused;
             // The kernel has just given this number: it is nobody else's.
             let _ = self.clients.insert(now.0, client);
+            if self.subscribers.remove(&ClientId(before.0)) {
+                self.subscribers.insert(ClientId(now.0));
+            }
             if is_served {
                 self.set_served(now, true);
             }

@@ -45,6 +45,32 @@ impl Moment {
     }
 }
 
+/// The time of day, milliseconds since the epoch: for people, not for deadlines. No system call.
+#[inline]
+pub fn wall_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| {
+        let whole = since.as_secs().saturating_mul(1000);
+        whole.saturating_add(u64::from(since.subsec_millis()))
+    })
+}
+
+/// A time as RFC 3339 has it; `None` of 0, which means that nobody knows.
+pub fn rfc3339(ms: u64) -> Option<String> {
+    let seconds = i64::try_from(ms / 1000).ok().filter(|_| ms > 0)?;
+    let date = utc(seconds);
+    Some(format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+        date.tm_year.saturating_add(1900),
+        date.tm_mon.saturating_add(1),
+        date.tm_mday,
+        date.tm_hour,
+        date.tm_min,
+        date.tm_sec,
+        ms % 1000
+    ))
+}
+
 /// The calendar date of a second since 1970, at Greenwich; the epoch's if the C library cannot tell.
 pub fn utc(seconds: i64) -> libc::tm {
     broken_down(seconds, libc::gmtime_r)

@@ -1,6 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, unlocked before they are closed, told apart by device and inode.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -233,30 +234,12 @@ pub fn identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
 /// As [`identity`], of what is known here: no server of a network file system is asked, which may not
 /// answer (statx(2), AT_STATX_DONT_SYNC).
 pub fn known_identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
-    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    let wanted = libc::STATX_TYPE | libc::STATX_INO;
-    let number = file.as_fd().as_raw_fd();
-    // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
-    let result = unsafe { libc::statx(number, c"".as_ptr(), flags, wanted, found.as_mut_ptr()) };
-    match Errno::result(result) {
-        Ok(_) => (),
+    match known(file.as_fd().as_raw_fd(), c"", libc::AT_EMPTY_PATH) {
+        Ok((identity, _)) => Ok(identity),
         // A security policy may not know the call.
-        Err(Errno::ENOSYS | Errno::EPERM) => return identity(file),
-        Err(reason) => return Err(reason),
+        Err(Errno::ENOSYS | Errno::EPERM) => identity(file),
+        Err(reason) => Err(reason),
     }
-    // SAFETY: the call succeeded, so it has filled it in.
-    let found = unsafe { found.assume_init() };
-    if libc::mode_t::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK {
-        return Ok(FileIdentity {
-            device: libc::makedev(found.stx_rdev_major, found.stx_rdev_minor),
-            inode: 0,
-        });
-    }
-    Ok(FileIdentity {
-        device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
-        inode: found.stx_ino,
-    })
 }
 
 /// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
@@ -274,6 +257,36 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
         Start::Anywhere => Ok(information(stat::stat(path)?)),
         Start::Beneath(_) => Ok(information(stat::fstat(handle(start, path)?)?)),
     }
+}
+
+/// What is known here of the file that a path leads to: a server of a network file system is not asked, so
+/// this does not wait for one. Identity, and whether it is a regular file or a block device.
+pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
+    known(libc::AT_FDCWD, path, 0)
+}
+
+fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), Errno> {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+    let flags = flags | libc::AT_STATX_DONT_SYNC;
+    let wanted = libc::STATX_TYPE | libc::STATX_INO;
+    // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
+    let result = unsafe { libc::statx(start, path.as_ptr(), flags, wanted, found.as_mut_ptr()) };
+    Errno::result(result)?;
+    // SAFETY: the call succeeded, so it has filled it in.
+    let found = unsafe { found.assume_init() };
+    let kind = libc::mode_t::from(found.stx_mode) & libc::S_IFMT;
+    let identity = if kind == libc::S_IFBLK {
+        FileIdentity {
+            device: libc::makedev(found.stx_rdev_major, found.stx_rdev_minor),
+            inode: 0,
+        }
+    } else {
+        FileIdentity {
+            device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+        }
+    };
+    Ok((identity, matches!(kind, libc::S_IFREG | libc::S_IFBLK)))
 }
 
 /// Removes a name. Of a symbolic link, the link.

@@ -2,6 +2,7 @@
 //! The only place in the crate that may use `unsafe`.
 #![allow(unsafe_code)]
 
+pub mod child;
 pub mod clock;
 pub mod clone;
 pub mod daemonize;
@@ -15,6 +16,7 @@ pub mod limits;
 pub mod listen;
 pub mod memory;
 pub mod names;
+pub mod note;
 pub mod notify;
 pub mod passing;
 pub mod paths;
@@ -23,9 +25,11 @@ pub mod pid_file;
 pub mod process;
 pub mod program;
 pub mod refusal;
+pub mod scribe;
 pub mod shared;
 pub mod signals;
 pub mod stream;
+pub mod terminal;
 pub mod text;
 pub mod timer;
 pub mod whole_file;

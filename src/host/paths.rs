@@ -40,6 +40,16 @@ impl Paths {
         }
     }
 
+    /// The paths of the system's daemon, whoever asks.
+    pub fn of_system() -> Self {
+        Self::of_root()
+    }
+
+    /// The paths of a daemon of this user's session, also of root's.
+    pub fn of_session() -> Self {
+        Self::of_user(|name| std::env::var_os(name), home_of_this_user)
+    }
+
     fn of_root() -> Self {
         Self {
             config_file: "/etc/libvirt/virtlockd.conf".into(),

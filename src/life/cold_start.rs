@@ -57,6 +57,9 @@ pub fn take_again(
         && let Ok(state) = &orphan.state
     {
         (left.losses, left.to_fence) = go_on(reactor, orphan, state, limits)?;
+        let custody = reactor.custody_mut();
+        custody.count_more(&orphan.counts);
+        custody.was_recovered("after the death of all its processes");
     }
     Ok(left)
 }
@@ -69,6 +72,7 @@ impl Left {
             say_that_nobody_knows(&self.run_directory, reason);
         }
         for loss in self.losses {
+            reactor.custody_mut().lost_a_lock();
             lose(reactor, loss);
         }
         for (pid, process) in self.to_fence {
@@ -235,7 +239,7 @@ fn lose(reactor: &mut Reactor, loss: Loss) {
     let stays = "It runs on without: find out whether another may write the file, and restart it";
     let reason = match why {
         Why::NotLocked(NotAgain::Taken(stranger)) => {
-            let by = holder::of_stranger(stranger);
+            let by = holder::of_stranger(&stranger);
             let text = format!(
                 "{owner} lost its lock on '{path}' while no daemon ran{}",
                 Printable(&by)

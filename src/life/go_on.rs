@@ -154,6 +154,14 @@ pub fn resume(
         },
     };
     set_up(&mut reactor, theirs, &mut inherited, limits).map_err(give_up)?;
+    match &before {
+        None => reactor.custody_mut().was_upgraded(),
+        Some(Before {
+            death: Some((death, _)),
+            ..
+        }) => reactor.custody_mut().was_recovered(&death_text(*death)),
+        Some(_) => (),
+    }
     if let (Some(before), Ok(desk)) = (before, desk) {
         before.say(desk, &document);
         desk.set_ending(None);
@@ -291,9 +299,9 @@ impl Before {
     }
 }
 
-/// Says how a process of the daemon died.
-pub fn say_death((death, in_a_row): (Death, u64)) {
-    let how = match death {
+/// How a process of the daemon died.
+fn death_text(death: Death) -> String {
+    match death {
         Death::Signal(signal) => match Signal::try_from(signal) {
             Ok(signal) => format!("was killed by {signal}"),
             Err(_) => format!("was killed by signal {signal}"),
@@ -301,14 +309,20 @@ pub fn say_death((death, in_a_row): (Death, u64)) {
         Death::Status(status) => format!("ended with status {status}"),
         Death::Away => "did not come back from what it was doing and was killed".into(),
         Death::Unreadable => "could not read the ledger".into(),
-        Death::Guardian => {
-            tracing::error!(
-                "The daemon's main process died. Process {} is in its place; all locks and connections stay",
-                process::started()
-            );
-            return;
-        }
-    };
+        Death::Guardian => "lost its main process".into(),
+    }
+}
+
+/// Says how a process of the daemon died.
+pub fn say_death((death, in_a_row): (Death, u64)) {
+    if matches!(death, Death::Guardian) {
+        tracing::error!(
+            "The daemon's main process died. Process {} is in its place; all locks and connections stay",
+            process::started()
+        );
+        return;
+    }
+    let how = death_text(death);
     tracing::error!(
         "The process that serves the clients {how} ({in_a_row} in a row). Another one goes on; all locks and \
          connections stay"
@@ -384,6 +398,7 @@ pub fn resume_started(
         desk.set_ledger(reactor.custody().ledger().ok().map(AsRawFd::as_raw_fd));
         desk.serves();
     }
+    reactor.custody_mut().was_upgraded();
     if let Err(error) = std::fs::remove_file(&document) {
         tracing::error!(
             "The state document '{}' was taken over and cannot be removed: {error}. Remove it before \

@@ -199,6 +199,9 @@ impl Kept {
                 reason: Errno::ENOMEM,
             }));
         }
+        let custody = reactor.custody_mut();
+        custody.count_more(&ledger::load_counts(&ledger));
+        custody.was_upgraded();
         reactor.configure_if_changed(limits);
         tracing::info!(
             "Took over {clients} connections and {locks} locks from the service manager's store"

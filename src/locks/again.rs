@@ -20,7 +20,7 @@ pub struct Again<'a> {
 }
 
 /// Why a lock could not be taken again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotAgain {
     /// Somebody else has a lock on the file.
     Taken(Stranger),
@@ -78,9 +78,11 @@ impl Again<'_> {
                 kind: LockKind::OpenFile,
                 created: false,
             }),
-            Err(Errno::EAGAIN | Errno::EACCES) => {
-                Err(NotAgain::Taken(Stranger::of(&descriptor, lock_type)))
-            }
+            Err(Errno::EAGAIN | Errno::EACCES) => Err(NotAgain::Taken(Stranger::of(
+                &descriptor,
+                lock_type,
+                self.place,
+            ))),
             Err(errno) => Err(NotAgain::Lock(errno)),
         }
     }

@@ -5,7 +5,7 @@
 
 use super::lease::Stranger;
 use super::place::Place;
-use super::table::{OwnerKey, Pid, ResourceId, Table};
+use super::table::{Mode, OwnerKey, Pid, ResourceId, Table};
 use crate::host::process;
 use crate::log::Printable;
 
@@ -84,7 +84,7 @@ pub fn owner<L>(table: &Table<L>, key: OwnerKey) -> Vec<u8> {
     [b"domain '", name, rest.as_bytes()].concat()
 }
 
-/// One of the owners of a resource, and how many others there are.
+/// One of the owners of a resource, how many others there are, and in which mode they have it.
 pub fn of_resource<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
     let Some(resource) = table.get(id) else {
         return Vec::new();
@@ -97,6 +97,10 @@ pub fn of_resource<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
     if others > 0 {
         text.extend_from_slice(format!(" and {others} more").as_bytes());
     }
+    text.extend_from_slice(match resource.mode {
+        Mode::Exclusive => b", exclusive",
+        Mode::Shared => b", shared",
+    });
     text
 }
 
@@ -116,9 +120,10 @@ pub fn of_other_name<L>(table: &Table<L>, id: ResourceId) -> Vec<u8> {
 }
 
 /// Who has a lock that is not in the table.
-pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
+pub fn of_stranger(stranger: &Stranger) -> Vec<u8> {
     match stranger {
         Stranger::Process(pid) => {
+            let pid = *pid;
             let name = process::name(pid).unwrap_or_default();
             if name == b"virtlockd" {
                 format!(": by another virtlockd, pid {pid}").into_bytes()
@@ -130,7 +135,12 @@ pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
             }
         }
         Stranger::ThisHost => b": by a process of this host that is not this virtlockd".to_vec(),
-        Stranger::Elsewhere => b": probably from another host".to_vec(),
+        Stranger::Elsewhere(None) => b": probably from another host".to_vec(),
+        Stranger::Elsewhere(Some(note)) => format!(
+            ": from another host, as its lease file says: {}",
+            note.text()
+        )
+        .into_bytes(),
     }
 }
 
@@ -138,7 +148,7 @@ pub fn of_stranger(stranger: Stranger) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::host::file::FileIdentity;
-    use crate::locks::table::{Granted, Mode, Owner};
+    use crate::locks::table::{Granted, Owner};
 
     fn domain(name: &[u8], number: u8) -> Owner {
         Owner {
@@ -160,6 +170,7 @@ mod tests {
             },
             mode: Mode::Shared,
             autocreate: false,
+            since: 0,
             lease: (),
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
@@ -175,17 +186,21 @@ mod tests {
     }
 
     #[test]
-    fn one_holder_is_named_and_the_others_are_counted() {
+    fn one_holder_is_named_with_its_mode_and_the_others_are_counted() {
         let uuid = "01010101-0101-0101-0101-010101010101";
         let [a, b, c] = [domain(b"a", 1), domain(b"b", 2), domain(b"c", 3)];
         let named = format!(": by domain 'a' (uuid {uuid}, pid 7)");
-        assert_eq!(held_by(std::slice::from_ref(&a)), named);
-        assert_eq!(held_by(&[c, b, a]), format!("{named} and 2 more"));
+        let alone = held_by(std::slice::from_ref(&a));
+        assert_eq!(alone, format!("{named}, shared"));
+        assert_eq!(held_by(&[c, b, a]), format!("{named} and 2 more, shared"));
     }
 
     #[test]
     fn a_holder_of_whom_only_the_process_is_known_is_not_given_a_name() {
-        assert_eq!(held_by(&[Owner::unknown(7)]), ": by a domain of process 7");
+        assert_eq!(
+            held_by(&[Owner::unknown(7)]),
+            ": by a domain of process 7, shared"
+        );
     }
 
     #[test]

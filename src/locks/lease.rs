@@ -21,6 +21,7 @@ use super::table::Mode;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
 use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
+use crate::host::note::Note;
 use crate::host::process;
 use crate::host::shared::Word;
 
@@ -61,29 +62,32 @@ pub struct Lease<D = Lockable> {
 }
 
 /// Who has the lock that stands in the way of ours, as far as the kernel says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stranger {
     /// A process of this host.
     Process(i32),
     /// Somebody on this host: the kernel does not say who has an open-file-description lock.
     ThisHost,
-    /// The kernel says nothing of this host.
-    Elsewhere,
+    /// The kernel says nothing of this host. What the lease file says, if it is one.
+    Elsewhere(Option<Box<Note>>),
 }
 
 impl Stranger {
-    /// Who kept us from locking a file. They may be gone by now.
-    pub(in crate::locks) fn of(file: &Lockable, wanted: LockType) -> Stranger {
+    /// Who kept us from locking the file at this place. They may be gone by now.
+    pub(in crate::locks) fn of(file: &Lockable, wanted: LockType, place: Place<'_>) -> Stranger {
         match file::holder(file, wanted) {
             Ok(Conflict::Process(pid)) => Stranger::Process(pid),
             Ok(Conflict::OpenFile) => Stranger::ThisHost,
-            Ok(Conflict::None | Conflict::Elsewhere) | Err(_) => Stranger::Elsewhere,
+            Ok(Conflict::Elsewhere) if !place.is_default() => {
+                Stranger::Elsewhere(Note::in_file_of_another_host(file).map(Box::new))
+            }
+            Ok(Conflict::None | Conflict::Elsewhere) | Err(_) => Stranger::Elsewhere(None),
         }
     }
 }
 
 /// Why a file could not be locked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// Another process or host has a lock on it.
     Taken(Stranger),
@@ -109,7 +113,7 @@ impl From<Unreachable> for Refused {
 }
 
 /// A refused file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotLocked {
     /// Why.
     pub reason: Refused,
@@ -207,8 +211,8 @@ impl Acquisition<'_> {
         is_last: bool,
     ) -> Result<(Lease, FileIdentity), Missed> {
         let (descriptor, is_new) = self.open(making).inspect_err(|refused| {
-            if let (Some(_), Refused::Open(errno)) = (*made, refused.reason) {
-                self.left_behind(errno);
+            if let (Some(_), Refused::Open(errno)) = (*made, &refused.reason) {
+                self.left_behind(*errno);
             }
         })?;
         let mut descriptor = Lockable::from(descriptor);
@@ -247,7 +251,7 @@ impl Acquisition<'_> {
             Err(errno) => {
                 let reason = match errno {
                     Errno::EAGAIN | Errno::EACCES => {
-                        Refused::Taken(Stranger::of(&descriptor, lock_type))
+                        Refused::Taken(Stranger::of(&descriptor, lock_type, self.place))
                     }
                     errno => Refused::Lock(errno),
                 };

@@ -1,7 +1,8 @@
 //! Who holds what. This room knows owners and files; sockets and messages are not its business.
 //!
 //! [`table`] decides, on plain data; [`lease`] opens and locks a file, [`again`] one that was locked before,
-//! [`job`] is the rest of the work on one; [`holder`] says in words who has it. The room above puts them together.
+//! [`job`] is the rest of the work on one; [`holder`] says in words who has it, and [`note`] in the file itself. The
+//! room above puts them together.
 #![forbid(unsafe_code)]
 
 pub mod again;
@@ -9,5 +10,6 @@ pub mod holder;
 pub mod job;
 pub mod lease;
 pub mod lockspace;
+pub mod note;
 pub mod place;
 pub mod table;

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasher, Hasher};
+use std::ops::Bound;
 use std::rc::Rc;
 
 use foldhash::fast::RandomState;
@@ -111,6 +112,8 @@ pub struct Resource<L> {
     pub mode: Mode,
     /// Whether the first owner wanted the file made, and so removed at the end.
     pub autocreate: bool,
+    /// When it was granted first, milliseconds since the epoch; 0 if nobody knows.
+    pub since: u64,
     /// The kernel's lock.
     pub lease: L,
     holders: Holders,
@@ -151,6 +154,7 @@ impl<L> Resource<L> {
             identity,
             mode: self.mode,
             autocreate: self.autocreate,
+            since: self.since,
             lease,
             holders: self.holders,
             next_of_identity: None,
@@ -187,6 +191,24 @@ impl<L> Resource<L> {
                 None.into_iter().chain(all)
             }
         }
+    }
+
+    /// Those of them that come behind this one in their order, or all of them.
+    pub fn holders_behind(
+        &self,
+        after: Option<OwnerKey>,
+    ) -> impl Iterator<Item = (OwnerKey, u32)> + Clone {
+        let (one, many) = match &self.holders {
+            Holders::One { owner, times } => (Some((*owner, *times)), None),
+            Holders::Many(many) => {
+                let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+                (None, Some(many.range((start, Bound::Unbounded))))
+            }
+        };
+        let one = one.filter(|(owner, _)| after.is_none_or(|after| *owner > after));
+        let many = many.into_iter().flatten();
+        one.into_iter()
+            .chain(many.map(|(owner, times)| (*owner, *times)))
     }
 
     /// One of them, for a message.
@@ -500,6 +522,18 @@ impl<L> Table<L> {
             .map(|(number, resource)| (ResourceId(number), resource))
     }
 
+    /// How many places there are for resources, those that are empty among them. A resource stays at its
+    /// place as long as anybody holds it: whoever looks at one place after the other, in as many steps as he
+    /// likes, sees each resource once that is held all the time.
+    pub fn places(&self) -> usize {
+        self.resources.capacity()
+    }
+
+    /// The resource at a place.
+    pub fn at(&self, place: usize) -> Option<&Resource<L>> {
+        self.resources.get(place)
+    }
+
     /// All held resources that are this file.
     pub fn same_file(&self, identity: FileIdentity) -> impl Iterator<Item = ResourceId> {
         std::iter::successors(self.find_file(identity), |id| {
@@ -596,6 +630,7 @@ impl<L> Table<L> {
             identity: granted.identity,
             mode: granted.mode,
             autocreate: granted.autocreate,
+            since: granted.since,
             lease: granted.lease,
             holders: Holders::One {
                 owner: owner.key(),
@@ -826,6 +861,8 @@ pub struct Granted<'a, L> {
     pub mode: Mode,
     /// Whether the file is to be removed at the end.
     pub autocreate: bool,
+    /// When, milliseconds since the epoch; 0 if nobody knows.
+    pub since: u64,
     /// The kernel's lock.
     pub lease: L,
 }
@@ -854,6 +891,7 @@ mod tests {
             identity: file(inode),
             mode,
             autocreate: false,
+            since: 0,
             lease: 0,
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();
@@ -934,6 +972,7 @@ mod tests {
             identity: file(1),
             mode,
             autocreate: false,
+            since: 0,
             lease: 0,
         };
         let vacant = table.vacant(granted.lockspace, granted.name).unwrap();

@@ -10,7 +10,7 @@ use crate::custody::own_connections::Seen;
 use crate::custody::servers::Service;
 use crate::host::names::Names;
 use crate::host::shared::Word;
-use crate::locks::table::Pid;
+use crate::locks::table::{Pid, ResourceId};
 use crate::wire::error::Error;
 
 /// What a call may use.
@@ -28,6 +28,8 @@ pub struct Hall<'a> {
     pub names: &'a mut Names,
     /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
+    /// Leases that were granted, whose files are to say so some time.
+    pub leases: &'a mut Vec<ResourceId>,
     /// Where it is noted that a file is being made.
     pub making: Word<'a>,
     /// When this connection's owner was last seen to have a connection of its own.

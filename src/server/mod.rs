@@ -14,6 +14,7 @@ pub mod flow;
 pub mod hall;
 pub mod keep;
 pub mod lines;
+pub mod notes;
 pub mod owners;
 pub mod reactor;
 pub mod reserve;

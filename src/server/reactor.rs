@@ -25,6 +25,7 @@ use super::deadlines::{Deadline, Deadlines, RETRY_MS};
 use super::hall::{Hall, Order};
 use super::keep;
 use super::lines::{Line, Lines, ROTATION};
+use super::notes::Notes;
 use super::owners::fence::Left;
 use super::owners::{Freeing, Owners, Wanted};
 use super::reserve::Reserve;
@@ -35,7 +36,7 @@ use super::watch::{Source, Watch};
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
-use crate::custody::ledger::{Ledger, Read};
+use crate::custody::ledger::{self, Ledger, Read};
 use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
@@ -55,7 +56,7 @@ use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
 use crate::host::{descriptors, heap, notify, passing};
 use crate::locks::lease;
-use crate::locks::table::Pid;
+use crate::locks::table::{Pid, ResourceId};
 use crate::log::{self, Printable};
 
 /// How many connections on which something happened have their turn between two polls.
@@ -159,6 +160,9 @@ pub struct Reactor {
     pace: Pace,
     /// What calls asked for in the turn that is just over.
     orders: Vec<Order>,
+    /// Leases that were granted in it.
+    leases: Vec<ResourceId>,
+    notes: Notes,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
     /// What is shared with the guardian, if there is one.
@@ -167,6 +171,8 @@ pub struct Reactor {
     is_orphaned: bool,
     /// Where a reactor that died was making a file.
     making: Option<Making>,
+    /// Up to this number subscribers were woken for what happened.
+    told: u64,
 }
 
 /// Whether the poll has the connections that are gone on with.
@@ -265,10 +271,13 @@ impl Reactor {
             desk,
             pace: Pace::default(),
             orders: Vec::new(),
+            leases: Vec::new(),
+            notes: Notes::default(),
             admin_bytes: 0,
             guard,
             is_orphaned: false,
             making: None,
+            told: 0,
         })
     }
 
@@ -364,6 +373,7 @@ impl Reactor {
             Some(Read::Ours(ledger)) => self.custody.go_on(state, Some(ledger)),
             Some(Read::Old(old)) => {
                 self.custody.go_on(state, None);
+                self.custody.count_more(&ledger::counts_of(old.bytes()));
                 self.have_ledger_instead(old)?;
             }
             None => self.custody.go_on(state, None),
@@ -410,8 +420,12 @@ impl Reactor {
                 Watched::Not => self.watch.add(source, id.0),
             })
             .map_err(Refusal::of("a client cannot be watched (epoll_ctl)"))?;
-            let (connection, of_turn) = self.find_traffic(id, &mut since);
+            let (mut connection, of_turn) = self.find_traffic(id, &mut since);
             let has_traffic = !connection.is_quiet();
+            if self.custody.state().subscribers().contains(&id) {
+                // From the first thing that this process has to tell.
+                connection.told = Some(0);
+            }
             // Its number is its socket's, of which there is one.
             let _ = self.connections.insert(id.0, connection);
             if is_over {
@@ -611,6 +625,8 @@ impl Reactor {
             }
             self.ask_what_is_not_told();
             self.work();
+            self.write_notes();
+            self.wake_subscribers();
             self.tend_ledger();
             self.upgrade_if_ready();
             self.pack_if_settled();
@@ -687,6 +703,27 @@ impl Reactor {
             }
             Some(Source::Store) => self.look_at_store(),
             None => (),
+        }
+    }
+
+    /// The files of the leases that were granted are to say so.
+    fn write_notes(&mut self) {
+        if !self.leases.is_empty() {
+            self.notes.write(&mut self.leases, &self.custody);
+        }
+    }
+
+    /// Something happened of which subscribers are to be told.
+    fn wake_subscribers(&mut self) {
+        let next = self.custody.news().next();
+        if next == self.told {
+            return;
+        }
+        self.told = next;
+        for id in self.custody.state().subscribers() {
+            if let Some(connection) = self.connections.get_mut(id.0) {
+                self.lines.enqueue(*id, connection);
+            }
         }
     }
 
@@ -810,6 +847,7 @@ impl Reactor {
                 reserve: &self.reserve,
                 names: &mut self.names,
                 orders: &mut self.orders,
+                leases: &mut self.leases,
                 making: step::making(self.desk.memory()),
                 own_seen: Seen::default(),
             },

@@ -10,4 +10,5 @@ pub mod error;
 pub mod frame;
 pub mod keepalive;
 pub mod lock;
+pub mod status;
 pub mod xdr;

@@ -177,6 +177,11 @@ impl<'a> Encoder<'a> {
         }
     }
 
+    /// How many bytes there are by now, with those that were there before.
+    pub fn length(&self) -> usize {
+        self.out.len()
+    }
+
     /// The number of elements that follow. Lists of ours are far shorter than 2^32 elements.
     pub fn count(&mut self, count: usize) -> &mut Self {
         self.u32(u32::try_from(count).unwrap_or(u32::MAX))

@@ -8,6 +8,7 @@ mod guests_crash;
 mod guests_package;
 mod guests_stop;
 mod guests_upgrade;
+mod who;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -197,6 +197,7 @@ impl Both {
                     identity: file,
                     mode,
                     autocreate: false,
+                    since: 0,
                     lease: ticket,
                 };
                 let vacant = self.table.vacant(key.0, key.1).expect("it is not held");

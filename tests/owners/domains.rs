@@ -260,7 +260,7 @@ fn what_libvirts_daemon_granted_any_domain_of_the_process_gives_back_and_it_goes
     let refused = scene.calls(2, &release("", &own));
     assert_eq!(refused.error().code, INTERNAL_ERROR);
     let refused = scene.calls(3, &acquire("", &one, 0));
-    let by = format!("by a domain of process {}", scene.process.pid());
+    let by = format!("by a domain of process {}, exclusive", scene.process.pid());
     assert!(refused.error().message.ends_with(&by), "{refused:?}");
     scene.calls(2, &release("", &one)).expect_ok();
     scene.host.assert_free(&one);

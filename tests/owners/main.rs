@@ -5,6 +5,7 @@
 mod support;
 
 mod domains;
+mod notes;
 mod owners_end;
 mod rule_disk_untouched;
 mod shares;

@@ -394,6 +394,14 @@ fn a_file_that_stays_stale_is_refused_with_path_and_reason_and_leaves_nothing() 
     let Some(mut scene) = Scene::with(Habits::tenacious()) else {
         return;
     };
+    // From the first lease on there is a process that writes notes, and a way to it.
+    let lockspace = scene.share.directory();
+    for call in [
+        acquire(lockspace, "first", AUTOCREATE),
+        release(lockspace, "first"),
+    ] {
+        scene.client.call(&call).expect_ok();
+    }
     scene.daemon.wait_until_asleep();
     let descriptors = scene.daemon.descriptors();
     for way in &WAYS {

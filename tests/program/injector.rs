@@ -255,11 +255,14 @@ impl Injection {
     fn go_on(&self, pid: Pid, signal: Option<Signal>) {
         let traced = self.processes.get(&pid);
         let role = traced.and_then(|it| it.role);
+        let wanted = self.fault.as_ref().map(|it| it.role);
         let matters = self.is_census
             || self.names_no_peers
             || role.is_none()
             || traced.is_some_and(|it| it.returns.is_some())
-            || self.fault.as_ref().map(|it| it.role) == role;
+            || wanted == role
+            // It may become one.
+            || wanted == Some(Role::Scribe) && role == Some(Role::Understudy);
         let _ = if matters {
             ptrace::syscall(pid, signal)
         } else {
@@ -287,6 +290,11 @@ impl Injection {
         );
         let role = self.processes.get(&pid).and_then(|it| it.role);
         let role = match role {
+            // That is the first thing that it does.
+            Some(Role::Understudy) if is_naming(number, arguments[0]) => {
+                self.processes.entry(pid).or_default().role = Some(Role::Scribe);
+                Role::Scribe
+            }
             Some(role) => role,
             // The shell and what is in front of it are nobody's.
             None if is_daemon && number == libc::SYS_execve as u64 => {
@@ -339,6 +347,11 @@ fn role_of_child(maker: Pid) -> Role {
     } else {
         Role::Understudy
     }
+}
+
+/// Whether a call gives the process a name, which only one that writes notes does.
+fn is_naming(number: u64, what: u64) -> bool {
+    number == libc::SYS_prctl as u64 && what == libc::PR_SET_NAME as u64
 }
 
 /// Whether a process that is stopped at a call enters it. `None` if it is gone.

@@ -23,6 +23,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use virtlockd::host::note;
 
 const BASE: &str = "/run/diff";
 const SEQUENCES: u64 = 60;
@@ -100,6 +101,11 @@ impl World {
                     format!("fifo {mode:o}")
                 } else {
                     let content = std::fs::read(&path).expect("read a file");
+                    // Only ours says in a lease's file who has it.
+                    let content = match content.starts_with(note::MARK) {
+                        true => Vec::new(),
+                        false => content,
+                    };
                     let lock = support::lock_probe(&path).map(|lock| lock.exclusive);
                     let lock = match lock {
                         None => "free",
@@ -146,6 +152,7 @@ type Identity = (u64, u64);
 struct Held {
     owners: Vec<u32>,
     identity: Identity,
+    is_shared: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -280,7 +287,12 @@ impl Known {
             0 => String::new(),
             others => format!(" and {others} more"),
         };
-        format!(": by domain '{name}' (uuid {uuid}, pid {pid}){more}")
+        let mode = if held.is_shared {
+            "shared"
+        } else {
+            "exclusive"
+        };
+        format!(": by domain '{name}' (uuid {uuid}, pid {pid}){more}, {mode}")
     }
 
     fn new_rule(&self, world: &World, path: &[u8]) -> Option<Rule> {
@@ -311,7 +323,7 @@ impl Known {
             Call::New { path, .. } | Call::CreateLockspace { path } => {
                 self.lockspaces.insert(until_nul(path).to_vec());
             }
-            Call::Acquire { path, name, .. } => {
+            Call::Acquire { path, name, flags } => {
                 let (lockspace, name) = (until_nul(path), until_nul(name));
                 let file = match lockspace.is_empty() {
                     true => inside(world, name),
@@ -324,6 +336,7 @@ impl Known {
                     .or_insert(Held {
                         owners: Vec::new(),
                         identity: (status.dev(), status.ino()),
+                        is_shared: flags & SHARED != 0,
                     });
                 held.owners.push(own_pid);
                 self.holders.insert(own_pid, self.names[session].clone());

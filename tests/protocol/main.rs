@@ -9,5 +9,6 @@ mod admin_socket;
 mod bad_input;
 mod differential;
 mod refusals;
+mod status;
 mod vectors;
 mod weaknesses;

@@ -2,6 +2,7 @@
 
 use crate::support::client::{
     Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, SHARED, acquire, create_resource, register_as,
+    release,
 };
 use crate::support::daemon::{self, Daemon};
 use crate::support::namespace::Namespace;
@@ -91,15 +92,20 @@ fn a_refusal_names_the_domain_that_holds_it_and_counts_the_others() {
     let mut first = scene.client("first", 4242);
     first.call(&acquire("", DISK, SHARED)).expect_ok();
     let named = format!(": by domain 'first' (uuid {UUID_TEXT}, pid 4242)");
-    assert_eq!(scene.refused(), named);
+    assert_eq!(scene.refused(), format!("{named}, shared"));
     let mut others = [4343, 4444].map(|pid| scene.client("other", pid));
     for other in &mut others {
         other.call(&acquire("", DISK, SHARED)).expect_ok();
     }
-    assert_eq!(scene.refused(), format!("{named} and 2 more"));
+    assert_eq!(scene.refused(), format!("{named} and 2 more, shared"));
     let created = others[0].call(&create_resource("", DISK));
     let text = created.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
-    assert_eq!(text, format!("{LIBVIRTS}{named} and 2 more"));
+    assert_eq!(text, format!("{LIBVIRTS}{named} and 2 more, shared"));
+    for owner in others.iter_mut().chain([&mut first]) {
+        owner.call(&release("", DISK)).expect_ok();
+    }
+    first.call(&acquire("", DISK, 0)).expect_ok();
+    assert_eq!(scene.refused(), format!("{named}, exclusive"));
 }
 
 #[test]

@@ -57,10 +57,16 @@ enum Ours {
 
 /// Who a refusal names whose vector is of this owner or of the other one.
 const BY_THIS: Ours = Ours::Named {
-    by: ": by domain 'guest' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 4242)",
+    by: ": by domain 'guest' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 4242), exclusive",
+};
+const BY_THIS_SHARED: Ours = Ours::Named {
+    by: ": by domain 'guest' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 4242), shared",
 };
 const BY_OTHER: Ours = Ours::Named {
-    by: ": by domain 'other' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 5555)",
+    by: ": by domain 'other' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 5555), exclusive",
+};
+const BY_OTHER_SHARED: Ours = Ours::Named {
+    by: ": by domain 'other' (uuid 10111213-1415-1617-1819-1a1b1c1d1e1f, pid 5555), shared",
 };
 const BY_STRANGER: Ours = Ours::Named {
     by: ": by a process of this host that is not this virtlockd",
@@ -79,9 +85,9 @@ const DIFFERENCES: [Difference; 15] = [
     refusal("delete_resource_locked", BY_THIS),
     refusal("acquire_busy_excl_excl", BY_OTHER),
     refusal("acquire_busy_excl_shared", BY_OTHER),
-    refusal("acquire_busy_shared_excl", BY_OTHER),
+    refusal("acquire_busy_shared_excl", BY_OTHER_SHARED),
     refusal("acquire_busy_same_owner", BY_THIS),
-    refusal("acquire_busy_upgrade", BY_THIS),
+    refusal("acquire_busy_upgrade", BY_THIS_SHARED),
     refusal("acquire_busy_dir", BY_OTHER),
     refusal("acquire_foreign_lock_excl", BY_STRANGER),
     refusal("acquire_foreign_lock_autocreate", BY_STRANGER),

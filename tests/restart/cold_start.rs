@@ -425,6 +425,15 @@ fn a_ledger_of_another_boot_of_the_host_is_removed() {
     assert!(!scene.logged(AGAIN));
 }
 
+/// Where the events of a ledger begin that count.
+fn first_event(content: &[u8]) -> usize {
+    let word = |at: usize| {
+        let bytes = content[at..].first_chunk();
+        u64::from_le_bytes(*bytes.expect("a whole word")) as usize
+    };
+    word(32 + 16 * word(16))
+}
+
 /// Changes a daemon's ledger, does what says that a start refuses it, and puts it back.
 fn refused_with(scene: &mut Scene, disk: &str, change: impl FnOnce(&mut Vec<u8>), why: &str) {
     let whole = std::fs::read(scene.ledger()).expect("read the ledger");
@@ -471,7 +480,13 @@ fn with_a_ledger_that_cannot_be_read_nothing_is_granted_until_it_can_or_somebody
     scene.kill();
     type Change = fn(&mut Vec<u8>);
     let changes: [(Change, &str); 4] = [
-        (|content| content[64] = 0xff, "it is damaged"),
+        (
+            |content| {
+                let first = first_event(content);
+                content[first] = 0xff;
+            },
+            "it is damaged",
+        ),
         (|content| content[8] = 99, "its format 99 is newer"),
         (|content| content[0] = b'x', "it is not a ledger"),
         (|content| content.truncate(100), "it is damaged"),

@@ -157,6 +157,11 @@ fn an_understudy_that_is_killed_at_any_of_its_system_calls_costs_at_most_the_upg
     killed_in_the_story(Role::Understudy, 20);
 }
 
+#[test]
+fn a_scribe_that_is_killed_at_any_of_its_system_calls_costs_at_most_a_note() {
+    killed_in_the_story(Role::Scribe, 10);
+}
+
 fn killed_in_the_end(role: Role, otherwise: usize) {
     if !require_root() {
         return;

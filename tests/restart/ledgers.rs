@@ -16,6 +16,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use virtlockd::custody::clients::{Arrival, Standing, Traffic};
 use virtlockd::custody::descriptor::{Number, Saved};
+use virtlockd::custody::earlier;
 use virtlockd::custody::event::{Event, Here, KindRecord, OwnerRecord, ResourceName};
 use virtlockd::custody::fences::{Fence, Stage, Watched};
 use virtlockd::custody::ledger::{self, Ledger, Unreadable};
@@ -30,7 +31,9 @@ use virtlockd::locks::table::{Mode, Owner};
 use virtlockd::restart::libvirt_json::{self, Unusable};
 
 /// Bytes in front of the events.
-const HEADER: usize = 64;
+const HEADER: usize = 320;
+/// The same of format 3, which had no counts.
+const HEADER_OF_3: usize = 64;
 /// The same up to format 2.
 const OLD_HEADER: usize = 32;
 /// Where the header says which extent counts, and where the two are.
@@ -77,6 +80,8 @@ fn client(descriptor: i32, server: Service, id: u64) -> PlainClient {
         standing: Standing::Served,
         has_called: true,
         owner: None,
+        registered_at: 0,
+        wanted: 0,
         life: None,
         restricted: false,
         traffic: Traffic::default(),
@@ -96,6 +101,7 @@ fn resource(lockspace: &[u8], name: &[u8], descriptor: i32) -> PlainResource {
         autocreate: false,
         created: false,
         kind: KindRecord::OpenFile,
+        since: 0,
         parked: vec![],
         holders: vec![(owner(4010, b"guest"), 1)],
     }
@@ -230,6 +236,15 @@ fn everything() -> Plain {
     });
     all.clients[0].life = Some(Life::Inode(5_000_000_000));
     all.clients[1].life = Some(Life::Start(123_456));
+    all.clients[0].registered_at = 1_795_325_634_567;
+    all.clients[4].wanted = 0x3ff;
+    for (resource, since) in all
+        .resources
+        .iter_mut()
+        .zip([1_795_325_634_568, 0, 1, u64::MAX])
+    {
+        resource.since = since;
+    }
     all.lives = vec![
         (4012, Life::Inode(5_000_000_001)),
         (4014, Life::Start(123_457)),
@@ -733,6 +748,7 @@ fn granted<'a>(owner: OwnerRecord<'a>, name: &'a [u8], descriptor: i32) -> Event
         autocreate: false,
         created: false,
         kind: KindRecord::OpenFile,
+        since: 1_795_325_634_000,
     }
 }
 
@@ -741,20 +757,15 @@ type Held = (Vec<u8>, Vec<(Owner, u32)>);
 
 /// What these events say, written in this format.
 fn after(version: u32, events: &[Event<'_>]) -> State<Saved> {
+    if version < ledger::VERSION {
+        let memory = earlier::write(version, events.iter().cloned()).expect("write it");
+        return ledger::replay(memory.bytes()).expect("read it");
+    }
     let mut ledger = Ledger::new().expect("memory for a ledger");
     events
         .iter()
         .for_each(|event| ledger.append(event).expect("append"));
-    let mut content = ledger.content().to_vec();
-    if version < 3 {
-        // The header was shorter, and said nothing of extents.
-        let events = content.split_off(HEADER);
-        content.truncate(OLD_HEADER);
-        content[16..24].copy_from_slice(&(events.len() as u64).to_le_bytes());
-        content.extend(events);
-    }
-    content[8..12].copy_from_slice(&version.to_le_bytes());
-    ledger::replay(&content).expect("read it")
+    ledger::replay(ledger.content()).expect("read it")
 }
 
 /// Who holds what after these events, written in this format.
@@ -969,7 +980,6 @@ fn a_ledger_of_an_earlier_format_is_written_anew_before_it_is_gone_on_with() {
 
 #[test]
 fn what_is_written_for_an_earlier_program_is_a_ledger_of_its_format() {
-    use virtlockd::custody::earlier;
     let state = everything().state();
     for version in 1..ledger::VERSION {
         let entries: Box<dyn Iterator<Item = Event<'_>>> = if earlier::knows_the_watched(version) {
@@ -1023,7 +1033,11 @@ fn a_ledger_with_a_flipped_bit_is_refused() {
             "{refused:?}"
         );
         let whole = read_saved(&format!("format-{version}.bin"));
-        let header = if version < 3 { OLD_HEADER } else { HEADER };
+        let header = match version {
+            1 | 2 => OLD_HEADER,
+            3 => HEADER_OF_3,
+            _ => HEADER,
+        };
         let which = version > 2;
         // Also where the header says what counts.
         let which = which
@@ -1145,12 +1159,19 @@ fn any_client() -> impl Strategy<Value = PlainClient> {
             (true, Standing::Over, false),
         ]),
         prop::option::of(any_owner()),
-        (any::<bool>(), prop::option::of(any_life())),
+        (
+            any::<bool>(),
+            prop::option::of(any_life()),
+            any::<u64>(),
+            0..4u32,
+        ),
         any_traffic(),
     )
         .prop_map(
             |(server, id, peer, start_time, connected_at, stage, owner, more, traffic)| {
-                let (restricted, life) = more;
+                let (restricted, life, registered_at, wanted) = more;
+                // Who registers again does it at another time.
+                let registered_at = if owner.is_some() { registered_at } else { 0 };
                 PlainClient {
                     descriptor: 0,
                     arrival: Arrival {
@@ -1165,6 +1186,8 @@ fn any_client() -> impl Strategy<Value = PlainClient> {
                     // One that made a call was not refused.
                     has_called: stage.0,
                     owner,
+                    registered_at,
+                    wanted,
                     life,
                     restricted,
                     traffic,
@@ -1178,7 +1201,7 @@ fn any_resource() -> impl Strategy<Value = PlainResource> {
         (bytes(), bytes()),
         (any::<u64>(), any::<u64>()),
         prop::sample::select(vec![Mode::Exclusive, Mode::Shared]),
-        any::<bool>(),
+        (any::<bool>(), any::<u64>()),
         any::<bool>(),
         prop::sample::select(vec![KindRecord::OpenFile, KindRecord::Process]),
         prop::collection::vec(any::<i32>(), 0..3),
@@ -1186,6 +1209,7 @@ fn any_resource() -> impl Strategy<Value = PlainResource> {
     )
         .prop_map(
             |((lockspace, name), file, mode, autocreate, created, kind, parked, mut holders)| {
+                let (autocreate, since) = autocreate;
                 let mut seen = BTreeSet::new();
                 holders.retain(|(owner, _)| seen.insert(owner.key()));
                 PlainResource {
@@ -1200,6 +1224,7 @@ fn any_resource() -> impl Strategy<Value = PlainResource> {
                     autocreate,
                     created,
                     kind,
+                    since,
                     // Only beside a POSIX lock descriptors are kept.
                     parked: match kind {
                         KindRecord::Process => parked,
@@ -1523,6 +1548,7 @@ fn as_the_document_says(mut state: Plain) -> Plain {
     for client in &mut state.clients {
         (client.arrival.peer, client.arrival.start_time) = (None, None);
         (client.has_called, client.life) = (false, None);
+        (client.registered_at, client.wanted) = (0, 0);
     }
     for resource in &mut state.resources {
         let unknown = FileIdentity {
@@ -1530,7 +1556,7 @@ fn as_the_document_says(mut state: Plain) -> Plain {
             inode: 0,
         };
         (resource.identity, resource.created) = (unknown, false);
-        resource.kind = KindRecord::Unknown;
+        (resource.kind, resource.since) = (KindRecord::Unknown, 0);
         for (owner, _) in &mut resource.holders {
             let unknown = || Owner::unknown(owner.pid);
             *owner = known.get(&owner.pid).cloned().unwrap_or_else(unknown);

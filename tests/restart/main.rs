@@ -14,6 +14,7 @@ mod libvirt_upgrade;
 mod outside_calls;
 mod recoveries;
 mod shutdown;
+mod status;
 mod store;
 mod story;
 mod successors;

@@ -334,9 +334,27 @@ pub fn children_of(pid: i32) -> Vec<i32> {
     numbers.filter_map(|it| it.parse().ok()).collect()
 }
 
-/// The process that serves for the daemon with this number: its youngest child, if it has any.
+/// The process that serves for the daemon with this number: its youngest child, if it has any but one that
+/// only writes notes.
 pub fn reactor_of(pid: i32) -> i32 {
-    children_of(pid).last().copied().unwrap_or(pid)
+    let children = children_of(pid);
+    let serves = children.iter().rfind(|child| !writes_notes(**child));
+    serves.copied().unwrap_or(pid)
+}
+
+/// Whether a process is one that writes notes into lease files, for the one that made it.
+pub fn writes_notes(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name == "virtlockd-notes\n")
+}
+
+/// How many processes write notes for the daemon with this number.
+pub fn writers_of_notes(pid: i32) -> usize {
+    let children = children_of(reactor_of(pid));
+    children
+        .iter()
+        .filter(|child| writes_notes(**child))
+        .count()
 }
 
 fn changes_a_daemon(name: &OsStr) -> bool {

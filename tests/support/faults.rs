@@ -13,16 +13,24 @@ pub enum Role {
     Reactor,
     /// The copies of the guardian that go on should a successor not serve.
     Understudy,
+    /// The processes that write notes into lease files.
+    Scribe,
 }
 
 impl Role {
-    pub const ALL: [Role; 3] = [Role::Guardian, Role::Reactor, Role::Understudy];
+    pub const ALL: [Role; 4] = [
+        Role::Guardian,
+        Role::Reactor,
+        Role::Understudy,
+        Role::Scribe,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Role::Guardian => "guardian",
             Role::Reactor => "reactor",
             Role::Understudy => "understudy",
+            Role::Scribe => "scribe",
         }
     }
 
@@ -121,6 +129,7 @@ pub const FAILING: &[Failing] = &[
         &[],
         "EAGAIN ENOMEM EPERM ENOSYS",
     ),
+    failing("close_range", libc::SYS_close_range, &[], "ENOSYS EPERM"),
     failing(
         "connect",
         libc::SYS_connect,
@@ -263,7 +272,7 @@ pub const FAILING: &[Failing] = &[
     ),
     failing("pipe2", libc::SYS_pipe2, &[], "EMFILE ENFILE"),
     failing("poll", libc::SYS_poll, &[], "EINTR ENOMEM"),
-    failing("prctl", libc::SYS_prctl, &[], "EPERM EINVAL"),
+    failing("prctl", libc::SYS_prctl, &[Of::Number], "EPERM EINVAL"),
     failing("pread64", libc::SYS_pread64, &[Of::Descriptor], "EIO EINTR"),
     failing("prlimit64", libc::SYS_prlimit64, &[], "EPERM"),
     failing(
@@ -278,6 +287,12 @@ pub const FAILING: &[Failing] = &[
         libc::SYS_readlink,
         &[Of::Path],
         "EACCES EIO ENOMEM",
+    ),
+    failing(
+        "recvfrom",
+        libc::SYS_recvfrom,
+        &[Of::Descriptor],
+        "EINTR ENOMEM",
     ),
     failing(
         "recvmmsg",
@@ -297,6 +312,12 @@ pub const FAILING: &[Failing] = &[
         libc::SYS_sendmmsg,
         &[Of::Descriptor],
         "EAGAIN EINTR ENOBUFS ENOMEM EPIPE ECONNRESET",
+    ),
+    failing(
+        "sendmsg",
+        libc::SYS_sendmsg,
+        &[Of::Descriptor],
+        "EAGAIN EINTR ENOBUFS ENOMEM EPIPE",
     ),
     failing(
         "sendto",
@@ -391,6 +412,10 @@ pub const ESSENTIAL: &[(Role, &[&str])] = &[
         ],
     ),
     (Role::Understudy, &["poll"]),
+    (
+        Role::Scribe,
+        &["close_range", "openat", "prctl", "pwrite64", "recvfrom"],
+    ),
 ];
 
 /// The system calls that are not made to fail, and why.
@@ -509,6 +534,8 @@ pub fn is_untrue(fault: &Fault, line: &str) -> bool {
         ("wait4", "ECHILD") => fault.role == Role::Guardian,
         ("fcntl", "EMFILE") => !is_about(&["F_DUPFD"]),
         ("fcntl", _) => is_about(&["F_DUPFD"]) || cannot_fail(line),
+        // A name is always had (PR_SET_NAME).
+        ("prctl", _) => is_about(&["prctl(0xf)"]),
         // Root is not denied this, and there is no disk behind it.
         ("openat", "EACCES" | "EPERM" | "EROFS" | "ENOSPC" | "EDQUOT" | "EIO" | "ELOOP") => {
             is_about(&["\"/proc/"])

@@ -4,7 +4,7 @@
 //! can be made to fail, to take its time or to hang ([`Trouble`]). It is mounted in the daemon's mount
 //! namespace.
 //!
-//! There is one directory of flat files whose content is not kept.
+//! There is one directory of flat files. What is written to one at its beginning is kept.
 
 use super::namespace::Namespace;
 use super::{DEADLINE, skip, wait_until};
@@ -66,6 +66,7 @@ pub enum Operation {
     Unlink,
     Flush,
     Release,
+    Write,
 }
 
 /// What goes wrong with an operation.
@@ -152,6 +153,14 @@ impl Share {
         let mut state = self.control.state();
         state.unlink(name);
         state.create(name);
+    }
+
+    /// What is in a file from now on, as another host wrote it.
+    pub fn fill(&self, name: &str, content: &[u8]) {
+        let mut state = self.control.state();
+        let node = *state.names.get(name).expect("the file is there");
+        state.sizes.insert(node, content.len() as u64);
+        state.contents.insert(node, content.to_vec());
     }
 
     /// Takes a file away, as another host would.
@@ -273,6 +282,7 @@ const ROOT: u64 = 1;
 struct State {
     names: HashMap<String, u64>,
     sizes: HashMap<u64, u64>,
+    contents: HashMap<u64, Vec<u8>>,
     locks: Vec<Held>,
     troubles: HashMap<Operation, (Trouble, usize)>,
     calls: HashMap<Operation, usize>,
@@ -375,6 +385,7 @@ impl Request {
             UNLINK => Operation::Unlink,
             FLUSH => Operation::Flush,
             RELEASE => Operation::Release,
+            WRITE => Operation::Write,
             _ => return None,
         })
     }
@@ -566,9 +577,21 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
             Ok([&[0; 16][..], &words(&[kind as u32, pid])].concat())
         }
         SETLK | SETLKW => set_lock(&mut state, request).map(|()| Vec::new()),
-        WRITE => Ok(words(&[request.u32(16), 0])),
+        WRITE => {
+            if request.u64(8) == 0 {
+                let content = request.body[40..].to_vec();
+                state.sizes.insert(request.node, content.len() as u64);
+                state.contents.insert(request.node, content);
+            }
+            Ok(words(&[request.u32(16), 0]))
+        }
+        READ => {
+            let content = state.contents.get(&request.node);
+            let is_first = request.u64(8) == 0;
+            Ok(content.filter(|_| is_first).cloned().unwrap_or_default())
+        }
         STATFS => Ok(vec![0; 80]),
-        READ | READDIR | RELEASEDIR | FSYNC | DESTROY => Ok(Vec::new()),
+        READDIR | RELEASEDIR | FSYNC | DESTROY => Ok(Vec::new()),
         _ => Err(Errno::ENOSYS),
     }
 }

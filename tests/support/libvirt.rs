@@ -309,6 +309,11 @@ impl Libvirt {
         (pid, words.map(str::to_owned).collect())
     }
 
+    /// Where all of it runs.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
     /// A directory that is removed at the end. The host and the guests see it at the same path.
     pub fn files(&self) -> &Path {
         self.files.path()

@@ -19,6 +19,7 @@ pub mod packages;
 pub mod protocol;
 pub mod random;
 pub mod scene;
+pub mod status;
 pub mod systemd;
 pub mod tracer;
 pub mod upgrade;

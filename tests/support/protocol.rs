@@ -7,6 +7,7 @@
 
 pub const LOCK_PROGRAM: u32 = 0x0EA7_BEEF;
 pub const ADMIN_PROGRAM: u32 = 0x0690_0690;
+pub const STATUS_PROGRAM: u32 = 0x564c_5354;
 pub const KEEPALIVE_PROGRAM: u32 = 0x6b65_6570;
 
 /// Message types.
@@ -31,6 +32,10 @@ pub const CREATE_LOCKSPACE: i32 = 8;
 
 /// The look-up of a server, the first procedure that a client of the admin program calls.
 pub const LOOKUP_SERVER: i32 = 5;
+
+/// Lists of the status program.
+pub const RESOURCES: i32 = 4;
+pub const OWNERS: i32 = 5;
 
 /// Flags of ACQUIRE_RESOURCE.
 pub const SHARED: u32 = 1;

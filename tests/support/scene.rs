@@ -2,7 +2,7 @@
 //! what is measured of the daemon before, during and after.
 
 use super::client::{Client, acquire, register_as, release};
-use super::daemon::Daemon;
+use super::daemon::{Daemon, writers_of_notes};
 use super::namespace::Namespace;
 use super::{DEADLINE, assert_memory, is_sanitized, lock_probe, wait_until};
 use std::sync::Arc;
@@ -186,9 +186,10 @@ pub fn open_descriptors(daemon: &Daemon) -> usize {
     let directory = format!("/proc/{}/fd", daemon.pid());
     let entries = std::fs::read_dir(&directory).expect("list the daemon's descriptors");
     let paths = entries.map(|entry| entry.expect("a descriptor").path());
-    paths
+    let others = paths
         .filter(|path| !path.metadata().is_ok_and(|status| status.is_file()))
-        .count()
+        .count();
+    others - writers_of_notes(daemon.pid())
 }
 
 /// A guest that makes calls all the time, in a thread of its own. Every call has to be granted.

@@ -296,6 +296,7 @@ impl ReadResource {
             // Nobody knows: so a file of the default lockspace is never removed.
             created: false,
             kind: KindRecord::Unknown,
+            since: 0,
         });
         let again = self.holders.iter().enumerate();
         let joined = again.flat_map(move |(place, (owner, times))| {

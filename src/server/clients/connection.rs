@@ -82,6 +82,8 @@ pub struct Connection {
     /// When its owner was last seen to have a connection of its own: a lock taken over another's need not
     /// ask again until one of those is over.
     pub own_seen: Seen,
+    /// Of what happens it was told up to this number, if it is told at all.
+    pub told: Option<u64>,
     /// Whether its slot on the desk says what it has on its way.
     is_on_desk: bool,
     on_the_way: Option<Box<OnTheWay>>,

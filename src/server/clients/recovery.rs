@@ -119,6 +119,9 @@ pub fn recover(
                     .and_then(|call| call.making());
             }
             (Verdict::Done, Some(call)) => {
+                if matches!(call.lock_call(), Some(lock::Call::Register { .. })) {
+                    custody.note_registration(id);
+                }
                 let (header, length) = (call.header, call.length);
                 lock::encode_success(&mut rest.unsent, header);
                 rest.pending.drain(..length.min(rest.pending.len()));
@@ -393,6 +396,7 @@ mod tests {
                     reserve: &Reserve::default(),
                     names: &mut Names::default(),
                     orders: &mut Vec::new(),
+                    leases: &mut Vec::new(),
                     own_seen: crate::custody::own_connections::Seen::default(),
                     making: step::making(memory),
                 };

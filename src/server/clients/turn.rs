@@ -20,7 +20,7 @@ use crate::host::stream::Received;
 use crate::server::deadlines::{Deadline, RETRY_MS};
 use crate::server::flow::Flow;
 use crate::server::hall::Hall;
-use crate::server::services::dispatch;
+use crate::server::services::{dispatch, status};
 use crate::server::watch::{Source, Watch};
 use crate::wire::{frame, lock};
 
@@ -287,6 +287,7 @@ impl Turn<'_> {
         if client.is_over() {
             return Turned::Short;
         }
+        let is_admin = client.arrival.server == Service::Admin;
         let longest = match client.arrival.server {
             Service::Lock => lock::LONGEST_FRAME,
             Service::Admin => frame::LONGEST,
@@ -314,6 +315,25 @@ impl Turn<'_> {
             if connection.closing {
                 return Turned::Over;
             }
+            if connection.unsent() == 0 && self.has_news(connection) {
+                if is_over {
+                    return Turned::Unfinished;
+                }
+                self.buffers.begin(self.desk, whose, connection);
+                let is_kept = self.tell(id, connection);
+                is_over = Moment::now() >= end;
+                let sent = self.send(socket, connection, true);
+                if !self.end_step(whose, connection) || !is_kept {
+                    return self.no_room(id);
+                }
+                match sent {
+                    Sent::All | Sent::Part => continue,
+                    Sent::Blocked => return self.wait_to_send(id, connection, true, turned),
+                    Sent::NoMemory => return self.serve_later(id, turned),
+                    Sent::Failed if connection.reads_to_the_end() => continue,
+                    Sent::Failed => return Turned::Over,
+                }
+            }
             if !connection.paused && !connection.readable {
                 // Half a frame is no call: who sends such waits behind those with whole ones.
                 if connection.conversation().is_some() {
@@ -336,6 +356,9 @@ impl Turn<'_> {
                 }
             };
             let taken = self.take_in((id, whose), connection, longest, descriptors, end);
+            if is_admin {
+                self.note_subscription(id, connection);
+            }
             // Before the reply goes out: whoever gets it may have this processor next.
             let now = Moment::now();
             is_over = now >= end;
@@ -493,6 +516,38 @@ impl Turn<'_> {
             self.hall.deadlines.give_memory_back_later();
         }
         taken
+    }
+
+    /// A call may have asked to be told of what happens from now on, or not any more.
+    fn note_subscription(&self, id: ClientId, connection: &mut Connection) {
+        let custody = &*self.hall.custody;
+        let wanted = custody.state().client(id).map_or(0, |it| it.wanted);
+        if wanted == 0 {
+            connection.told = None;
+        } else {
+            connection.told.get_or_insert(custody.news().next());
+        }
+    }
+
+    /// Whether something happened of which a subscriber has not been told.
+    fn has_news(&self, connection: &Connection) -> bool {
+        let told = connection.told;
+        told.is_some_and(|told| told < self.hall.custody.news().next())
+    }
+
+    /// Makes messages of what happened, for a subscriber who has taken those before. False if they cannot be
+    /// kept for whoever comes next should this process die.
+    fn tell(&mut self, id: ClientId, connection: &mut Connection) -> bool {
+        let custody = &mut *self.hall.custody;
+        let wanted = custody.state().client(id).map_or(0, |it| it.wanted);
+        let from = connection.told.unwrap_or_default();
+        let output = &mut self.buffers.output;
+        let (missed, next) = status::tell(custody.news(), from, wanted, output);
+        if missed > 0 {
+            custody.missed(missed);
+        }
+        connection.told = Some(next);
+        step::frame_is_done(self.desk.memory(), 0, output, 0, false)
     }
 
     /// Keeps the replies that were made for the connection's next turn.

@@ -5,6 +5,7 @@
 
 use super::admin;
 use super::lock::{self as lock_service, Called};
+use super::status as status_service;
 use crate::custody::clients::{Client, ClientId};
 use crate::custody::servers::Service;
 use crate::locks::table::Pid;
@@ -15,6 +16,7 @@ use crate::wire::error::{self, Error};
 use crate::wire::frame::{self, Header, Kind};
 use crate::wire::keepalive;
 use crate::wire::lock::{self, Call, Procedure, Target};
+use crate::wire::status;
 
 /// Works on one frame of a client; the reply is appended to `out`.
 pub fn dispatch(
@@ -62,16 +64,22 @@ pub fn dispatch(
             }
             flow(out)
         }
+        Service::Admin if header.program == status::PROGRAM => {
+            status_service::dispatch(hall, id, header, payload, out)
+        }
         Service::Admin => admin::dispatch(hall, id, header, payload, out),
     }
 }
 
 fn check_program(service: Service, header: Header) -> Result<(), Error> {
-    let (program, version) = match service {
-        Service::Lock => (lock::PROGRAM, lock::VERSION),
-        Service::Admin => (crate::wire::admin::PROGRAM, crate::wire::admin::VERSION),
+    let programs: &[(u32, u32)] = match service {
+        Service::Lock => &[(lock::PROGRAM, lock::VERSION)],
+        Service::Admin => &[
+            (crate::wire::admin::PROGRAM, crate::wire::admin::VERSION),
+            (status::PROGRAM, status::VERSION),
+        ],
     };
-    if (header.program, header.version) != (program, version) {
+    if !programs.contains(&(header.program, header.version)) {
         let detail = format!(
             "Cannot find program {} version {}",
             header.program.cast_signed(),

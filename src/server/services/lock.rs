@@ -4,7 +4,7 @@
 
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
-use crate::custody::locking::{Decided, Refusal};
+use crate::custody::locking::{Acquired, Decided, Refusal};
 use crate::custody::own_connections::Seen;
 use crate::host::errno::Errno;
 use crate::host::process;
@@ -115,7 +115,17 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 hall.orders.push(Order::Settle(owner.pid));
                 return Ok(Called::Again);
             }
-            acquire(owner, custody, place(target), flags, hall.making)?;
+            match acquire(owner, custody, place(target), flags, hall.making) {
+                Ok(Acquired::Granted) if flags & AUTOCREATE != 0 && !place(target).is_default() => {
+                    let id = custody.find(target.lockspace, target.name);
+                    hall.leases.extend(id);
+                }
+                Ok(_) => (),
+                Err(error) => {
+                    custody.was_refused(owner, place(target), mode(flags), &error.message());
+                    return Err(error);
+                }
+            }
             if is_lent && is_to_be_watched(custody, owner, &mut hall.own_seen) {
                 hall.orders.push(Order::Watch(id));
             }
@@ -230,18 +240,22 @@ fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
     })
 }
 
+fn mode(flags: u32) -> Mode {
+    if flags & SHARED == 0 {
+        Mode::Exclusive
+    } else {
+        Mode::Shared
+    }
+}
+
 fn acquire(
     owner: &Owner,
     custody: &mut Custody,
     place: Place<'_>,
     flags: u32,
     making: Word<'_>,
-) -> Result<(), Error> {
-    let mode = if flags & SHARED == 0 {
-        Mode::Exclusive
-    } else {
-        Mode::Shared
-    };
+) -> Result<Acquired, Error> {
+    let mode = mode(flags);
     let autocreate = flags & AUTOCREATE != 0;
     if custody.open_lockspace(place.lockspace) {
         tracing::info!(
@@ -252,12 +266,13 @@ fn acquire(
     }
     let decided = custody.decide(owner, place, mode, autocreate);
     let done = match decided {
-        Ok(Decided::Done) => return Ok(()),
+        Ok(Decided::Done) => return Ok(Acquired::Joined),
         Ok(Decided::Work(acquisition)) => acquisition.run(Some(making)),
         Err(refusal) => return Err(not_acquired(custody, place, autocreate, refusal)),
     };
     custody
         .conclude(owner, (place, mode, autocreate), done)
+        .map(|()| Acquired::Granted)
         .map_err(|refusal| not_acquired(custody, place, autocreate, refusal))
 }
 
@@ -316,7 +331,7 @@ fn refused(
             is_locked(place, &holder::of_other_name(custody.state().table(), id))
         }
         Refusal::Own => is_locked(place, b": by virtlockd itself, whose pid file it is"),
-        Refusal::Taken(stranger) => is_locked(place, &holder::of_stranger(stranger)),
+        Refusal::Taken(stranger) => is_locked(place, &holder::of_stranger(&stranger)),
         Refusal::Unsteady => is_locked(place, b": its file is replaced again and again"),
         Refusal::Leaves => {
             let detail = [
@@ -411,6 +426,7 @@ mod tests {
                 reserve: &Reserve::default(),
                 names: &mut Names::default(),
                 orders: &mut Vec::new(),
+                leases: &mut Vec::new(),
                 making: turn::making(desk.memory()),
                 own_seen: Seen::default(),
             };

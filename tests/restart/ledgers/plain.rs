@@ -2,7 +2,7 @@
 //! of the state's getters, and what events it makes are its own: so it says whether what the program
 //! writes and reads is what there was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use virtlockd::custody::clients::{Arrival, Client, ClientId, Standing, Traffic};
 use virtlockd::custody::descriptor::{Descriptor, Number, Saved};
 use virtlockd::custody::event::{Event, Here, KindRecord, OwnerRecord, ResourceName};
@@ -24,6 +24,8 @@ pub struct PlainClient {
     pub has_called: bool,
     pub restricted: bool,
     pub owner: Option<Owner>,
+    pub registered_at: u64,
+    pub wanted: u32,
     pub life: Option<Life>,
     pub traffic: Traffic,
 }
@@ -39,6 +41,7 @@ pub struct PlainResource {
     pub autocreate: bool,
     pub created: bool,
     pub kind: KindRecord,
+    pub since: u64,
     pub parked: Vec<i32>,
     pub holders: Vec<(Owner, u32)>,
 }
@@ -71,6 +74,8 @@ impl PlainClient {
             has_called: client.has_called,
             restricted: client.restricted,
             owner: client.owner.as_deref().cloned(),
+            registered_at: client.registered_at,
+            wanted: client.wanted,
             life: client.life,
             traffic: traffic.cloned().unwrap_or_default(),
         }
@@ -84,6 +89,12 @@ impl PlainClient {
         }
         if let Some(owner) = &self.owner {
             events.push(Event::Registered(number, owner.into()));
+        }
+        if self.registered_at != 0 {
+            events.push(Event::RegisteredAt(number, self.registered_at));
+        }
+        if self.wanted != 0 {
+            events.push(Event::Subscribed(number, self.wanted));
         }
         if let Some(life) = self.life {
             events.push(Event::ClientIs(number, life));
@@ -117,6 +128,7 @@ impl PlainResource {
             autocreate: resource.autocreate,
             created: *created,
             kind: kind.into(),
+            since: resource.since,
             parked: kind.parked().iter().map(|it| it.number().0).collect(),
             holders,
         }
@@ -140,6 +152,7 @@ impl PlainResource {
             autocreate: self.autocreate,
             created: self.created,
             kind: self.kind,
+            since: self.since,
         };
         let parked = self.parked.iter();
         let parked = parked.map(|number| Event::Parked(resource, Number(*number)));
@@ -219,6 +232,9 @@ impl Plain {
             assert_eq!(now, served, "{service:?}");
             assert_eq!(state.served_count(service), now.len(), "{service:?}");
         }
+        let told = self.clients.iter().filter(|it| it.wanted != 0);
+        let told: BTreeSet<ClientId> = told.map(|it| ClientId(it.descriptor)).collect();
+        assert_eq!(state.subscribers(), &told);
         let mut own: Vec<(Pid, [u8; 16])> = Vec::new();
         for client in self
             .clients

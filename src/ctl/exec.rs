@@ -1,0 +1,317 @@
+//! `virtlockctl exec`: a command that has locks as a guest has them.
+//!
+//! This process is the owner: it has the connection, and the command is its child, which gets nothing of it.
+//! Should this process die the kernel kills the command, and the daemon frees the locks when this process is
+//! dead; should the connection end, nobody knows whether the locks are still there, and the command is ended.
+
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
+
+use super::ask::{Link, Trouble};
+use super::exit::{Exit, complain};
+use super::leases;
+use super::options::{Common, Wish};
+use super::text::safe;
+use crate::host::{child, process};
+use crate::wire::lock::{AUTOCREATE, Call, SHARED, Target};
+use crate::wire::status::{self, Happened, Kind};
+
+/// A lock that is held may be free so much later without a word: a stranger's.
+const STRANGERS: Duration = Duration::from_secs(2);
+/// Of a guest's the daemon tells; only if it was replaced by libvirt's meanwhile it does not.
+const GUESTS: Duration = Duration::from_secs(60);
+/// The words of a refusal behind which a guest is named.
+const BY_GUEST: &[u8] = b"is locked: by domain '";
+/// A command that is to end has so long before it is killed: as long as a guest.
+const GRACE: Duration = Duration::from_millis(1600);
+
+/// Runs the command.
+pub fn run(common: &Common, wish: &Wish) -> Exit {
+    let signals = match signals() {
+        Ok(signals) => signals,
+        Err(errno) => {
+            complain(&format!("signals cannot be read: {errno}"));
+            return Exit::Unavailable;
+        }
+    };
+    let targets = match targets(wish) {
+        Ok(targets) => targets,
+        Err(reason) => {
+            complain(&reason);
+            return Exit::Unavailable;
+        }
+    };
+    let mut link = match Link::open(&common.lock_socket).and_then(|link| registered(link, wish)) {
+        Ok(link) => link,
+        Err(trouble) => {
+            complain(&trouble.to_string());
+            return Exit::Unavailable;
+        }
+    };
+    match take(common, wish, &targets, &mut link) {
+        Ok(None) => (),
+        Ok(Some(text)) => {
+            complain(&safe(&text));
+            return Exit::Held;
+        }
+        Err(trouble) => {
+            complain(&trouble.to_string());
+            return Exit::Unavailable;
+        }
+    }
+    let Some((program, words)) = wish.command.split_first() else {
+        return Exit::Usage;
+    };
+    let mut command = Command::new(program);
+    command.args(words);
+    child::dies_with_parent(&mut command);
+    let exit = match command.spawn() {
+        Ok(mut started) => attend(&mut started, &link, &signals),
+        Err(error) => {
+            complain(&format!(
+                "{} cannot be run: {error}",
+                safe(program.as_bytes())
+            ));
+            Exit::NotRun
+        }
+    };
+    give_back(&targets, &mut link);
+    exit
+}
+
+/// A lockspace, and a name there.
+type Wanted = (Vec<u8>, Vec<u8>);
+
+/// What is asked for.
+fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
+    let target = |file: &PathBuf| {
+        let path = std::path::absolute(file).map_err(|error| error.to_string())?;
+        Ok(match &wish.lease {
+            None => (Vec::new(), path.as_os_str().as_bytes().to_vec()),
+            Some(directory) => {
+                let directory = std::path::absolute(directory).map_err(|it| it.to_string())?;
+                let name = leases::name(&path).into_bytes();
+                (directory.as_os_str().as_bytes().to_vec(), name)
+            }
+        })
+    };
+    wish.files.iter().map(target).collect()
+}
+
+/// As an owner of its own, which no guest is.
+fn registered(mut link: Link, wish: &Wish) -> Result<Link, Trouble> {
+    let own = process::own_number();
+    let mut uuid = [0; 16];
+    // The version and the variant of a random one.
+    (uuid[6], uuid[8]) = (0x40, 0x80);
+    for (place, byte) in uuid.iter_mut().rev().zip(own.to_le_bytes()) {
+        *place = byte;
+    }
+    let command = wish.command.first().map(|word| word.as_bytes());
+    let name = [b"virtlockctl exec ", command.unwrap_or_default()].concat();
+    link.call_lock(&Call::Register {
+        uuid: &uuid,
+        name: &name,
+        id: 1,
+        pid: own,
+        flags: 0,
+    })?;
+    if let Some(directory) = &wish.lease {
+        let path = std::path::absolute(directory).unwrap_or_else(|_| directory.clone());
+        link.call_lock(&Call::CreateLockspace {
+            path: path.as_os_str().as_bytes(),
+        })?;
+    }
+    Ok(link)
+}
+
+/// Takes all locks, or none: then the words of the refusal.
+fn take(
+    common: &Common,
+    wish: &Wish,
+    targets: &[Wanted],
+    link: &mut Link,
+) -> Result<Option<Vec<u8>>, Trouble> {
+    let end = Instant::now().checked_add(Duration::from_secs(wish.wait_s));
+    // Before it is tried: what is freed in between must not be missed.
+    let mut news = (wish.wait_s > 0).then(|| listen(common)).flatten();
+    let mut has_said = false;
+    loop {
+        let Some((at, text)) = try_all(wish, targets, link)? else {
+            return Ok(None);
+        };
+        let rest = end.map_or(STRANGERS, |end| {
+            end.saturating_duration_since(Instant::now())
+        });
+        if rest.is_zero() {
+            return Ok(Some(text));
+        }
+        if !has_said && std::io::stderr().is_terminal() {
+            complain(&format!("waiting: {}", safe(&text)));
+            has_said = true;
+        }
+        let is_guests = text.windows(BY_GUEST.len()).any(|it| it == BY_GUEST);
+        let most = if is_guests && news.is_some() {
+            GUESTS
+        } else {
+            STRANGERS
+        };
+        wait(news.as_mut(), targets.get(at), rest.min(most));
+    }
+}
+
+/// Tries to take all of them; which one is another's, and its refusal.
+fn try_all(
+    wish: &Wish,
+    targets: &[Wanted],
+    link: &mut Link,
+) -> Result<Option<(usize, Vec<u8>)>, Trouble> {
+    let shared = if wish.shared { SHARED } else { 0 };
+    let autocreate = if wish.lease.is_some() { AUTOCREATE } else { 0 };
+    for (at, (lockspace, name)) in targets.iter().enumerate() {
+        let call = Call::AcquireResource {
+            target: Target { lockspace, name },
+            flags: shared | autocreate,
+        };
+        match link.call_lock(&call) {
+            Ok(()) => (),
+            Err(Trouble::Refused(text)) if text.starts_with(b"resource busy") => {
+                give_back(targets.get(..at).unwrap_or_default(), link);
+                return Ok(Some((at, text)));
+            }
+            Err(trouble) => return Err(trouble),
+        }
+    }
+    Ok(None)
+}
+
+fn give_back(targets: &[Wanted], link: &mut Link) {
+    for (lockspace, name) in targets {
+        let target = Target { lockspace, name };
+        // What is not given back is freed when this process ends.
+        let _ = link.call_lock(&Call::ReleaseResource { target, flags: 0 });
+    }
+}
+
+/// Who is told when something becomes free; nobody, beside libvirt's daemon.
+fn listen(common: &Common) -> Option<Link> {
+    let mut link = Link::open(&common.socket).ok()?;
+    let kinds = Kind::Released.bit() | Kind::Died.bit();
+    link.call(&status::Call::Subscribe(kinds)).ok()?;
+    Some(link)
+}
+
+/// Waits until a lock may be free, or so long.
+fn wait(news: Option<&mut Link>, target: Option<&Wanted>, most: Duration) {
+    let Some(news) = news else {
+        return std::thread::sleep(most);
+    };
+    let end = Instant::now().checked_add(most);
+    loop {
+        let rest = end.map_or(most, |end| end.saturating_duration_since(Instant::now()));
+        match news.message(rest) {
+            Ok(Some(payload)) => {
+                let Ok(happened) = Happened::decode(&payload) else {
+                    continue;
+                };
+                let is_it = target.is_some_and(|(lockspace, name)| {
+                    happened.lockspace == lockspace.as_slice() && happened.name == name.as_slice()
+                });
+                if is_it || happened.kind != Kind::Released {
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(_) => return std::thread::sleep(rest),
+        }
+    }
+}
+
+/// The signals that are passed on, and the child's end, as something to read.
+fn signals() -> nix::Result<SignalFd> {
+    let wanted = [
+        Signal::SIGCHLD,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ];
+    let wanted: SigSet = wanted.into_iter().collect();
+    wanted.thread_block()?;
+    SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+/// Waits for the command's end, passes signals on, and ends it if the connection does.
+fn attend(started: &mut Child, link: &Link, signals: &SignalFd) -> Exit {
+    let send = |child: &Child, signal: Signal| {
+        if let Ok(pid) = i32::try_from(child.id()) {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+    };
+    let mut lost: Option<Instant> = None;
+    loop {
+        if let Ok(Some(status)) = started.try_wait() {
+            return if lost.is_some() {
+                Exit::Lost
+            } else {
+                of(status)
+            };
+        }
+        if lost.is_some_and(|since| since.elapsed() >= GRACE) {
+            send(started, Signal::SIGKILL);
+        }
+        let mut watched = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            // Nothing is due there but its end, which is there for ever.
+            PollFd::new(link.as_fd(), PollFlags::POLLIN),
+        ];
+        let watched = if lost.is_some() {
+            watched.get_mut(..1).unwrap_or_default()
+        } else {
+            &mut watched[..]
+        };
+        let wait = match lost {
+            Some(_) => PollTimeout::from(100u8),
+            None => PollTimeout::NONE,
+        };
+        let _ = poll(watched, wait);
+        let is_over = watched
+            .get(1)
+            .and_then(PollFd::revents)
+            .is_some_and(|it| !it.is_empty());
+        while let Ok(Some(found)) = signals.read_signal() {
+            let number = i32::try_from(found.ssi_signo).unwrap_or(0);
+            match Signal::try_from(number) {
+                Ok(Signal::SIGCHLD) | Err(_) => (),
+                Ok(signal) => send(started, signal),
+            }
+        }
+        if is_over && lost.is_none() {
+            complain(
+                "the daemon has closed the connection: the locks may be lost, and the command is ended",
+            );
+            send(started, Signal::SIGTERM);
+            lost = Some(Instant::now());
+        }
+    }
+}
+
+/// The command's own end, as a shell says it.
+fn of(status: ExitStatus) -> Exit {
+    let code = match (status.code(), status.signal()) {
+        (Some(code), _) => u8::try_from(code).unwrap_or(u8::MAX),
+        (None, Some(signal)) => u8::try_from(signal).unwrap_or(0).saturating_add(128),
+        (None, None) => u8::MAX,
+    };
+    Exit::Of(code)
+}
