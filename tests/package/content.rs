@@ -56,7 +56,10 @@ fn place(file: &str, package: &str) -> String {
         }
         (Some("man"), section) => format!("usr/share/man/man{section}/{name}"),
         (_, "service" | "socket") => format!("usr/lib/systemd/system/{name}"),
-        (_, "md") => format!("usr/share/doc/{package}/{name}"),
+        (_, "md" | "json") => format!("usr/share/doc/{package}/{name}"),
+        (_, "bash-completion") => "usr/share/bash-completion/completions/virtlockctl".into(),
+        (_, "zsh-completion") => "usr/share/zsh/vendor-completions/_virtlockctl".into(),
+        (_, "fish") => format!("usr/share/fish/vendor_completions.d/{name}"),
         (_, "conf") => format!("etc/libvirt/{name}"),
         (_, "default") => "etc/default/virtlockd".into(),
         _ => format!("usr/libexec/virtlockd-rs/{name}"),
@@ -79,10 +82,18 @@ fn content(path: &Path) -> Option<Vec<u8>> {
 
 /// This package, unpacked into this folder, has all that is for it.
 #[track_caller]
-fn has_everything(root: &Path, package: &str, is_it_for: impl Fn(&str) -> bool, pages: [&str; 2]) {
+fn has_everything(
+    root: &Path,
+    package: &str,
+    is_it_for: impl Fn(&str) -> bool,
+    elsewhere: &[(&str, &str)],
+) {
     let mut count = 0;
     for file in for_hosts() {
-        let place = place(&file, package).replace(pages[0], pages[1]);
+        let mut place = place(&file, package);
+        for (usual, here) in elsewhere {
+            place = place.replace(usual, here);
+        }
         let there = content(&root.join(&place));
         if !is_it_for(&file) {
             assert!(there.is_none(), "{package} has {place}");
@@ -96,6 +107,11 @@ fn has_everything(root: &Path, package: &str, is_it_for: impl Fn(&str) -> bool, 
     assert!(count > 8, "{count} files");
     let differences = root.join("usr/share/man/man7/virtlockd-differences.7");
     assert!(content(&differences).is_some(), "{package}");
+    let version = Command::new(root.join("usr/bin/virtlockctl"))
+        .arg("--version")
+        .output();
+    let version = version.unwrap_or_else(|error| panic!("{package}: virtlockctl: {error}"));
+    assert!(version.status.success(), "{package}");
 }
 
 fn is_beside_libvirts(file: &str) -> bool {
@@ -118,9 +134,9 @@ fn the_debian_packages_have_every_unit_page_and_document() {
         assert!(unpacked.expect("run dpkg-deb").success());
         let alone = |file: &str| !file.starts_with("drop-in/virtlockd");
         if package == OURS {
-            has_everything(root.path(), package, is_beside_libvirts, ["", ""]);
+            has_everything(root.path(), package, is_beside_libvirts, &[]);
         } else {
-            has_everything(root.path(), package, alone, ["", ""]);
+            has_everything(root.path(), package, alone, &[]);
         }
     }
 }
@@ -141,7 +157,10 @@ fn the_rpm_has_every_unit_page_and_document() {
         .output()
         .expect("run a shell");
     assert!(output.status.success(), "{output:?}");
-    // libvirt's package has a page of that name.
-    let pages = ["man8/virtlockd.8", "man8/virtlockd-rs.8"];
-    has_everything(root.path(), OURS, is_beside_libvirts, pages);
+    let elsewhere = [
+        // libvirt's package has a page of that name.
+        ("man8/virtlockd.8", "man8/virtlockd-rs.8"),
+        ("zsh/vendor-completions", "zsh/site-functions"),
+    ];
+    has_everything(root.path(), OURS, is_beside_libvirts, &elsewhere);
 }

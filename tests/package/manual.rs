@@ -3,12 +3,13 @@
 //! that show pages have nothing to complain of.
 
 use crate::support::daemon::program;
-use crate::support::skip;
+use crate::support::{packages, skip};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const DAEMON: &str = include_str!("../../src/dist/man/virtlockd.8");
+const VIRTLOCKCTL: &str = include_str!("../../src/dist/man/virtlockctl.1");
 const CONFIGURATION: &str = include_str!("../../src/dist/man/virtlockd.conf.5");
 const DIFFERENCES: &str = include_str!("../../src/dist/DIFFERENCES.md");
 
@@ -156,12 +157,135 @@ fn the_manual_has_the_sections_of_its_field_and_this_version() {
     }
     for name in ["FILES", "EXAMPLES", "SEE ALSO"] {
         section(CONFIGURATION, name);
+        section(VIRTLOCKCTL, name);
     }
     let version = concat!("virtlockd (virtlockd-rs) ", env!("CARGO_PKG_VERSION"));
     assert!(DAEMON.lines().any(|line| line == version), "{version}");
 }
 
-/// The pages as they are installed: two are written by hand, one is made.
+/// The help of virtlockctl, or of one of its commands.
+fn help_of(command: &[&str]) -> String {
+    let output = Command::new(packages::virtlockctl())
+        .args(command)
+        .arg("--help")
+        .output();
+    text(&output.expect("run virtlockctl").stdout)
+}
+
+/// The commands that its help lists.
+fn commands() -> Vec<String> {
+    let help = help_of(&[]);
+    let (_, list) = help.split_once("Commands:\n").expect("a list of commands");
+    let lines = list.lines().take_while(|line| !line.is_empty());
+    let first = lines.filter_map(|line| line.split_whitespace().next());
+    first.map(str::to_owned).collect()
+}
+
+/// What the page has of each command, by its name: all up to the next one.
+fn commands_of_page() -> Vec<(String, String)> {
+    let all = section(VIRTLOCKCTL, "COMMANDS");
+    let mut found: Vec<(String, String)> = Vec::new();
+    for line in all.lines() {
+        if let Some(item) = line.strip_prefix(".It Ic ") {
+            let name = item.split(' ').next().unwrap_or_default();
+            found.push((name.to_owned(), format!("{line}\n")));
+        } else if let Some((_, text)) = found.last_mut() {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    found
+}
+
+/// The long options in a text of help.
+fn long_options(help: &str) -> BTreeSet<String> {
+    let words = help.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '-');
+    let options = words.filter_map(|word| word.strip_prefix("--"));
+    let named = options.filter(|name| !name.is_empty());
+    named.map(str::to_owned).collect()
+}
+
+/// Those that a piece of a page has as items.
+fn long_options_of_page(page: &str) -> BTreeSet<String> {
+    let options = items(page, ".It Fl -");
+    let names = options.filter_map(|item| item.split(' ').next());
+    names.map(str::to_owned).collect()
+}
+
+/// The numbers behind "Exit codes:", one a line, in a help.
+fn exit_codes(help: &str) -> BTreeSet<String> {
+    let (_, codes) = help.split_once("\nExit codes:").expect("exit codes");
+    let lines = codes.lines().skip(1).take_while(|line| !line.is_empty());
+    let numbers = lines.filter_map(|line| line.split_whitespace().next());
+    numbers.map(str::to_owned).collect()
+}
+
+#[test]
+fn the_manual_of_virtlockctl_has_its_commands_options_and_exit_codes_and_no_others() {
+    let on_page = commands_of_page();
+    let names: Vec<&String> = on_page.iter().map(|(name, _)| name).collect();
+    assert_eq!(names, commands().iter().collect::<Vec<_>>());
+    assert!(names.len() >= 7);
+    let common = long_options(&help_of(&[]));
+    assert_eq!(
+        long_options_of_page(&section(VIRTLOCKCTL, "OPTIONS")),
+        common
+    );
+    for (name, text) in &on_page {
+        let help = help_of(&[name]);
+        let (usage, _) = help.split_once("\n\n").expect("a usage and more");
+        let of_help: BTreeSet<String> = &long_options(usage) - &common;
+        assert_eq!(long_options_of_page(text), of_help, "{name}");
+        let codes = items(text, ".It ").filter(|item| item.parse::<u8>().is_ok());
+        let codes: BTreeSet<String> = codes.map(str::to_owned).collect();
+        assert_eq!(codes, exit_codes(&help), "{name}");
+    }
+    // And the one of all commands.
+    let everywhere = section(VIRTLOCKCTL, "EXIT STATUS");
+    let (_, of_all) = help_of(&[]).split_once("Exit codes:").map_or_else(
+        || panic!("no exit codes"),
+        |(before, codes)| (before.to_owned(), codes.to_owned()),
+    );
+    for code in items(&everywhere, ".It ") {
+        assert!(of_all.contains(code), "{code}");
+    }
+    assert_eq!(items(&everywhere, ".It ").count(), 1);
+}
+
+#[test]
+fn the_manual_of_virtlockctl_has_the_kinds_of_events_and_the_outermost_names_of_json() {
+    let help = help_of(&["events"]);
+    let (_, kinds) = help.split_once("Kinds: ").expect("the kinds");
+    let (kinds, _) = kinds.split_once('.').expect("their end");
+    let of_help: BTreeSet<&str> = kinds.split(',').map(str::trim).collect();
+    let all = commands_of_page();
+    let (_, events) = all
+        .iter()
+        .find(|(name, _)| name == "events")
+        .expect("events");
+    let line = items(events, ".Cm ").next().expect("a line of kinds");
+    let of_page = line.trim_end_matches('.').split(" , ").map(str::trim);
+    assert_eq!(of_page.collect::<BTreeSet<_>>(), of_help);
+
+    let schema = include_str!("../../src/dist/virtlockctl.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(schema).expect("the schema is JSON");
+    let mut of_schema = BTreeSet::new();
+    for document in schema["anyOf"].as_array().expect("a list") {
+        let name = document["$ref"].as_str().expect("a reference");
+        let name = name.rsplit('/').next().unwrap_or_default();
+        let properties = schema["$defs"][name]["properties"].as_object();
+        let names = properties.expect("its names").keys();
+        of_schema.extend(names.filter(|name| !name.ends_with("_hex")).cloned());
+    }
+    let of_page: BTreeSet<String> = items(&section(VIRTLOCKCTL, "JSON"), ".Va ")
+        .flat_map(|line| line.split([' ', ',', ';']))
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(of_page, of_schema);
+}
+
+/// The pages as they are installed: three are written by hand, one is made.
 fn pages() -> Vec<(PathBuf, String)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist");
     let made = Command::new(folder.join("man/differences"))
@@ -169,7 +293,8 @@ fn pages() -> Vec<(PathBuf, String)> {
         .output();
     let made = made.expect("make the page of the differences");
     assert!(made.status.success(), "{}", text(&made.stderr));
-    let written = ["virtlockd.8", "virtlockd.conf.5"].map(|name| folder.join("man").join(name));
+    let written = ["virtlockd.8", "virtlockctl.1", "virtlockd.conf.5"]
+        .map(|name| folder.join("man").join(name));
     let mut pages = written
         .map(|path| {
             let page = std::fs::read_to_string(&path).expect("read a page");

@@ -53,7 +53,9 @@ pub fn ours(version: &str, folder: &TempDir) -> PathBuf {
     let mut command = Command::new(script);
     command
         .args(["--version", version, "--program"])
-        .arg(program());
+        .arg(program())
+        .arg("--virtlockctl")
+        .arg(packages::virtlockctl());
     build(command.arg("--output").arg(&output), &output)
 }
 

@@ -14,6 +14,11 @@ pub const STANDALONE: &str = "virtlockd-rs-standalone";
 /// libvirt's, which bring its daemon and what libvirtd needs to speak to it.
 pub const LIBVIRTS: [&str; 2] = ["libvirt-daemon-lock", "libvirt-daemon-plugin-lockd"];
 
+/// The other program.
+pub fn virtlockctl() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_virtlockctl"))
+}
+
 /// Where packages of one version are.
 pub struct Packages {
     folder: TempDir,
@@ -24,30 +29,46 @@ impl Packages {
     /// Ours as this version, with this program: quickly, without its symbols, and nothing compressed.
     pub fn build(version: &str, program: &Path) -> Packages {
         let folder = TempDir::new();
-        let stripped = folder.path().join("program");
-        install_program(program, &stripped);
-        // One that is no program stays as it is.
-        let _ = Command::new("strip")
-            .arg(&stripped)
-            .stderr(Stdio::null())
-            .status();
+        let strip = |from: &Path, name: &str| {
+            let stripped = folder.path().join(name);
+            install_program(from, &stripped);
+            // One that is no program stays as it is.
+            let _ = Command::new("strip")
+                .arg(&stripped)
+                .stderr(Stdio::null())
+                .status();
+            stripped
+        };
+        let programs = [
+            strip(program, "program"),
+            strip(virtlockctl(), "virtlockctl"),
+        ];
         let quickly = [
             ("DEB_BUILD_OPTIONS", "nostrip noautodbgsym"),
             ("DPKG_DEB_COMPRESSOR_TYPE", "none"),
         ];
-        Packages::run(version, &stripped, folder, &quickly)
+        Packages::run(version, programs, folder, &quickly)
     }
 
     /// As they are for everybody.
     pub fn build_for_release(version: &str, program: &Path) -> Packages {
-        Packages::run(version, program, TempDir::new(), &[])
+        let programs = [program.to_owned(), virtlockctl().to_owned()];
+        Packages::run(version, programs, TempDir::new(), &[])
     }
 
-    fn run(version: &str, program: &Path, folder: TempDir, more: &[(&str, &str)]) -> Packages {
+    fn run(
+        version: &str,
+        programs: [PathBuf; 2],
+        folder: TempDir,
+        more: &[(&str, &str)],
+    ) -> Packages {
+        let [program, virtlockctl] = programs;
         let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist/build-deb");
         let output = Command::new(build)
             .args(["--version", version, "--program"])
             .arg(program)
+            .arg("--virtlockctl")
+            .arg(virtlockctl)
             .arg("--output")
             .arg(folder.path())
             .envs(more.iter().copied())
