@@ -195,8 +195,8 @@
 //!   text.rs               what the C library makes of texts
 //! ```
 //!
-//! `dist/` beside them has no code: units, the default configuration, and the list of differences from
-//! libvirt's daemon.
+//! `dist/` beside them has no code of the daemon: units, the default configuration, manual pages, the list of
+//! differences from libvirt's daemon, and packages with their scripts.
 
 #![cfg_attr(
     not(test),
