@@ -47,15 +47,15 @@ use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
 /// one had the poll in it; the third has two extents, and tells owners of one process apart; the fourth
-/// says how a process is known again.
-pub const VERSION: u32 = 4;
+/// says how a process is known again; the fifth says since when, who is to be told what happens, and counts.
+pub const VERSION: u32 = 5;
 /// The first one with two extents.
 const FIRST_WITH_EXTENTS: u32 = 3;
 
 pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
 pub(super) const HEADER: usize = COUNTS_AT + COUNTS * WORD;
-/// The header of format 3.
-const HEADER_OF_3: usize = 64;
+/// The header of formats 3 and 4.
+const HEADER_WITHOUT_COUNTS: usize = COUNTS_AT;
 /// The header before format 3.
 const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
@@ -88,14 +88,14 @@ const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
 /// The first format that tells the domains of a process apart.
 const FIRST_WITH_DOMAINS: u32 = 3;
 /// The first format that has counts.
-const FIRST_WITH_COUNTS: u32 = 4;
+const FIRST_WITH_COUNTS: u32 = 5;
 const WORD: usize = size_of::<u64>();
 
 /// How long the header of a format is, bytes.
 pub(super) fn header_of(version: u32) -> usize {
     match version {
         1 | 2 => OLD_HEADER,
-        3 => HEADER_OF_3,
+        3 | 4 => HEADER_WITHOUT_COUNTS,
         _ => HEADER,
     }
 }
