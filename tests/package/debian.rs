@@ -111,6 +111,39 @@ fn libvirts_packages_may_be_reinstalled_and_upgraded_before_between_and_after() 
     host.nothing_was_lost();
 }
 
+#[test]
+fn a_process_of_the_daemons_that_hangs_does_not_hold_an_upgrade_up() {
+    let Some(mut host) = Host::start() else {
+        return;
+    };
+    let (one, next) = packages::ours();
+    host.with_ours("--install", one).well();
+    // What works for the daemon has a name of its own, and may hang as long as a share: here it is another daemon,
+    // which executes the same file.
+    let script = "
+        set -e
+        ln /usr/sbin/virtlockd /usr/sbin/virtlockd-works
+        mkdir -m 0700 /run/nobody
+        chown 65534:65534 /run/nobody
+        echo $$ >/sys/fs/cgroup$(sed -n s/^0:://p /proc/$1/cgroup)/cgroup.procs
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups \
+            env HOME=/run/nobody XDG_RUNTIME_DIR=/run/nobody /usr/sbin/virtlockd-works";
+    let main = host.systemd.property("MainPID");
+    let mut command = host.systemd.command("sh");
+    let started = command.args(["-c", script, "sh", &main]).spawn();
+    let mut started = started.expect("start a process");
+    let works = |host: &Host| host.run(&["pgrep", "-x", "virtlockd-works"]).succeeded;
+    wait_until(DEADLINE, "it to execute the same file", || works(&host));
+    let before = host.executed();
+    let said = host.with_ours("--install", next).well();
+    assert!(said.contains("with every lock and connection"), "{said}");
+    assert_ne!(host.executed(), before);
+    assert!(works(&host));
+    host.all_is_well();
+    host.nothing_was_lost();
+    started.wait().expect("it ended with the host");
+}
+
 /// Starts dpkg, and kills it with all that it has started at one moment.
 fn interrupt(host: &mut Host, words: &[&str], after: Duration) {
     let mut child = host
