@@ -38,9 +38,14 @@ impl Packages {
         Packages::run(version, &stripped, folder, &quickly)
     }
 
-    /// As they are for everybody.
+    /// As they are for everybody, without those of symbols.
     pub fn build_for_release(version: &str, program: &Path) -> Packages {
-        Packages::run(version, program, TempDir::new(), &[])
+        Packages::run(
+            version,
+            program,
+            TempDir::new(),
+            &[("DEB_BUILD_OPTIONS", "noautodbgsym")],
+        )
     }
 
     fn run(version: &str, program: &Path, folder: TempDir, more: &[(&str, &str)]) -> Packages {
