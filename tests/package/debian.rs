@@ -5,12 +5,13 @@
 use super::host::{Host, LIBVIRTS_PROGRAM, PROGRAM};
 use crate::support::client::{Call, Client, acquire};
 use crate::support::daemon::{LOCK_SOCKET, program};
+use crate::support::owner::Owner;
 use crate::support::packages::{self, OURS, Packages, STANDALONE};
 use crate::support::systemd::SERVICE;
 use crate::support::{DEADLINE, TempDir, lock_probe, skip, wait_for, wait_until};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -210,16 +211,29 @@ fn an_interrupted_installation_or_removal_loses_nothing_and_can_be_finished() {
     host.nothing_was_lost();
 }
 
-/// A program that cannot take over.
-fn broken() -> (TempDir, Packages) {
+/// A program that cannot take over, and where it is kept.
+pub fn broken_program() -> (TempDir, PathBuf) {
     let folder = TempDir::new();
     let path = folder.path().join("virtlockd");
     std::fs::write(&path, "#!/bin/sh\necho 'no libraries here' >&2\nexit 1\n")
         .expect("write a program");
     let executable = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&path, executable).expect("make it executable");
-    let packages = Packages::build("1.2", &path);
-    (folder, packages)
+    (folder, path)
+}
+
+/// A guest whose name is no text.
+pub fn odd_guest(host: &Host) -> Owner {
+    let mut odd = host.systemd.owner("odd");
+    let register = Call::Register {
+        uuid: [7; 16],
+        name: b"caf\xe9".to_vec(),
+        id: 3,
+        pid: odd.pid() as u32,
+        flags: 0,
+    };
+    odd.call(&register).expect_ok();
+    odd
 }
 
 #[test]
@@ -228,7 +242,8 @@ fn a_take_over_that_is_refused_says_why_and_how_to_go_on() {
         return;
     };
     let (ours, _) = packages::ours();
-    let (_folder, broken) = broken();
+    let (_folder, broken) = broken_program();
+    let broken = Packages::build("1.2", &broken);
     let words = [
         "no libraries here",
         "goes on with every lock",
@@ -409,15 +424,7 @@ fn a_removal_that_libvirts_daemon_cannot_follow_leaves_the_package_and_the_guest
         .call(&acquire("", "/run/disks/late", 0))
         .expect_error(87, 51);
     // Nor can a name that is no text be written down for it.
-    let mut odd = host.systemd.owner("odd");
-    let register = Call::Register {
-        uuid: [7; 16],
-        name: b"caf\xe9".to_vec(),
-        id: 3,
-        pid: odd.pid() as u32,
-        flags: 0,
-    };
-    odd.call(&register).expect_ok();
+    let odd = odd_guest(&host);
     host.main = host.systemd.main_pid();
     host.dpkg(&["--remove", OURS])
         .badly(&["goes on with every lock", "stays installed"]);
