@@ -5,11 +5,13 @@
 use super::host::{Host, LIBVIRTS_PROGRAM, PROGRAM};
 use crate::support::client::{Call, Client, acquire};
 use crate::support::daemon::{LOCK_SOCKET, program};
+use crate::support::owner::Owner;
 use crate::support::packages::{self, OURS, Packages, STANDALONE};
 use crate::support::systemd::SERVICE;
 use crate::support::{DEADLINE, TempDir, lock_probe, skip, wait_for, wait_until};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -209,16 +211,29 @@ fn an_interrupted_installation_or_removal_loses_nothing_and_can_be_finished() {
     host.nothing_was_lost();
 }
 
-/// A program that cannot take over.
-fn broken() -> (TempDir, Packages) {
+/// A program that cannot take over, and where it is kept.
+pub fn broken_program() -> (TempDir, PathBuf) {
     let folder = TempDir::new();
     let path = folder.path().join("virtlockd");
     std::fs::write(&path, "#!/bin/sh\necho 'no libraries here' >&2\nexit 1\n")
         .expect("write a program");
     let executable = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&path, executable).expect("make it executable");
-    let packages = Packages::build("1.2", &path);
-    (folder, packages)
+    (folder, path)
+}
+
+/// A guest whose name is no text.
+pub fn odd_guest(host: &Host) -> Owner {
+    let mut odd = host.systemd.owner("odd");
+    let register = Call::Register {
+        uuid: [7; 16],
+        name: b"caf\xe9".to_vec(),
+        id: 3,
+        pid: odd.pid() as u32,
+        flags: 0,
+    };
+    odd.call(&register).expect_ok();
+    odd
 }
 
 #[test]
@@ -227,7 +242,8 @@ fn a_take_over_that_is_refused_says_why_and_how_to_go_on() {
         return;
     };
     let (ours, _) = packages::ours();
-    let (_folder, broken) = broken();
+    let (_folder, broken) = broken_program();
+    let broken = Packages::build("1.2", &broken);
     let words = [
         "no libraries here",
         "goes on with every lock",
@@ -253,21 +269,23 @@ fn a_take_over_that_is_refused_says_why_and_how_to_go_on() {
     host.nothing_was_lost();
 }
 
+/// What the kernel says of the daemon's domain is the text of another file from here on. The place of that.
+fn label(host: &Host, text: &str) -> String {
+    std::fs::write(host.systemd.path("/run/label"), text).expect("write a label");
+    let attribute = format!("/proc/{}/attr/current", host.systemd.property("MainPID"));
+    host.run(&["mount", "--bind", "/run/label", &attribute])
+        .well();
+    attribute
+}
+
 #[test]
 fn a_policy_that_lets_the_daemon_not_execute_the_program_is_asked_before_the_signal() {
     let Some(mut host) = Host::start() else {
         return;
     };
     let (ours, _) = packages::ours();
-    // There is no such policy here: what the kernel says of the daemon is another file's text, and whatever is
-    // asked then is refused.
-    let label = |text: &str| {
-        std::fs::write(host.systemd.path("/run/label"), text).expect("write a label");
-        let attribute = format!("/proc/{}/attr/current", host.systemd.property("MainPID"));
-        host.run(&["mount", "--bind", "/run/label", &attribute])
-            .well();
-        attribute
-    };
+    // There is no such policy here: whatever is asked then is refused.
+    let label = |text: &str| label(&host, text);
     let attribute = label("virtlockd (enforce)\n");
     let words = [
         "AppArmor does not let",
@@ -280,6 +298,73 @@ fn a_policy_that_lets_the_daemon_not_execute_the_program_is_asked_before_the_sig
     // One that only complains lets it.
     let attribute = label("virtlockd (complain)\n");
     host.dpkg(&["--configure", OURS]).well();
+    host.is_ours();
+    host.run(&["umount", &attribute]).well();
+    host.all_is_well();
+    host.nothing_was_lost();
+}
+
+/// What the kernel has in `/sys/fs/selinux` where there is a policy, as far as it is asked here.
+const SELINUX: &str = "
+    set -e
+    mkdir -p /run/fs/cgroup /run/fs/selinux/class/file/perms
+    mount --rbind /sys/fs/cgroup /run/fs/cgroup
+    cd /run/fs/selinux
+    printf 1 >enforce
+    printf 6 >class/file/index
+    printf 14 >class/file/perms/execute
+    printf 18 >class/file/perms/execute_no_trans
+    mount --rbind /run/fs /sys/fs";
+
+#[test]
+fn selinux_is_asked_whether_the_daemon_may_execute_the_program_before_the_signal() {
+    let Some(mut host) = Host::start() else {
+        return;
+    };
+    let (ours, _) = packages::ours();
+    host.run(&["sh", "-c", SELINUX]).well();
+    let attribute = label(&host, "system_u:system_r:virtlogd_t:s0\0");
+    // Who asks finds the answer there before the question: rights, and at the end the flags of the domain.
+    let answer = |host: &Host, words: &str| {
+        let path = host.systemd.path("/sys/fs/selinux/access");
+        let _ = std::fs::remove_file(&path);
+        host.run(&["mkfifo", "/sys/fs/selinux/access"]).well();
+        let pipe = std::fs::File::options().read(true).write(true).open(path);
+        let mut pipe = pipe.expect("open a pipe");
+        writeln!(pipe, "{words}").expect("answer");
+        pipe
+    };
+    let words = [
+        "SELinux does not let system_u:system_r:virtlogd_t:s0 execute /usr/sbin/virtlockd",
+        "restorecon -v /usr/sbin/virtlockd",
+        "goes on with every lock",
+    ];
+    let before = host.executed();
+    let _pipe = answer(&host, "0 ffffffff 0 0 1 0");
+    host.with_ours("--install", ours).badly(&words);
+    // To execute it and come into another domain is not enough.
+    let _pipe = answer(&host, "2000 ffffffff 0 0 1 0");
+    host.dpkg(&["--configure", OURS]).badly(&words);
+    // Nor is an answer that says nothing.
+    let _pipe = answer(&host, "");
+    host.dpkg(&["--configure", OURS]).badly(&words);
+    assert_eq!(host.executed(), before);
+    let mut pipe = answer(&host, "22013 ffffffff 0 0 1 0");
+    host.dpkg(&["--configure", OURS]).well();
+    host.is_ours();
+    let mut question = [0; 256];
+    let length = pipe.read(&mut question).expect("the question");
+    let question = String::from_utf8_lossy(&question[..length]);
+    assert!(
+        question.starts_with("system_u:system_r:virtlogd_t:s0 ") && question.ends_with(" 6"),
+        "{question}"
+    );
+    host.run(&["umount", &attribute]).well();
+    host.all_is_well();
+    // A domain that is only complained of may do it.
+    let attribute = label(&host, "system_u:system_r:virtlogd_t:s0\0");
+    let _pipe = answer(&host, "0 ffffffff 0 0 1 1");
+    host.with_ours("--install", packages::ours().1).well();
     host.is_ours();
     host.run(&["umount", &attribute]).well();
     host.all_is_well();
@@ -339,15 +424,7 @@ fn a_removal_that_libvirts_daemon_cannot_follow_leaves_the_package_and_the_guest
         .call(&acquire("", "/run/disks/late", 0))
         .expect_error(87, 51);
     // Nor can a name that is no text be written down for it.
-    let mut odd = host.systemd.owner("odd");
-    let register = Call::Register {
-        uuid: [7; 16],
-        name: b"caf\xe9".to_vec(),
-        id: 3,
-        pid: odd.pid() as u32,
-        flags: 0,
-    };
-    odd.call(&register).expect_ok();
+    let odd = odd_guest(&host);
     host.main = host.systemd.main_pid();
     host.dpkg(&["--remove", OURS])
         .badly(&["goes on with every lock", "stays installed"]);

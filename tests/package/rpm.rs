@@ -48,12 +48,17 @@ fn build(command: &mut Command, folder: &Path) -> PathBuf {
 
 /// Ours as this version.
 pub fn ours(version: &str, folder: &TempDir) -> PathBuf {
+    ours_of(version, &program(), folder)
+}
+
+/// The same with this program.
+fn ours_of(version: &str, program: &Path, folder: &TempDir) -> PathBuf {
     let output = folder.path().join(format!("ours-{version}"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist/build-rpm");
     let mut command = Command::new(script);
     command
         .args(["--version", version, "--program"])
-        .arg(program())
+        .arg(program)
         .arg("--virtlockctl")
         .arg(packages::virtlockctl());
     build(command.arg("--output").arg(&output), &output)
@@ -125,5 +130,58 @@ fn the_rpm_takes_a_running_host_over_stays_behind_libvirts_and_gives_it_back() {
     wait_until(DEADLINE, "the order of a shutdown to be gone", || {
         host.order_of_shutdown() == "inactive"
     });
+    host.nothing_was_lost();
+}
+
+#[test]
+fn what_the_rpm_is_refused_it_says_and_every_lock_stays() {
+    if !Path::new("/usr/bin/rpmbuild").exists() {
+        return skip("needs rpmbuild (tests/run installs it)");
+    }
+    if !packages::can_run() {
+        return;
+    }
+    let folder = TempDir::new();
+    let (_kept, broken) = super::debian::broken_program();
+    let theirs = libvirts("1", &folder);
+    let packages = [
+        ours_of("1.0", &broken, &folder),
+        ours("1.1", &folder),
+        ours_of("1.2", &broken, &folder),
+        ours("1.3", &folder),
+    ];
+    let Some(mut host) = Host::start() else {
+        return;
+    };
+    let theirs = host.carry_in(&theirs);
+    let packages = packages.map(|file| host.carry_in(&file));
+    host.rpm(&["--install", "--justdb", &theirs]).well();
+    // Where libvirt's daemon runs, and where ours does.
+    for (how, bad, good) in [("--install", 0, 1), ("--upgrade", 2, 3)] {
+        let before = host.executed();
+        let said = host.rpm(&[how, &packages[bad]]).said;
+        for word in [
+            "no libraries here",
+            "goes on with every lock",
+            "another program holds the locks",
+        ] {
+            assert!(said.contains(word), "{said}");
+        }
+        assert_eq!(host.executed(), before);
+        host.all_is_well();
+        host.rpm(&["--upgrade", &packages[good]]).well();
+        host.is_ours();
+        host.all_is_well();
+    }
+    // A name that is no text cannot be written down for libvirt's daemon.
+    let odd = super::debian::odd_guest(&host);
+    host.rpm(&["--erase", "virtlockd-rs"])
+        .badly(&["goes on with every lock", "stays installed"]);
+    host.is_ours();
+    host.all_is_well();
+    drop(odd);
+    host.rpm(&["--erase", "virtlockd-rs"]).well();
+    host.is_libvirts();
+    host.all_is_well();
     host.nothing_was_lost();
 }

@@ -50,10 +50,11 @@ impl Packages {
         Packages::run(version, programs, folder, &quickly)
     }
 
-    /// As they are for everybody.
+    /// As they are for everybody, without those of symbols.
     pub fn build_for_release(version: &str, program: &Path) -> Packages {
         let programs = [program.to_owned(), virtlockctl().to_owned()];
-        Packages::run(version, programs, TempDir::new(), &[])
+        let without_symbols = [("DEB_BUILD_OPTIONS", "noautodbgsym")];
+        Packages::run(version, programs, TempDir::new(), &without_symbols)
     }
 
     fn run(
