@@ -1,28 +1,22 @@
 //! `virtlockctl exec`: a command that has locks as a guest has them.
 //!
-//! This process is the owner: it has the connection, and the command is its child, which gets nothing of it.
-//! Should this process die the kernel kills the command, and the daemon frees the locks when this process is
-//! dead; should the connection end, nobody knows whether the locks are still there, and the command is ended.
+//! The owner is a process of its own, the inner one ([`keeper`]): it has the connection, and the command is its
+//! child, which gets nothing of it. The locks are given back when the command and all that it has started have
+//! ended; should the connection end before, nobody knows whether they are still there, and all that is ended.
 
 use std::io::IsTerminal;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus};
+use std::process::Command;
 use std::time::{Duration, Instant};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 
 use super::ask::{Link, Trouble};
 use super::exit::{Exit, complain};
+use super::keeper::{self, Part, Post};
 use super::leases;
 use super::options::{Common, Wish};
 use super::text::safe;
-use crate::host::{child, process};
+use crate::host::{child, errno, process};
 use crate::wire::lock::{AUTOCREATE, Call, SHARED, Target};
 use crate::wire::status::{self, Happened, Kind};
 
@@ -32,18 +26,9 @@ const STRANGERS: Duration = Duration::from_secs(2);
 const GUESTS: Duration = Duration::from_secs(60);
 /// The words of a refusal behind which a guest is named.
 const BY_GUEST: &[u8] = b"is locked: by domain '";
-/// A command that is to end has so long before it is killed: as long as a guest.
-const GRACE: Duration = Duration::from_millis(1600);
 
 /// Runs the command.
 pub fn run(common: &Common, wish: &Wish) -> Exit {
-    let signals = match signals() {
-        Ok(signals) => signals,
-        Err(errno) => {
-            complain(&format!("signals cannot be read: {errno}"));
-            return Exit::Unavailable;
-        }
-    };
     let targets = match targets(wish) {
         Ok(targets) => targets,
         Err(reason) => {
@@ -51,6 +36,21 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             return Exit::Unavailable;
         }
     };
+    match keeper::part() {
+        Ok(Part::Outer(post, inner)) => keeper::stand_by(&post, inner),
+        Ok(Part::Inner(post)) => own(common, wish, &targets, &post),
+        Err(reason) => {
+            complain(&format!(
+                "the process that is to have the locks cannot be made: {}",
+                errno::text(reason)
+            ));
+            Exit::Unavailable
+        }
+    }
+}
+
+/// Takes the locks, and runs the command.
+fn own(common: &Common, wish: &Wish, targets: &[Wanted], post: &Post) -> Exit {
     let mut link = match Link::open(&common.lock_socket).and_then(|link| registered(link, wish)) {
         Ok(link) => link,
         Err(trouble) => {
@@ -58,7 +58,7 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             return Exit::Unavailable;
         }
     };
-    match take(common, wish, &targets, &mut link) {
+    match take(common, wish, targets, &mut link) {
         Ok(None) => (),
         Ok(Some(text)) => {
             complain(&safe(&text));
@@ -76,7 +76,10 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
     command.args(words);
     child::dies_with_parent(&mut command);
     let exit = match command.spawn() {
-        Ok(mut started) => attend(&mut started, &link, &signals),
+        Ok(started) => match i32::try_from(started.id()) {
+            Ok(started) => keeper::attend(started, &link, post),
+            Err(_) => Exit::NotRun,
+        },
         Err(error) => {
             complain(&format!(
                 "{} cannot be run: {error}",
@@ -85,7 +88,7 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             Exit::NotRun
         }
     };
-    give_back(&targets, &mut link);
+    give_back(targets, &mut link);
     exit
 }
 
@@ -235,83 +238,4 @@ fn wait(news: Option<&mut Link>, target: Option<&Wanted>, most: Duration) {
             Err(_) => return std::thread::sleep(rest),
         }
     }
-}
-
-/// The signals that are passed on, and the child's end, as something to read.
-fn signals() -> nix::Result<SignalFd> {
-    let wanted = [
-        Signal::SIGCHLD,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-    ];
-    let wanted: SigSet = wanted.into_iter().collect();
-    wanted.thread_block()?;
-    SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-/// Waits for the command's end, passes signals on, and ends it if the connection does.
-fn attend(started: &mut Child, link: &Link, signals: &SignalFd) -> Exit {
-    let send = |child: &Child, signal: Signal| {
-        if let Ok(pid) = i32::try_from(child.id()) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
-    };
-    let mut lost: Option<Instant> = None;
-    loop {
-        if let Ok(Some(status)) = started.try_wait() {
-            return if lost.is_some() {
-                Exit::Lost
-            } else {
-                of(status)
-            };
-        }
-        if lost.is_some_and(|since| since.elapsed() >= GRACE) {
-            send(started, Signal::SIGKILL);
-        }
-        let mut watched = [
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            // Nothing is due there but its end, which is there for ever.
-            PollFd::new(link.as_fd(), PollFlags::POLLIN),
-        ];
-        let watched = if lost.is_some() {
-            watched.get_mut(..1).unwrap_or_default()
-        } else {
-            &mut watched[..]
-        };
-        let wait = match lost {
-            Some(_) => PollTimeout::from(100u8),
-            None => PollTimeout::NONE,
-        };
-        let _ = poll(watched, wait);
-        let is_over = watched
-            .get(1)
-            .and_then(PollFd::revents)
-            .is_some_and(|it| !it.is_empty());
-        while let Ok(Some(found)) = signals.read_signal() {
-            let number = i32::try_from(found.ssi_signo).unwrap_or(0);
-            match Signal::try_from(number) {
-                Ok(Signal::SIGCHLD) | Err(_) => (),
-                Ok(signal) => send(started, signal),
-            }
-        }
-        if is_over && lost.is_none() {
-            complain(
-                "the daemon has closed the connection: the locks may be lost, and the command is ended",
-            );
-            send(started, Signal::SIGTERM);
-            lost = Some(Instant::now());
-        }
-    }
-}
-
-/// The command's own end, as a shell says it.
-fn of(status: ExitStatus) -> Exit {
-    let code = match (status.code(), status.signal()) {
-        (Some(code), _) => u8::try_from(code).unwrap_or(u8::MAX),
-        (None, Some(signal)) => u8::try_from(signal).unwrap_or(0).saturating_add(128),
-        (None, None) => u8::MAX,
-    };
-    Exit::Of(code)
 }
