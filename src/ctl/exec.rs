@@ -24,6 +24,8 @@ use crate::wire::status::{self, Happened, Kind};
 const STRANGERS: Duration = Duration::from_secs(2);
 /// Of a guest's the daemon tells; only if it was replaced by libvirt's meanwhile it does not.
 const GUESTS: Duration = Duration::from_secs(60);
+/// The rest of a message comes as soon as that.
+const MESSAGE: Duration = Duration::from_millis(100);
 /// The words of a refusal behind which a guest is named.
 const BY_GUEST: &[u8] = b"is locked: by domain '";
 
@@ -58,12 +60,13 @@ fn own(common: &Common, wish: &Wish, targets: &[Wanted], post: &Post) -> Exit {
             return Exit::Unavailable;
         }
     };
-    match take(common, wish, targets, &mut link) {
-        Ok(None) => (),
-        Ok(Some(text)) => {
+    match take(common, wish, targets, &mut link, post) {
+        Ok(Taken::All) => (),
+        Ok(Taken::None(text)) => {
             complain(&safe(&text));
             return Exit::Held;
         }
+        Ok(Taken::Ended(exit)) => return exit,
         Err(trouble) => {
             complain(&trouble.to_string());
             return Exit::Unavailable;
@@ -97,7 +100,7 @@ type Wanted = (Vec<u8>, Vec<u8>);
 
 /// What is asked for.
 fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
-    let target = |file: &PathBuf| {
+    let target = |file: &PathBuf| -> Result<Wanted, String> {
         let path = std::path::absolute(file).map_err(|error| error.to_string())?;
         Ok(match &wish.lease {
             None => (Vec::new(), path.as_os_str().as_bytes().to_vec()),
@@ -138,26 +141,43 @@ fn registered(mut link: Link, wish: &Wish) -> Result<Link, Trouble> {
     Ok(link)
 }
 
-/// Takes all locks, or none: then the words of the refusal.
+/// What came of it.
+enum Taken {
+    All,
+    /// The words of the refusal.
+    None(Vec<u8>),
+    /// It is not wanted any more, and nothing is held.
+    Ended(Exit),
+}
+
+/// Takes all locks, or none.
 fn take(
     common: &Common,
     wish: &Wish,
     targets: &[Wanted],
     link: &mut Link,
-) -> Result<Option<Vec<u8>>, Trouble> {
+    post: &Post,
+) -> Result<Taken, Trouble> {
     let end = Instant::now().checked_add(Duration::from_secs(wish.wait_s));
     // Before it is tried: what is freed in between must not be missed.
     let mut news = (wish.wait_s > 0).then(|| listen(common)).flatten();
     let mut has_said = false;
     loop {
-        let Some((at, text)) = try_all(wish, targets, link)? else {
-            return Ok(None);
+        let refused = try_all(wish, targets, link)?;
+        if let Some(exit) = post.end() {
+            if refused.is_none() {
+                give_back(targets, link);
+            }
+            return Ok(Taken::Ended(exit));
+        }
+        let Some((at, text)) = refused else {
+            return Ok(Taken::All);
         };
         let rest = end.map_or(STRANGERS, |end| {
             end.saturating_duration_since(Instant::now())
         });
         if rest.is_zero() {
-            return Ok(Some(text));
+            return Ok(Taken::None(text));
         }
         if !has_said && std::io::stderr().is_terminal() {
             complain(&format!("waiting: {}", safe(&text)));
@@ -169,7 +189,9 @@ fn take(
         } else {
             STRANGERS
         };
-        wait(news.as_mut(), targets.get(at), rest.min(most));
+        if let Some(exit) = wait(news.as_mut(), targets.get(at), rest.min(most), post) {
+            return Ok(Taken::Ended(exit));
+        }
     }
 }
 
@@ -214,28 +236,41 @@ fn listen(common: &Common) -> Option<Link> {
     Some(link)
 }
 
-/// Waits until a lock may be free, or so long.
-fn wait(news: Option<&mut Link>, target: Option<&Wanted>, most: Duration) {
-    let Some(news) = news else {
-        return std::thread::sleep(most);
-    };
+/// Waits until a lock may be free, or so long; or until there is to be an end.
+fn wait(
+    mut news: Option<&mut Link>,
+    target: Option<&Wanted>,
+    most: Duration,
+    post: &Post,
+) -> Option<Exit> {
     let end = Instant::now().checked_add(most);
+    // What is there already may have been read with something else, and nothing more comes then.
+    let mut patience = Duration::ZERO;
     loop {
+        match news.as_deref_mut().map(|link| link.message(patience)) {
+            Some(Ok(Some(payload))) if may_free(&payload, target) => return None,
+            Some(Ok(Some(_))) => continue,
+            Some(Ok(None)) | None => (),
+            Some(Err(_)) => news = None,
+        }
         let rest = end.map_or(most, |end| end.saturating_duration_since(Instant::now()));
-        match news.message(rest) {
-            Ok(Some(payload)) => {
-                let Ok(happened) = Happened::decode(&payload) else {
-                    continue;
-                };
-                let is_it = target.is_some_and(|(lockspace, name)| {
-                    happened.lockspace == lockspace.as_slice() && happened.name == name.as_slice()
-                });
-                if is_it || happened.kind != Kind::Released {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(_) => return std::thread::sleep(rest),
+        if rest.is_zero() {
+            return None;
+        }
+        let is_some = post.wait(news.as_deref(), Some(rest));
+        patience = if is_some { MESSAGE } else { Duration::ZERO };
+        if let Some(exit) = post.end() {
+            return Some(exit);
         }
     }
+}
+
+/// Whether a message tells of something after which this may be free.
+fn may_free(payload: &[u8], target: Option<&Wanted>) -> bool {
+    Happened::decode(payload).is_ok_and(|happened| {
+        let is_it = target.is_some_and(|(lockspace, name)| {
+            happened.lockspace == lockspace.as_slice() && happened.name == name.as_slice()
+        });
+        is_it || happened.kind != Kind::Released
+    })
 }

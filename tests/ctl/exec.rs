@@ -314,3 +314,24 @@ fn all_that_a_command_started_ends_if_the_connection_does() {
     assert_eq!(running.0.wait().expect("its end").code(), Some(76));
     assert!(!runs(pid));
 }
+
+#[test]
+fn whoever_waits_for_a_lock_ends_when_told_to() {
+    let Some(scene) = Scene::new() else { return };
+    let mut status = support::status::Status::of(&scene.daemon);
+    let files = ["/run/free", "/run/disk"];
+    for (which, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let before = status.counters()["locks_refused"];
+        let words = [&["exec", "--wait", "600"], &files[..], &["--", "true"]].concat();
+        let mut waiting = Running::start(&scene.namespace, &words);
+        wait_until(DEADLINE, "it to be refused", || {
+            status.counters()["locks_refused"] > before
+        });
+        signal(&waiting, which);
+        let ended = wait_for(DEADLINE, "it to end", || {
+            waiting.0.try_wait().expect("look at it")
+        });
+        assert_eq!(ended.code(), Some(code));
+        assert_eq!(lock_probe(&free(&scene.namespace)), None);
+    }
+}
