@@ -14,6 +14,7 @@ use super::ask::{Link, Trouble};
 use super::exit::{Exit, complain};
 use super::keeper::{self, Part, Post};
 use super::leases;
+use super::look;
 use super::options::{Common, Wish};
 use super::text::safe;
 use crate::host::{child, errno, process};
@@ -98,7 +99,7 @@ fn own(common: &Common, wish: &Wish, targets: &[Wanted], post: &Post) -> Exit {
 /// A lockspace, and a name there.
 type Wanted = (Vec<u8>, Vec<u8>);
 
-/// What is asked for.
+/// What is asked for: each file once, whatever it is called.
 fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
     let target = |file: &PathBuf| -> Result<Wanted, String> {
         let path = std::path::absolute(file).map_err(|error| error.to_string())?;
@@ -111,7 +112,24 @@ fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
             }
         })
     };
-    wish.files.iter().map(target).collect()
+    let mut wanted: Vec<Wanted> = Vec::new();
+    let mut files = Vec::new();
+    for file in &wish.files {
+        let target = target(file)?;
+        // This process has no locks yet, and one that hangs in a look is no child of the one that will.
+        let is_alone = wish.files.len() == 1 || wish.lease.is_some();
+        let seen = if is_alone { None } else { look::at(file).ok() };
+        // What cannot be looked at the daemon will tell of.
+        let is_known = seen.is_some_and(|seen| {
+            let is_known = files.contains(&seen.file);
+            files.push(seen.file);
+            is_known
+        });
+        if !is_known && !wanted.contains(&target) {
+            wanted.push(target);
+        }
+    }
+    Ok(wanted)
 }
 
 /// As an owner of its own, which no guest is.

@@ -335,3 +335,21 @@ fn whoever_waits_for_a_lock_ends_when_told_to() {
         assert_eq!(lock_probe(&free(&scene.namespace)), None);
     }
 }
+
+#[test]
+fn a_file_that_is_named_twice_is_locked_once() {
+    let Some(scene) = Scene::new() else { return };
+    let link = scene.namespace.path("/run/link");
+    std::os::unix::fs::symlink("/run/free", link).expect("make a link");
+    let other = scene.namespace.path("/run/other");
+    std::fs::hard_link(free(&scene.namespace), other).expect("make a name");
+    for second in ["/run/free", "/run/./free", "/run/link", "/run/other"] {
+        for shared in [&[][..], &["--shared"]] {
+            let words = [&["exec"], shared, &["/run/free", second, "--", "true"]].concat();
+            scene.ctl(&words).expect(0);
+        }
+    }
+    let words = ["exec", "--lease", "/run/leases", "/run/free", "/run/free"];
+    let words = [&words[..], &["--", "true"]].concat();
+    scene.ctl(&words).expect(0);
+}
