@@ -734,7 +734,10 @@ impl Reactor {
         }
         self.told = next;
         for id in self.custody.state().subscribers() {
-            if let Some(connection) = self.connections.get_mut(id.0) {
+            // Whose socket is full is woken when it takes bytes again, and is told then.
+            if let Some(connection) = self.connections.get_mut(id.0)
+                && !connection.waits_to_send
+            {
                 self.lines.enqueue(*id, connection);
             }
         }

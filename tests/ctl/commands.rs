@@ -601,11 +601,11 @@ fn metrics_are_openmetrics_text_without_the_name_of_any_disk_or_guest() {
 #[test]
 fn names_of_any_bytes_are_escaped_for_people_and_whole_in_json() {
     let Some(scene) = Scene::new() else { return };
-    let disk = b"/run/d\x1b[31m\n\xff\"";
+    let disk = b"/run/d\x1b[31m\n\\n\xff\"";
     let path = scene.namespace.path(std::ffi::OsStr::from_bytes(disk));
     std::fs::write(path, b"").expect("make a disk");
     let mut client = scene.daemon.client();
-    let name = b"g\x07\xe2\x80\xae\xfe".to_vec();
+    let name = b"g\x07\xe2\x80\xae\xc2\x9b\xfe".to_vec();
     client
         .call(&Call::Register {
             uuid: [0xee; 16],
@@ -629,12 +629,20 @@ fn names_of_any_bytes_are_escaped_for_people_and_whole_in_json() {
             .collect::<String>()
     };
     let table = scene.ctl(&["status"]).expect(0);
-    assert!(table.contains("/run/d\\u{1b}[31m\\u{a}\\xff\""), "{table}");
-    assert!(table.contains("g\\u{7}\\u{202e}\\xfe"), "{table}");
+    assert!(
+        table.contains("/run/d\\u{1b}[31m\\u{a}\\\\n\\xff\""),
+        "{table}"
+    );
+    assert!(table.contains("g\\u{7}\\u{202e}\\u{9b}\\xfe"), "{table}");
     assert!(!table.contains('\u{1b}') && !table.contains('\u{202e}'));
     let whom = std::ffi::OsStr::from_bytes(&name);
     let words = [std::ffi::OsStr::new("--json"), "status".as_ref(), whom];
-    let json = ctl(&scene.namespace, &words).json(0);
+    let said = ctl(&scene.namespace, &words);
+    assert!(said.stdout.contains("\\u202e\\u009b"), "{said:?}");
+    assert!(!said.stdout.contains(['\u{9b}', '\u{202e}']), "{said:?}");
+    let json = said.json(0);
+    let lossy = String::from_utf8_lossy(&name);
+    assert_eq!(json["owners"][0]["domain"], *lossy);
     assert_eq!(json["owners"][0]["domain_hex"], hex(&name));
     assert_eq!(json["resources"][0]["path_hex"], hex(disk));
     let words = ["who".as_ref(), std::ffi::OsStr::from_bytes(disk)];
