@@ -61,14 +61,16 @@ exec @AGENT@ --ignored --exact --nocapture --test-threads=1 agent::the_agent_of_
 "#;
 
 /// Files that some of the programs want to be there.
-const ETC: [(&str, &str); 6] = [
+const ETC: [(&str, &str); 8] = [
     ("passwd", "root:x:0:0:root:/root:/bin/sh\n"),
     ("group", "root:x:0:\n"),
     ("hosts", "127.0.0.1 localhost\n10.0.0.1 a\n10.0.0.2 b\n"),
     (
         "nsswitch.conf",
-        "passwd: files\ngroup: files\nhosts: files\n",
+        "passwd: files\ngroup: files\nhosts: files\nprotocols: files\nservices: files\n",
     ),
+    ("protocols", "tcp 6 TCP\nudp 17 UDP\n"),
+    ("services", "nfs 2049/tcp\nsunrpc 111/tcp\n"),
     (
         "netconfig",
         "udp tpi_clts v inet udp - -\ntcp tpi_cots_ord v inet tcp - -\nlocal tpi_cots_ord - loopback - - -\n",

@@ -30,13 +30,8 @@ fn story(tell: impl FnOnce(&Pair)) {
     }
     let mut hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
     let begun = Instant::now();
-    let pair = match hosts.take() {
-        Some(pair) => {
-            pair.forget();
-            pair
-        }
-        None => Pair::start(),
-    };
+    let pair = hosts.take().unwrap_or_else(Pair::start);
+    pair.forget();
     let ready = begun.elapsed();
     tell(&pair);
     let told = begun.elapsed() - ready;

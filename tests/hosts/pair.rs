@@ -68,9 +68,11 @@ impl Pair {
         let b = Machine::start("b", (2, "a"), &self.image, self.directory.path());
         *self.b.machine.lock().expect("the machine") = Arc::new(b);
         self.b.sh(MOUNT);
+        self.b.order("forget");
     }
 
-    /// Nothing of an earlier story is there: no daemon, no owner, no file.
+    /// Nothing of an earlier story is there: no daemon, no owner, no file. (And where daemons run is made anew:
+    /// what was mounted later is not seen there.)
     pub fn forget(&self) {
         for host in [&self.a, &self.b] {
             host.order("forget");
