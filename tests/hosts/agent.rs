@@ -5,20 +5,20 @@
 //! An owner is a process of its own. Nothing here decides whether something is as it should be, but in one case: in
 //! [`take_turns`] there is no time to ask the test each time.
 
-use crate::support::client::{AUTOCREATE, Call, Client, Reply, acquire, create_lockspace};
-use crate::support::client::{DOMAIN_LOCKSPACE, RESOURCE_BUSY, register_as, release, restrict};
+use crate::support::client::{Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, Reply};
+use crate::support::client::{acquire, create_lockspace, release, restrict};
 use crate::support::daemon::Daemon;
 use crate::support::manager::Manager;
 use crate::support::owner::{OnTerm, Owner, process_state};
 use crate::support::upgrade::{self, PROGRAM};
-use crate::support::{foreign_lock, lock_probe, set_lock, wait_until};
+use crate::support::{DEADLINE, drop_lock, lock_probe, set_lock, wait_until};
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::panic::AssertUnwindSafe;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -203,11 +203,12 @@ impl Agent {
                 let reactor = daemon.reactor();
                 kill(reactor);
                 let is_other = || ![daemon.pid(), reactor].contains(&daemon.reactor());
-                wait_until(SOON, "another reactor", is_other);
+                wait_until(DEADLINE, "another reactor", is_other);
             }),
             "kill" => self.with_daemon(Daemon::kill),
             "stop" => {
                 let status = self.with_daemon(Daemon::stop);
+                self.manager.settle();
                 return status.code().map_or("?".into(), |code| code.to_string());
             }
             "log" => return self.with_daemon(|daemon| daemon.stderr()),
@@ -256,7 +257,7 @@ impl Agent {
                 tries += 1;
                 if set_lock(&file, true) {
                     had += 1;
-                    crate::support::drop_lock(&file);
+                    drop_lock(&file);
                 }
                 if told.load(Ordering::Relaxed) {
                     return format!("{tries} {had}");
@@ -268,8 +269,6 @@ impl Agent {
         "tries".into()
     }
 }
-
-const SOON: Duration = Duration::from_secs(20);
 
 /// Kills a process. It may be dead.
 fn kill(pid: i32) {

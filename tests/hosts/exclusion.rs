@@ -1,21 +1,141 @@
 //! Who may have what, on two hosts.
 
-use crate::pair::Kind;
+use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair};
 use crate::story;
 
 #[test]
 fn what_one_host_has_alone_the_other_is_refused_and_what_is_shared_both_have() {
     story(|hosts| {
-        let (a, b) = (&hosts.a, &hosts.b);
-        for host in [a, b] {
-            host.start_daemon(Kind::Ours);
+        let guests = guests(hosts, Kind::Ours, Kind::Ours);
+        excludes(hosts, &guests, &hosts.disk("disk"));
+        excludes(hosts, &guests, &hosts.lease("lease"));
+    });
+}
+
+#[test]
+fn a_refusal_names_the_guest_on_the_other_host_where_the_lease_file_says_it() {
+    story(|hosts| {
+        let [one, _, other, _] = guests(hosts, Kind::Ours, Kind::Ours);
+        let lease = hosts.lease("lease");
+        one.take(&lease).granted();
+        // The note is written behind the reply.
+        crate::support::wait_until(crate::machine::PATIENCE, "the note", || {
+            let message = other.take(&lease).held().to_owned();
+            message.contains("one") && message.contains("host a")
+        });
+    });
+}
+
+#[test]
+fn ours_on_one_host_and_libvirts_on_the_other_exclude_each_other() {
+    story(|hosts| {
+        if !has_libvirts(hosts) {
+            return;
         }
-        for lease in [hosts.disk("disk")] {
-            let (one, other) = (a.guest("one"), b.guest("other"));
-            one.take(&lease).granted();
-            other.take(&lease).held();
-            one.give(&lease).granted();
-            other.take(&lease).granted();
+        for (on_a, on_b) in [(Kind::Ours, Kind::Libvirts), (Kind::Libvirts, Kind::Ours)] {
+            let guests = guests(hosts, on_a, on_b);
+            excludes(hosts, &guests, &hosts.disk("disk"));
+            excludes(hosts, &guests, &hosts.lease("lease"));
+            hosts.forget();
         }
     });
+}
+
+#[test]
+fn a_thousand_times_a_disk_is_never_had_by_both() {
+    story(|hosts| in_turn(hosts, Kind::Ours, &hosts.disk("disk"), 500));
+}
+
+#[test]
+fn a_thousand_times_a_lease_that_comes_and_goes_is_never_had_by_both() {
+    story(|hosts| in_turn(hosts, Kind::Ours, &hosts.lease("lease"), 500));
+}
+
+#[test]
+fn ours_and_libvirts_never_both_have_a_disk() {
+    story(|hosts| {
+        if has_libvirts(hosts) {
+            in_turn(hosts, Kind::Libvirts, &hosts.disk("disk"), 100);
+        }
+    });
+}
+
+pub fn has_libvirts(hosts: &Pair) -> bool {
+    let has = hosts.has_libvirts_daemon();
+    if !has {
+        crate::support::skip("needs libvirt's own virtlockd");
+    }
+    has
+}
+
+/// Two guests on each host.
+pub fn guests(hosts: &Pair, on_a: Kind, on_b: Kind) -> [Guest; 4] {
+    let mut all = Vec::new();
+    for (host, kind, names) in [
+        (&hosts.a, on_a, ["one", "two"]),
+        (&hosts.b, on_b, ["other", "another"]),
+    ] {
+        host.start_daemon(kind);
+        for name in names {
+            let guest = host.guest(name);
+            // As libvirtd does when it starts.
+            let _ = guest.call(&format!("lockspace {LOCKSPACE}"));
+            all.push(guest);
+        }
+    }
+    all.try_into().ok().expect("four guests")
+}
+
+fn excludes(hosts: &Pair, [one, two, other, another]: &[Guest; 4], lease: &Lease) {
+    let (a, b) = (&hosts.a, &hosts.b);
+    // From here to there and from there to here.
+    for (here, (mine, more), there, (theirs, also)) in [
+        (a, (one, two), b, (other, another)),
+        (b, (other, another), a, (one, two)),
+    ] {
+        eprintln!("    {} first, {}", here.name(), lease.path);
+        mine.take(lease).granted();
+        theirs.take(lease).held();
+        theirs.share(lease).held();
+        more.take(lease).held();
+        assert!(there.probe(lease).starts_with("exclusive"));
+        mine.give(lease).granted();
+
+        theirs.take(lease).granted();
+        mine.take(lease).held();
+        mine.share(lease).held();
+        theirs.give(lease).granted();
+
+        mine.share(lease).granted();
+        theirs.share(lease).granted();
+        also.take(lease).held();
+        more.take(lease).held();
+        mine.give(lease).granted();
+        also.take(lease).held();
+        more.take(lease).held();
+        theirs.give(lease).granted();
+        more.take(lease).granted();
+        theirs.share(lease).held();
+
+        // An owner that dies.
+        let dies = here.guest("dies");
+        dies.take(lease).granted();
+        theirs.take(lease).held();
+        dies.kill();
+        theirs.takes_when_free(lease);
+        mine.take(lease).held();
+        theirs.give(lease).granted();
+    }
+}
+
+/// Both hosts take the lock as often and as fast as they can.
+fn in_turn(hosts: &Pair, on_b: Kind, lease: &Lease, count: u32) {
+    let [one, _, other, _] = guests(hosts, Kind::Ours, on_b);
+    let (ours, theirs) = (one.begin_turns(count, lease), other.begin_turns(count, lease));
+    for turns in [ours, theirs] {
+        let end = turns.end();
+        eprintln!("    had {}, refused {}, in {:.1} s", end.had, end.held, end.seconds);
+        assert_eq!(end.wrong, Vec::<String>::new());
+        assert_eq!(end.had, count);
+    }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::support::{wait_for, wait_until};
 
@@ -65,7 +65,7 @@ impl Drop for Directory {
 pub struct Machine {
     pub name: &'static str,
     directory: PathBuf,
-    holder: Child,
+    holder: Mutex<Child>,
     line: Line,
 }
 
@@ -123,7 +123,7 @@ impl Machine {
             name,
             line: Line::over(stream),
             directory,
-            holder,
+            holder: Mutex::new(holder),
         };
         wait_until(PATIENCE, "a host to start", || {
             machine.line.is_up() || {
@@ -159,15 +159,11 @@ impl Machine {
         }
     }
 
-    /// Cuts its power. The moment when it was off for sure.
-    pub fn switch_off(mut self) -> Instant {
-        self.end();
-        Instant::now()
-    }
-
-    fn end(&mut self) {
-        drop(self.holder.stdin.take());
-        let _ = self.holder.wait();
+    /// Cuts its power: it is off when this returns.
+    pub fn switch_off(&self) {
+        let mut holder = self.holder.lock().expect("the holder");
+        drop(holder.stdin.take());
+        let _ = holder.wait();
     }
 
     /// The last lines of its console, and what QEMU said.
@@ -187,7 +183,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.end();
+        self.switch_off();
         if std::thread::panicking() {
             eprintln!("the last lines of the console:\n{}", self.console());
         }

@@ -4,9 +4,12 @@
 mod support;
 
 mod agent;
+mod daemons;
 mod exclusion;
 mod image;
 mod machine;
+mod migration;
+mod outages;
 mod pair;
 
 use pair::Pair;

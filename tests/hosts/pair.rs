@@ -294,11 +294,10 @@ impl Host {
     /// A guest: a process with a connection to the daemon. One with this name is ended.
     #[track_caller]
     pub fn guest(&self, name: &str) -> Guest {
-        let pid = self.order(&format!("owner {name}"));
+        self.order(&format!("owner {name}"));
         Guest {
             machine: self.machine(),
             name: name.into(),
-            pid: pid.parse().expect("a pid"),
         }
     }
 
@@ -346,7 +345,6 @@ impl Rival<'_> {
 pub struct Guest {
     machine: Arc<Machine>,
     name: String,
-    pub pid: i32,
 }
 
 /// A call without its reply.
@@ -448,16 +446,31 @@ impl Guest {
 /// Turns that are being taken.
 pub struct Turns(Pending);
 
+/// How they went.
+pub struct Ended {
+    /// How often the lock was had, and refused because somebody else had it.
+    pub had: u32,
+    pub held: u32,
+    pub seconds: f32,
+    /// What must not be.
+    pub wrong: Vec<String>,
+}
+
 impl Turns {
-    /// How often the lock was had, how often refused, and what must not be.
     #[track_caller]
-    pub fn end(&self) -> (u32, u32, String) {
+    pub fn end(&self) -> Ended {
         let answer = lines(&self.0.answer());
-        let mut words = answer.splitn(4, ' ');
-        let mut number = || words.next().expect("a number").to_owned();
-        let (had, held, _seconds) = (number(), number(), number());
-        let wrong = words.next().unwrap_or_default().trim().to_owned();
-        (had.parse().expect("a number"), held.parse().expect("a number"), wrong)
+        let words: Vec<&str> = answer.splitn(4, ' ').collect();
+        let [had, held, seconds, wrong] = words[..] else {
+            panic!("three numbers and a text: {answer}");
+        };
+        let wrong = wrong.split(BETWEEN).filter(|it| !it.is_empty());
+        Ended {
+            had: had.parse().expect("a number"),
+            held: held.parse().expect("a number"),
+            seconds: seconds.parse().expect("a number"),
+            wrong: wrong.map(str::to_owned).collect(),
+        }
     }
 }
 
