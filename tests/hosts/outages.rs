@@ -87,7 +87,9 @@ fn a_cable_that_is_out_for_less_than_the_lease_costs_nobody_a_lock() {
         // From here it is as before: nobody else can have it.
         while cut.elapsed() < LEASE / 3 {
             for lease in &all {
-                one.take(lease).held();
+                let outcome = one.take(lease);
+                eprintln!("    {} {:.1} s: {outcome:?}", lease.path, cut.elapsed().as_secs_f32());
+                outcome.held();
             }
         }
         assert_eq!(asked.within(Duration::ZERO), None, "a call while the cable is out");

@@ -5,6 +5,7 @@ use super::agent::{BETWEEN, NEW_LINE};
 use super::image::Image;
 use super::machine::{Directory, Machine, PATIENCE, Pending};
 use crate::support::wait_until;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub struct Pair {
     pub a: Host,
     pub b: Host,
     image: Image,
+    /// How many names of files were given.
+    names: AtomicU32,
     // Dropped last.
     directory: Directory,
 }
@@ -55,6 +58,7 @@ impl Pair {
             a,
             b,
             image,
+            names: AtomicU32::new(0),
             directory,
         }
     }
@@ -71,17 +75,23 @@ impl Pair {
         self.b.order("forget");
     }
 
-    /// Nothing of an earlier story is there: no daemon, no owner, no file. (And where daemons run is made anew:
-    /// what was mounted later is not seen there.)
+    /// Nothing of an earlier story is there: no daemon, no owner. (And where daemons run is made anew: what was
+    /// mounted later is not seen there.)
     pub fn forget(&self) {
         for host in [&self.a, &self.b] {
             host.order("forget");
         }
-        self.a.sh("rm -rf /srv/* && mkdir /srv/locks");
+    }
+
+    /// A name that nothing on the share has had: a host believes for a while what it saw last.
+    fn name(&self, name: &str) -> String {
+        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        format!("{name}-{number}")
     }
 
     /// A disk of a guest, which both have.
     pub fn disk(&self, name: &str) -> Lease {
+        let name = self.name(name);
         self.a.sh(&format!("echo data >/srv/{name}"));
         let path = format!("{SHARE}/{name}");
         // The other one may have looked for it before it was there.
@@ -98,11 +108,12 @@ impl Pair {
 
     /// What libvirt locks in place of a disk when it has a directory for leases: a file that comes and goes.
     pub fn lease(&self, name: &str) -> Lease {
+        let name = self.name(name);
         Lease {
             lockspace: LOCKSPACE.into(),
-            name: name.into(),
-            autocreate: true,
             path: format!("{LOCKSPACE}/{name}"),
+            name,
+            autocreate: true,
         }
     }
 
