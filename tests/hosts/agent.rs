@@ -10,7 +10,7 @@ use crate::support::client::{acquire, create_lockspace, release, restrict};
 use crate::support::daemon::Daemon;
 use crate::support::manager::Manager;
 use crate::support::owner::{OnTerm, Owner, process_state};
-use crate::support::upgrade::{self, PROGRAM};
+use crate::support::upgrade::{self, Disturbed, PROGRAM};
 use crate::support::{DEADLINE, drop_lock, lock_probe, set_lock, wait_until};
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 use super::image::{LIBVIRTS, OURS};
 
+/// How long turns may take, on a machine that is too slow for all of them.
+const TURNS: Duration = Duration::from_secs(15);
 const PORT_VARIABLE: &str = "VIRTLOCKD_TEST_AGENT_PORT";
 /// Stands in a line for the end of a line.
 pub const NEW_LINE: char = '\r';
@@ -38,6 +40,7 @@ struct Agent {
     daemon: Mutex<Option<Daemon>>,
     owners: Mutex<HashMap<String, Known>>,
     rivals: Mutex<HashMap<String, Rival>>,
+    disturbed: Mutex<Option<Disturbed>>,
 }
 
 /// An owner, and what can be done with it while it waits for the reply to a call.
@@ -106,11 +109,13 @@ impl Agent {
             daemon: Mutex::default(),
             owners: Mutex::default(),
             rivals: Mutex::default(),
+            disturbed: Mutex::default(),
         }
     }
 
     /// Ends whatever a story has left.
     fn end(&self) {
+        *lock(&self.disturbed) = None;
         for (_, rival) in lock(&self.rivals).drain() {
             rival.stop.store(true, Ordering::Relaxed);
         }
@@ -126,6 +131,7 @@ impl Agent {
         match word {
             "start" => self.start(first),
             "daemon" => self.daemon(first),
+            "slow" => self.slow(first, others),
             "owner" => self.owner(first),
             "call" => {
                 let owner = self.known(first).owner;
@@ -213,6 +219,18 @@ impl Agent {
             }
             "log" => return self.with_daemon(|daemon| daemon.stderr()),
             _ => panic!("nothing that a daemon does"),
+        }
+        "done".into()
+    }
+
+    /// The daemon's next system call of this name waits before it is made, so many microseconds.
+    fn slow(&self, call: &str, microseconds: &str) -> String {
+        let mut disturbed = lock(&self.disturbed);
+        *disturbed = None;
+        if call != "none" {
+            let injection = format!("delay_enter={microseconds}:when=1");
+            let of = |daemon: &mut Daemon| Disturbed::with(daemon, call, &injection);
+            *disturbed = Some(self.with_daemon(of));
         }
         "done".into()
     }
@@ -319,7 +337,7 @@ fn is_held(message: &str, code: i32, domain: i32) -> bool {
     (code, domain) == (RESOURCE_BUSY, DOMAIN_LOCKSPACE) && message.contains("is locked")
 }
 
-/// Takes a lock and gives it back until it was had so often. Whoever has it makes a file that must not be there, as
+/// Takes a lock and gives it back until it was had so often, or the time is over. Whoever has it makes a file that must not be there, as
 /// no two can at one time, and removes it. (A file system gives no name to two makers, and this has nothing to do
 /// with locks.)
 fn take_turns(mut client: Client, count: u32, lease: &str) -> String {
@@ -332,7 +350,7 @@ fn take_turns(mut client: Client, count: u32, lease: &str) -> String {
     let begun = Instant::now();
     let (mut had, mut held) = (0, 0);
     let mut wrong = Vec::new();
-    while had < count && wrong.len() < 10 {
+    while had < count && wrong.len() < 10 && begun.elapsed() < TURNS {
         match told(client.try_call(&take)) {
             answer if answer == "granted" => (),
             answer if answer.starts_with("held ") => {

@@ -55,7 +55,7 @@ const INITTAB: &str = r#"::once:/bin/sh /start
 "#;
 
 /// Starts the agent on the port that QEMU has for it.
-const START: &str = r#"export PATH=/usr/sbin:/sbin:/bin VIRTLOCKD_UNDER_TEST=@OURS@
+const START: &str = r#"export PATH=/usr/sbin:/usr/bin:/sbin:/bin VIRTLOCKD_UNDER_TEST=@OURS@
 export VIRTLOCKD_TEST_AGENT_PORT=/dev/$(basename /sys/class/virtio-ports/*)
 exec @AGENT@ --ignored --exact --nocapture --test-threads=1 agent::the_agent_of_a_host >/dev/console 2>&1
 "#;
@@ -123,6 +123,9 @@ impl Image {
             libraries.extend(libraries_of(&file));
             archive.file(program, &file, 0o755);
         }
+        let strace = PathBuf::from("/usr/bin/strace");
+        libraries.extend(libraries_of(&strace));
+        archive.file("/usr/bin/strace", &strace, 0o755);
         let this = std::env::current_exe().expect("the path of this test program");
         for (file, inside) in [(program(), OURS), (this, AGENT)] {
             libraries.extend(libraries_of(&file));

@@ -2,6 +2,7 @@
 //! runs in it. It can be switched off, and its cable pulled and put back.
 
 use super::image::Image;
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -252,6 +253,7 @@ impl Line {
         Pending {
             order: order.to_owned(),
             receiver,
+            answer: OnceCell::new(),
         }
     }
 }
@@ -260,16 +262,21 @@ impl Line {
 pub struct Pending {
     order: String,
     receiver: Receiver<String>,
+    /// It has come.
+    answer: OnceCell<String>,
 }
 
 impl Pending {
     /// The answer, if it comes within this time.
     #[track_caller]
     pub fn within(&self, limit: Duration) -> Option<String> {
+        if let Some(answer) = self.answer.get() {
+            return Some(answer.clone());
+        }
         match self.receiver.recv_timeout(limit) {
             Ok(answer) => match answer.strip_prefix("failed ") {
                 Some(why) => panic!("the agent, told to {}: {why}", self.order),
-                None => Some(answer),
+                None => Some(self.answer.get_or_init(|| answer).clone()),
             },
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => {

@@ -23,6 +23,9 @@ static HOSTS: Mutex<Option<Pair>> = Mutex::new(None);
 
 /// Tells a story of the two hosts, one at a time. If it fails, the next one has others.
 fn story(tell: impl FnOnce(&Pair)) {
+    if !support::require_strace() {
+        return;
+    }
     for (what, is_there) in [
         (machine::QEMU, Path::new(machine::QEMU).exists()),
         ("the packages that tests/hosts/fetch fetches", image::can_be_made()),

@@ -17,16 +17,22 @@ const SHARE: &str = "/share";
 /// A lockspace on it.
 pub const LOCKSPACE: &str = "/share/locks";
 
-/// Starts what the server consists of. nfsdcld keeps in mind who has locks, over a restart.
-const SERVE: &str = "
+/// What the server needs.
+const PREPARE: &str = "
 mount -t tmpfs tmpfs /srv
-mkdir -p /srv/locks /var/lib/nfs/rpc_pipefs /var/lib/nfs/nfsdcld /run/sendsigs.omit.d
+mkdir -p /srv/locks /var/lib/nfs/rpc_pipefs /var/lib/nfs/nfsdcld
 touch /var/lib/nfs/etab /var/lib/nfs/rmtab
 mount -t rpc_pipefs rpc_pipefs /var/lib/nfs/rpc_pipefs
 mount -t nfsd nfsd /proc/fs/nfsd
-exportfs -a && nfsdcld && rpc.mountd -N 2 -N 3 && @START@
+exportfs -a && nfsdcld && rpc.mountd -N 2 -N 3
 ";
-const START: &str = "rpc.nfsd -N 3 -L 10 -G 10 4";
+/// Starts the server. nfsdcld keeps in mind who has locks, over a restart. The server waits for it for a second,
+/// which may be too short here, and does without it then.
+const START: &str = "
+until ls -l /proc/$(pidof nfsdcld)/fd | grep -q nfsd/cld; do
+    rpc.nfsd 0; rpc.nfsd -N 3 -L 10 -G 10 4 || exit
+done
+";
 const MOUNT: &str = "mount.nfs4 10.0.0.1:/ /share -o vers=4.2";
 
 /// The hosts. `a` has the server.
@@ -50,7 +56,8 @@ impl Pair {
             let a = Host::start("a", (1, "b"), &image, &directory);
             (a, b.join().expect("the other host starts"))
         });
-        a.sh(&SERVE.replace("@START@", START));
+        a.sh(PREPARE);
+        a.sh(START);
         for host in [&a, &b] {
             host.sh(MOUNT);
         }
@@ -119,7 +126,7 @@ impl Pair {
 
     /// Stops the server and starts it again at once. It knows who had locks, not which.
     pub fn restart_server(&self) {
-        self.a.sh(&format!("rpc.nfsd 0 && {START}"));
+        self.a.sh(&format!("rpc.nfsd 0\n{START}"));
     }
 }
 
@@ -281,6 +288,18 @@ impl Host {
     #[track_caller]
     pub fn crash_daemon(&self) {
         self.order("daemon crash");
+    }
+
+    /// The daemon's next system call of this name waits for so long before it is made.
+    #[track_caller]
+    pub fn hold_up(&self, call: &str, by: Duration) {
+        self.order(&format!("slow {call} {}", by.as_micros()));
+    }
+
+    /// No system call waits any more.
+    #[track_caller]
+    pub fn hold_up_nothing(&self) {
+        self.order("slow none");
     }
 
     /// All of the daemon is killed.
