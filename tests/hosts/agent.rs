@@ -223,15 +223,11 @@ impl Agent {
         "done".into()
     }
 
-    /// The daemon's next system call of this name waits before it is made, so many microseconds.
+    /// From now on each of the daemon's system calls of this name waits before it is made, so many microseconds.
     fn slow(&self, call: &str, microseconds: &str) -> String {
-        let mut disturbed = lock(&self.disturbed);
-        *disturbed = None;
-        if call != "none" {
-            let injection = format!("delay_enter={microseconds}:when=1");
-            let of = |daemon: &mut Daemon| Disturbed::with(daemon, call, &injection);
-            *disturbed = Some(self.with_daemon(of));
-        }
+        let injection = format!("delay_enter={microseconds}");
+        let slow = self.with_daemon(|daemon| Disturbed::with(daemon, call, &injection));
+        *lock(&self.disturbed) = Some(slow);
         "done".into()
     }
 

@@ -290,16 +290,10 @@ impl Host {
         self.order("daemon crash");
     }
 
-    /// The daemon's next system call of this name waits for so long before it is made.
+    /// From now on each of the daemon's system calls of this name waits for so long before it is made.
     #[track_caller]
-    pub fn hold_up(&self, call: &str, by: Duration) {
+    pub fn slow_down(&self, call: &str, by: Duration) {
         self.order(&format!("slow {call} {}", by.as_micros()));
-    }
-
-    /// No system call waits any more.
-    #[track_caller]
-    pub fn hold_up_nothing(&self) {
-        self.order("slow none");
     }
 
     /// All of the daemon is killed.
