@@ -297,7 +297,10 @@ fn shell(script: &str) -> String {
         .output()
         .expect("start a shell");
     let status = output.status.code().unwrap_or(-1);
-    format!("{status} {}", String::from_utf8_lossy(&output.stdout).trim_end())
+    format!(
+        "{status} {}",
+        String::from_utf8_lossy(&output.stdout).trim_end()
+    )
 }
 
 /// A call in words. A lockspace of "-" is the default one.
@@ -323,7 +326,9 @@ fn told(reply: Result<Reply, String>) -> String {
         Ok(Reply::Error(error)) if is_held(&error.message, error.code, error.domain) => {
             format!("held {}", error.message)
         }
-        Ok(Reply::Error(error)) => format!("error {} {} {}", error.code, error.domain, error.message),
+        Ok(Reply::Error(error)) => {
+            format!("error {} {} {}", error.code, error.domain, error.message)
+        }
         Err(why) => format!("silence {why}"),
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::exclusion::{guests, has_libvirts};
 use crate::pair::{Guest, Kind, Lease, Pair};
-use crate::story;
+use crate::{require_ours, story};
 
 /// A guest of host `a` that has a disk and a lease for itself and shares another disk, and a guest of host `b`.
 struct Scene {
@@ -67,6 +67,9 @@ impl Scene {
 
 #[test]
 fn a_daemon_that_is_killed_and_one_that_replaces_itself_let_no_other_host_have_a_lock() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         scene.with_rivals(hosts, || {
@@ -81,6 +84,9 @@ fn a_daemon_that_is_killed_and_one_that_replaces_itself_let_no_other_host_have_a
 
 #[test]
 fn what_is_kept_over_a_stop_no_other_host_can_have_while_there_is_no_daemon() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let scene = Scene::new(hosts, Kind::Kept);
         for _ in 0..2 {
@@ -96,6 +102,9 @@ fn what_is_kept_over_a_stop_no_other_host_can_have_while_there_is_no_daemon() {
 
 #[test]
 fn a_daemon_that_ends_ends_its_guests_and_then_another_host_has_their_locks() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         assert_eq!(hosts.a.stop_daemon(), 0, "{}", hosts.a.daemon_log());
@@ -114,6 +123,9 @@ fn a_daemon_that_ends_ends_its_guests_and_then_another_host_has_their_locks() {
 
 #[test]
 fn a_daemon_killed_whole_has_its_locks_again_when_it_starts() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         hosts.a.kill_daemon();
@@ -129,6 +141,9 @@ fn a_daemon_killed_whole_has_its_locks_again_when_it_starts() {
 
 #[test]
 fn what_another_host_took_from_a_daemon_killed_whole_costs_the_guest_that_had_it_and_nobody_else() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         let bystander = hosts.a.guest("bystander");
@@ -153,6 +168,9 @@ fn what_another_host_took_from_a_daemon_killed_whole_costs_the_guest_that_had_it
 
 #[test]
 fn ours_takes_over_from_libvirts_and_no_other_host_can_have_a_lock_meanwhile() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         if !has_libvirts(hosts) {
             return;

@@ -1,9 +1,9 @@
 //! Who may have what, on two hosts.
 
-use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair};
 use crate::machine::PATIENCE;
-use crate::story;
+use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair};
 use crate::support::wait_until;
+use crate::{require_ours, story};
 use std::time::Duration;
 
 #[test]
@@ -17,6 +17,9 @@ fn what_one_host_has_alone_the_other_is_refused_and_what_is_shared_both_have() {
 
 #[test]
 fn a_refusal_names_the_guest_on_the_other_host_where_the_lease_file_says_it() {
+    if !require_ours() {
+        return;
+    }
     story(|hosts| {
         let [one, _, other, _] = guests(hosts, Kind::Ours, Kind::Ours);
         let lease = hosts.lease("lease");

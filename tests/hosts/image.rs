@@ -75,7 +75,10 @@ const ETC: [(&str, &str); 8] = [
         "netconfig",
         "udp tpi_clts v inet udp - -\ntcp tpi_cots_ord v inet tcp - -\nlocal tpi_cots_ord - loopback - - -\n",
     ),
-    ("exports", "/srv *(rw,fsid=0,no_root_squash,no_subtree_check)\n"),
+    (
+        "exports",
+        "/srv *(rw,fsid=0,no_root_squash,no_subtree_check)\n",
+    ),
 ];
 
 /// A kernel and an archive of files.
@@ -288,7 +291,10 @@ impl Archive {
 
     /// Adds an entry, and before it the directories that it is in.
     fn add(&mut self, inside: &str, mode: u32, data: &[u8]) {
-        let directories = inside.match_indices('/').skip(1).map(|(at, _)| &inside[..at]);
+        let directories = inside
+            .match_indices('/')
+            .skip(1)
+            .map(|(at, _)| &inside[..at]);
         for directory in directories {
             if self.directories.insert(directory.to_owned()) {
                 self.entry(directory, libc::S_IFDIR | 0o755, &[]);

@@ -88,13 +88,22 @@ impl Machine {
         let path = |file: &str| directory.join(file).display().to_string();
         let mut command = Command::new("sh");
         command.args(["-c", UNTIL_THE_END, "sh", QEMU]);
-        command.args(["-accel", "tcg", "-cpu", "max", "-smp", "1", "-m"]);
+        command.args([
+            "-accel",
+            "tcg,tb-size=128",
+            "-cpu",
+            "max",
+            "-smp",
+            "1",
+            "-m",
+        ]);
         command.arg(MEMORY_MIB.to_string());
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-kernel"]);
         command.arg(&image.kernel).arg("-initrd").arg(&image.files);
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 mitigations=off host_name={name} host_address=10.0.0.{number}/24"
+            "console=ttyS0 loglevel=5 panic=-1 mitigations=off no5lvl tsc=reliable host_name={name} \
+             host_address=10.0.0.{number}/24"
         ));
         command.args(["-serial", &format!("file:{}", path("console"))]);
         command.arg("-netdev").arg(format!(
@@ -146,9 +155,8 @@ impl Machine {
         let mut answers = BufReader::new(control.try_clone().expect("copy a descriptor"));
         let mut answer = String::new();
         answers.read_line(&mut answer).expect("QEMU's greeting");
-        let set = format!(
-            r#"{{"execute":"set_link","arguments":{{"name":"cable","up":{is_in}}}}}"#
-        );
+        let set =
+            format!(r#"{{"execute":"set_link","arguments":{{"name":"cable","up":{is_in}}}}}"#);
         for order in [r#"{"execute":"qmp_capabilities"}"#, &set] {
             writeln!(control, "{order}").expect("tell QEMU");
             answer.clear();
@@ -232,7 +240,11 @@ impl Line {
 
     /// Whether the agent has said that it is there. True once.
     fn is_up(&self) -> bool {
-        self.hello.lock().expect("the agent's hello").try_recv().is_ok()
+        self.hello
+            .lock()
+            .expect("the agent's hello")
+            .try_recv()
+            .is_ok()
     }
 
     fn is_cut(&self) -> bool {

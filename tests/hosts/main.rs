@@ -21,6 +21,15 @@ use std::time::Instant;
 /// keeps them on notices.)
 static HOSTS: Mutex<Option<Pair>> = Mutex::new(None);
 
+/// True where the daemon under test is ours. A skip and false elsewhere.
+fn require_ours() -> bool {
+    let is_ours = !support::daemon::program().starts_with("/usr");
+    if !is_ours {
+        support::skip("libvirt's daemon does not survive that");
+    }
+    is_ours
+}
+
 /// Tells a story of the two hosts, one at a time. If it fails, the next one has others.
 fn story(tell: impl FnOnce(&Pair)) {
     if !support::require_strace() {
@@ -28,7 +37,10 @@ fn story(tell: impl FnOnce(&Pair)) {
     }
     for (what, is_there) in [
         (machine::QEMU, Path::new(machine::QEMU).exists()),
-        ("the packages that tests/hosts/fetch fetches", image::can_be_made()),
+        (
+            "the packages that tests/hosts/fetch fetches",
+            image::can_be_made(),
+        ),
     ] {
         if !is_there {
             return support::skip(&format!("needs {what} (tests/run installs it)"));
@@ -41,6 +53,10 @@ fn story(tell: impl FnOnce(&Pair)) {
     let ready = begun.elapsed();
     tell(&pair);
     let told = begun.elapsed() - ready;
-    eprintln!("    told in {:.1} s, prepared in {:.1} s", told.as_secs_f32(), ready.as_secs_f32());
+    eprintln!(
+        "    told in {:.1} s, prepared in {:.1} s",
+        told.as_secs_f32(),
+        ready.as_secs_f32()
+    );
     *hosts = Some(pair);
 }

@@ -54,7 +54,10 @@ fn a_server_that_starts_anew_gives_nobody_what_another_had_before_and_calls_wait
         let also = another.begin(&also_free.take());
         asked.outcome().granted();
         also.outcome().granted();
-        eprintln!("    a call waited for {:.1} s", begun.elapsed().as_secs_f32());
+        eprintln!(
+            "    a call waited for {:.1} s",
+            begun.elapsed().as_secs_f32()
+        );
         for lease in &theirs {
             two.take(lease).held();
             another.take(lease).held();

@@ -158,10 +158,14 @@ impl Lease {
         format!("release {} {}", self.lockspace, self.name)
     }
 
-    /// For the agent's turns.
+    /// For the agent's turns: the file that only one can make, and the lock.
     fn turns(&self) -> String {
         let flags = if self.autocreate { 2 } else { 0 };
-        format!("{SHARE}/mark {flags} {} {}", self.lockspace, self.name)
+        let (_, file) = self.path.rsplit_once('/').expect("an absolute path");
+        format!(
+            "{SHARE}/mark-{file} {flags} {} {}",
+            self.lockspace, self.name
+        )
     }
 }
 
@@ -354,13 +358,19 @@ impl Rival<'_> {
     pub fn gives_up(self) -> (u32, u32) {
         let answer = self.host.order(&format!("outdone {}", self.path));
         let (tries, had) = answer.split_once(' ').expect("two numbers");
-        (tries.parse().expect("a number"), had.parse().expect("a number"))
+        (
+            tries.parse().expect("a number"),
+            had.parse().expect("a number"),
+        )
     }
 
     #[track_caller]
     pub fn never_had_it(self) {
         let (tries, had) = self.gives_up();
-        assert_eq!(had, 0, "a rival on the other host had the lock, of {tries} tries");
+        assert_eq!(
+            had, 0,
+            "a rival on the other host had the lock, of {tries} tries"
+        );
         eprintln!("    a rival has tried {tries} times");
     }
 }
@@ -378,7 +388,9 @@ impl Begun {
     /// The reply, if it comes in this time.
     #[track_caller]
     pub fn within(&self, limit: Duration) -> Option<Outcome> {
-        self.0.within(limit).map(|answer| Outcome::of(&lines(&answer)))
+        self.0
+            .within(limit)
+            .map(|answer| Outcome::of(&lines(&answer)))
     }
 
     #[track_caller]
@@ -441,12 +453,10 @@ impl Guest {
     #[track_caller]
     pub fn takes_when_free(&self, lease: &Lease) -> Duration {
         let begun = Instant::now();
-        wait_until(PATIENCE, "the lock to be free", || {
-            match self.take(lease) {
-                Outcome::Granted => true,
-                Outcome::Held(_) => false,
-                Outcome::Wrong(why) => panic!("neither granted nor held: {why}"),
-            }
+        wait_until(PATIENCE, "the lock to be free", || match self.take(lease) {
+            Outcome::Granted => true,
+            Outcome::Held(_) => false,
+            Outcome::Wrong(why) => panic!("neither granted nor held: {why}"),
         });
         begun.elapsed()
     }
