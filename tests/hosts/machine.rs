@@ -6,6 +6,7 @@ use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -20,8 +21,8 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 const MEMORY_MIB: u32 = 512;
 
 /// Runs something until its standard input ends, as it does when this test program is dead, however that came.
-const UNTIL_THE_END: &str = r#"trap "" INT
-"$@" & it=$!
+/// (In a process group of its own: who kills all of this program's leaves this one to its work.)
+const UNTIL_THE_END: &str = r#""$@" & it=$!
 cat >/dev/null
 kill -KILL $it
 wait $it
@@ -39,10 +40,11 @@ impl Directory {
         let path = std::env::temp_dir().join(name);
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir(&path).expect("make a directory for the hosts");
-        let script = "trap '' INT; cat >/dev/null; rm -rf \"$1\"";
+        let script = "cat >/dev/null; rm -rf \"$1\"";
         let keeper = Command::new("sh")
             .args(["-c", script, "sh"])
             .arg(&path)
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
@@ -120,6 +122,7 @@ impl Machine {
         command.args(["-qmp", &control]);
         let log = std::fs::File::create(directory.join("qemu")).expect("make a log");
         let holder = command
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(log)
