@@ -27,6 +27,7 @@
 //!   audit.rs              which disks no lock protects
 //!   doctor.rs             is everything as it must be?
 //!   exec.rs               a command that has locks
+//!   keeper.rs             that command and all that it starts, until nothing of it is left
 //!   ask.rs                a connection to a daemon
 //!   view.rs               what a daemon says, gathered
 //!   look.rs               a look at a file that may never answer
@@ -183,6 +184,7 @@
 //!   leash.rs              a process group that does not outlive this process
 //!   signals.rs            signals as readable events
 //!   child.rs              a child that ends with this process
+//!   descendants.rs        all that this process has started, and what that has started
 //!   clock.rs              the monotonic clock; the calendar
 //!   clone.rs              copies of this process, waited for and ended
 //!   terminal.rs           the width of a terminal
@@ -195,8 +197,8 @@
 //!   text.rs               what the C library makes of texts
 //! ```
 //!
-//! `dist/` beside them has no code: units, the default configuration, and the list of differences from
-//! libvirt's daemon.
+//! `dist/` beside them has no code of the daemon: units, the default configuration, manual pages, the list of
+//! differences from libvirt's daemon, and packages with their scripts.
 
 #![cfg_attr(
     not(test),

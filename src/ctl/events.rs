@@ -41,7 +41,7 @@ fn tell(common: &Common, link: &mut Link, out: &mut Out) -> Result<(), Trouble> 
                     continue;
                 };
                 if common.json {
-                    out.line(&json(&happened).to_string());
+                    out.json_line(&json(&happened));
                 } else {
                     out.line(&line(&happened));
                 }

@@ -1,28 +1,23 @@
 //! `virtlockctl exec`: a command that has locks as a guest has them.
 //!
-//! This process is the owner: it has the connection, and the command is its child, which gets nothing of it.
-//! Should this process die the kernel kills the command, and the daemon frees the locks when this process is
-//! dead; should the connection end, nobody knows whether the locks are still there, and the command is ended.
+//! The owner is a process of its own, the inner one ([`keeper`]): it has the connection, and the command is its
+//! child, which gets nothing of it. The locks are given back when the command and all that it has started have
+//! ended; should the connection end before, nobody knows whether they are still there, and all that is ended.
 
 use std::io::IsTerminal;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus};
+use std::process::Command;
 use std::time::{Duration, Instant};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 
 use super::ask::{Link, Trouble};
 use super::exit::{Exit, complain};
+use super::keeper::{self, Part, Post};
 use super::leases;
+use super::look;
 use super::options::{Common, Wish};
 use super::text::safe;
-use crate::host::{child, process};
+use crate::host::{child, errno, process};
 use crate::wire::lock::{AUTOCREATE, Call, SHARED, Target};
 use crate::wire::status::{self, Happened, Kind};
 
@@ -30,20 +25,13 @@ use crate::wire::status::{self, Happened, Kind};
 const STRANGERS: Duration = Duration::from_secs(2);
 /// Of a guest's the daemon tells; only if it was replaced by libvirt's meanwhile it does not.
 const GUESTS: Duration = Duration::from_secs(60);
+/// The rest of a message comes as soon as that.
+const MESSAGE: Duration = Duration::from_millis(100);
 /// The words of a refusal behind which a guest is named.
 const BY_GUEST: &[u8] = b"is locked: by domain '";
-/// A command that is to end has so long before it is killed: as long as a guest.
-const GRACE: Duration = Duration::from_millis(1600);
 
 /// Runs the command.
 pub fn run(common: &Common, wish: &Wish) -> Exit {
-    let signals = match signals() {
-        Ok(signals) => signals,
-        Err(errno) => {
-            complain(&format!("signals cannot be read: {errno}"));
-            return Exit::Unavailable;
-        }
-    };
     let targets = match targets(wish) {
         Ok(targets) => targets,
         Err(reason) => {
@@ -51,6 +39,21 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             return Exit::Unavailable;
         }
     };
+    match keeper::part() {
+        Ok(Part::Outer(post, inner)) => keeper::stand_by(&post, inner),
+        Ok(Part::Inner(post)) => own(common, wish, &targets, &post),
+        Err(reason) => {
+            complain(&format!(
+                "the process that is to have the locks cannot be made: {}",
+                errno::text(reason)
+            ));
+            Exit::Unavailable
+        }
+    }
+}
+
+/// Takes the locks, and runs the command.
+fn own(common: &Common, wish: &Wish, targets: &[Wanted], post: &Post) -> Exit {
     let mut link = match Link::open(&common.lock_socket).and_then(|link| registered(link, wish)) {
         Ok(link) => link,
         Err(trouble) => {
@@ -58,12 +61,13 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             return Exit::Unavailable;
         }
     };
-    match take(common, wish, &targets, &mut link) {
-        Ok(None) => (),
-        Ok(Some(text)) => {
+    match take(common, wish, targets, &mut link, post) {
+        Ok(Taken::All) => (),
+        Ok(Taken::None(text)) => {
             complain(&safe(&text));
             return Exit::Held;
         }
+        Ok(Taken::Ended(exit)) => return exit,
         Err(trouble) => {
             complain(&trouble.to_string());
             return Exit::Unavailable;
@@ -76,7 +80,10 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
     command.args(words);
     child::dies_with_parent(&mut command);
     let exit = match command.spawn() {
-        Ok(mut started) => attend(&mut started, &link, &signals),
+        Ok(started) => match i32::try_from(started.id()) {
+            Ok(started) => keeper::attend(started, &link, post),
+            Err(_) => Exit::NotRun,
+        },
         Err(error) => {
             complain(&format!(
                 "{} cannot be run: {error}",
@@ -85,16 +92,16 @@ pub fn run(common: &Common, wish: &Wish) -> Exit {
             Exit::NotRun
         }
     };
-    give_back(&targets, &mut link);
+    give_back(targets, &mut link);
     exit
 }
 
 /// A lockspace, and a name there.
 type Wanted = (Vec<u8>, Vec<u8>);
 
-/// What is asked for.
+/// What is asked for: each file once, whatever it is called.
 fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
-    let target = |file: &PathBuf| {
+    let target = |file: &PathBuf| -> Result<Wanted, String> {
         let path = std::path::absolute(file).map_err(|error| error.to_string())?;
         Ok(match &wish.lease {
             None => (Vec::new(), path.as_os_str().as_bytes().to_vec()),
@@ -105,7 +112,24 @@ fn targets(wish: &Wish) -> Result<Vec<Wanted>, String> {
             }
         })
     };
-    wish.files.iter().map(target).collect()
+    let mut wanted: Vec<Wanted> = Vec::new();
+    let mut files = Vec::new();
+    for file in &wish.files {
+        let target = target(file)?;
+        // This process has no locks yet, and one that hangs in a look is no child of the one that will.
+        let is_alone = wish.files.len() == 1 || wish.lease.is_some();
+        let seen = if is_alone { None } else { look::at(file).ok() };
+        // What cannot be looked at the daemon will tell of.
+        let is_known = seen.is_some_and(|seen| {
+            let is_known = files.contains(&seen.file);
+            files.push(seen.file);
+            is_known
+        });
+        if !is_known && !wanted.contains(&target) {
+            wanted.push(target);
+        }
+    }
+    Ok(wanted)
 }
 
 /// As an owner of its own, which no guest is.
@@ -135,26 +159,43 @@ fn registered(mut link: Link, wish: &Wish) -> Result<Link, Trouble> {
     Ok(link)
 }
 
-/// Takes all locks, or none: then the words of the refusal.
+/// What came of it.
+enum Taken {
+    All,
+    /// The words of the refusal.
+    None(Vec<u8>),
+    /// It is not wanted any more, and nothing is held.
+    Ended(Exit),
+}
+
+/// Takes all locks, or none.
 fn take(
     common: &Common,
     wish: &Wish,
     targets: &[Wanted],
     link: &mut Link,
-) -> Result<Option<Vec<u8>>, Trouble> {
+    post: &Post,
+) -> Result<Taken, Trouble> {
     let end = Instant::now().checked_add(Duration::from_secs(wish.wait_s));
     // Before it is tried: what is freed in between must not be missed.
     let mut news = (wish.wait_s > 0).then(|| listen(common)).flatten();
     let mut has_said = false;
     loop {
-        let Some((at, text)) = try_all(wish, targets, link)? else {
-            return Ok(None);
+        let refused = try_all(wish, targets, link)?;
+        if let Some(exit) = post.end() {
+            if refused.is_none() {
+                give_back(targets, link);
+            }
+            return Ok(Taken::Ended(exit));
+        }
+        let Some((at, text)) = refused else {
+            return Ok(Taken::All);
         };
         let rest = end.map_or(STRANGERS, |end| {
             end.saturating_duration_since(Instant::now())
         });
         if rest.is_zero() {
-            return Ok(Some(text));
+            return Ok(Taken::None(text));
         }
         if !has_said && std::io::stderr().is_terminal() {
             complain(&format!("waiting: {}", safe(&text)));
@@ -166,7 +207,9 @@ fn take(
         } else {
             STRANGERS
         };
-        wait(news.as_mut(), targets.get(at), rest.min(most));
+        if let Some(exit) = wait(news.as_mut(), targets.get(at), rest.min(most), post) {
+            return Ok(Taken::Ended(exit));
+        }
     }
 }
 
@@ -211,107 +254,41 @@ fn listen(common: &Common) -> Option<Link> {
     Some(link)
 }
 
-/// Waits until a lock may be free, or so long.
-fn wait(news: Option<&mut Link>, target: Option<&Wanted>, most: Duration) {
-    let Some(news) = news else {
-        return std::thread::sleep(most);
-    };
+/// Waits until a lock may be free, or so long; or until there is to be an end.
+fn wait(
+    mut news: Option<&mut Link>,
+    target: Option<&Wanted>,
+    most: Duration,
+    post: &Post,
+) -> Option<Exit> {
     let end = Instant::now().checked_add(most);
+    // What is there already may have been read with something else, and nothing more comes then.
+    let mut patience = Duration::ZERO;
     loop {
+        match news.as_deref_mut().map(|link| link.message(patience)) {
+            Some(Ok(Some(payload))) if may_free(&payload, target) => return None,
+            Some(Ok(Some(_))) => continue,
+            Some(Ok(None)) | None => (),
+            Some(Err(_)) => news = None,
+        }
         let rest = end.map_or(most, |end| end.saturating_duration_since(Instant::now()));
-        match news.message(rest) {
-            Ok(Some(payload)) => {
-                let Ok(happened) = Happened::decode(&payload) else {
-                    continue;
-                };
-                let is_it = target.is_some_and(|(lockspace, name)| {
-                    happened.lockspace == lockspace.as_slice() && happened.name == name.as_slice()
-                });
-                if is_it || happened.kind != Kind::Released {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(_) => return std::thread::sleep(rest),
+        if rest.is_zero() {
+            return None;
+        }
+        let is_some = post.wait(news.as_deref(), Some(rest));
+        patience = if is_some { MESSAGE } else { Duration::ZERO };
+        if let Some(exit) = post.end() {
+            return Some(exit);
         }
     }
 }
 
-/// The signals that are passed on, and the child's end, as something to read.
-fn signals() -> nix::Result<SignalFd> {
-    let wanted = [
-        Signal::SIGCHLD,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-    ];
-    let wanted: SigSet = wanted.into_iter().collect();
-    wanted.thread_block()?;
-    SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-/// Waits for the command's end, passes signals on, and ends it if the connection does.
-fn attend(started: &mut Child, link: &Link, signals: &SignalFd) -> Exit {
-    let send = |child: &Child, signal: Signal| {
-        if let Ok(pid) = i32::try_from(child.id()) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
-    };
-    let mut lost: Option<Instant> = None;
-    loop {
-        if let Ok(Some(status)) = started.try_wait() {
-            return if lost.is_some() {
-                Exit::Lost
-            } else {
-                of(status)
-            };
-        }
-        if lost.is_some_and(|since| since.elapsed() >= GRACE) {
-            send(started, Signal::SIGKILL);
-        }
-        let mut watched = [
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            // Nothing is due there but its end, which is there for ever.
-            PollFd::new(link.as_fd(), PollFlags::POLLIN),
-        ];
-        let watched = if lost.is_some() {
-            watched.get_mut(..1).unwrap_or_default()
-        } else {
-            &mut watched[..]
-        };
-        let wait = match lost {
-            Some(_) => PollTimeout::from(100u8),
-            None => PollTimeout::NONE,
-        };
-        let _ = poll(watched, wait);
-        let is_over = watched
-            .get(1)
-            .and_then(PollFd::revents)
-            .is_some_and(|it| !it.is_empty());
-        while let Ok(Some(found)) = signals.read_signal() {
-            let number = i32::try_from(found.ssi_signo).unwrap_or(0);
-            match Signal::try_from(number) {
-                Ok(Signal::SIGCHLD) | Err(_) => (),
-                Ok(signal) => send(started, signal),
-            }
-        }
-        if is_over && lost.is_none() {
-            complain(
-                "the daemon has closed the connection: the locks may be lost, and the command is ended",
-            );
-            send(started, Signal::SIGTERM);
-            lost = Some(Instant::now());
-        }
-    }
-}
-
-/// The command's own end, as a shell says it.
-fn of(status: ExitStatus) -> Exit {
-    let code = match (status.code(), status.signal()) {
-        (Some(code), _) => u8::try_from(code).unwrap_or(u8::MAX),
-        (None, Some(signal)) => u8::try_from(signal).unwrap_or(0).saturating_add(128),
-        (None, None) => u8::MAX,
-    };
-    Exit::Of(code)
+/// Whether a message tells of something after which this may be free.
+fn may_free(payload: &[u8], target: Option<&Wanted>) -> bool {
+    Happened::decode(payload).is_ok_and(|happened| {
+        let is_it = target.is_some_and(|(lockspace, name)| {
+            happened.lockspace == lockspace.as_slice() && happened.name == name.as_slice()
+        });
+        is_it || happened.kind != Kind::Released
+    })
 }

@@ -12,6 +12,7 @@ mod events;
 mod exec;
 mod exit;
 mod guests;
+mod keeper;
 mod kernel;
 mod leases;
 mod look;

@@ -185,8 +185,13 @@ Usage: virtlockctl exec [--shared] [--wait SECONDS] [--lease DIR] FILE... -- COM
 Runs a command that has the locks of these files, as a guest has them: no guest is started with them meanwhile, and if one
 has them the command is not run. --shared shares them with others who do. --wait waits for locks that are held; virtlockd
 says when they are free. --lease locks not the files but libvirt's leases for them in this lockspace (the
-file_lockspace_dir of qemu-lockd.conf). The command does not get the connection, and is killed if the daemon closes it, or
-if virtlockctl is killed.
+file_lockspace_dir of qemu-lockd.conf).
+
+The locks are kept until the command and all that it has started have ended, also what it leaves behind in the background.
+If the daemon closes the connection, or virtlockctl is killed, all of that is ended (SIGTERM first, if only the connection
+was lost). SIGTERM, SIGINT, SIGHUP and SIGQUIT are passed on to all of it. Not reached are: what the command has others
+start for it (systemd-run, docker, at); programs of another user (set-uid ones) unless virtlockctl is root's; and what is
+left if both processes of virtlockctl are killed at once, but for the command itself, if it is no set-uid program.
 
 Exit codes: the command's own (128 and its number if a signal ended it), or
    69  the daemon cannot be asked

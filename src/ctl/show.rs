@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde_json::{Map, Value, json};
 
-use super::text::{safe, time, uuid};
+use super::text::{safe, safe_json, time, uuid};
 use super::view::{About, Owner, Resource};
 use crate::host::terminal;
 use crate::wire::status::{CONNECTED, FENCED, UNREACHABLE, UNSEEN, WATCHED};
@@ -143,7 +143,12 @@ impl Out {
 
     /// JSON on as many lines as it takes.
     pub fn json(&mut self, value: &Value) {
-        self.line(&format!("{value:#}"));
+        self.line(&safe_json(&format!("{value:#}")));
+    }
+
+    /// JSON on one line.
+    pub fn json_line(&mut self, value: &Value) {
+        self.line(&safe_json(&value.to_string()));
     }
 
     /// A table whose first column is cut at its front where a line would not fit.

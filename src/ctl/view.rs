@@ -157,9 +157,7 @@ pub fn all(link: &mut Link) -> Result<View, Trouble> {
 fn once(link: &mut Link) -> Result<View, Trouble> {
     let about = about(link)?;
     let mut resources = pages(link, Call::Resources, resource)?;
-    for resource in &mut resources {
-        complete(link, resource)?;
-    }
+    complete_all(link, &mut resources)?;
     let connected = pages(link, Call::Owners, |from| {
         status::Owner::decode(from).map(Owner::from)
     })?;
@@ -226,6 +224,15 @@ fn holder(from: &mut Decoder<'_>) -> Result<(Owner, u32), DecodeError> {
     Ok((holder.owner.into(), holder.times))
 }
 
+/// Asks for all who hold these. What has been given back since it was listed is held by nobody, and goes.
+fn complete_all(link: &mut Link, resources: &mut Vec<Resource>) -> Result<(), Trouble> {
+    for resource in &mut *resources {
+        complete(link, resource)?;
+    }
+    resources.retain(|resource| !resource.holders.is_empty());
+    Ok(())
+}
+
 /// Asks for all who hold a resource, if not all of them stood with it.
 fn complete(link: &mut Link, resource: &mut Resource) -> Result<(), Trouble> {
     if !resource.holders.is_empty() {
@@ -270,8 +277,63 @@ fn lockspaces(link: &mut Link) -> Result<Vec<Vec<u8>>, Trouble> {
 pub fn held(link: &mut Link, call: &Call<'_>) -> Result<Vec<Resource>, Trouble> {
     let payload = link.call(call)?;
     let mut rows = status::decode_list(&mut Decoder::new(&payload), resource)?;
-    for row in &mut rows {
-        complete(link, row)?;
-    }
+    complete_all(link, &mut rows)?;
     Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::frame::{self, Split};
+    use crate::wire::xdr::Encoder;
+    use std::io::{Read, Write};
+
+    /// Answers one call after the other with these payloads.
+    fn answer(mut stream: std::os::unix::net::UnixStream, payloads: &[&dyn Fn(&mut Encoder<'_>)]) {
+        for payload in payloads {
+            let mut received = Vec::new();
+            let header = loop {
+                if let Split::Frame(found) = frame::split(&received, frame::LONGEST) {
+                    break found.header;
+                }
+                let mut buffer = [0; 4096];
+                let count = stream.read(&mut buffer).unwrap();
+                received.extend_from_slice(&buffer[..count]);
+            };
+            let mut out = Vec::new();
+            frame::encode(&mut out, header.reply(frame::STATUS_OK), payload);
+            stream.write_all(&out).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_resource_given_back_between_two_calls_is_not_held() {
+        let path = std::env::temp_dir().join(format!("virtlockctl-view-{}", std::process::id()));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let link = Link::open(&path);
+        std::fs::remove_file(&path).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let daemon = std::thread::spawn(move || {
+            let row = status::Resource {
+                lockspace: b"",
+                name: b"/disk",
+                device: 1,
+                inode: 2,
+                is_shared: true,
+                since: 0,
+                holders: 9,
+            };
+            let rows = |out: &mut Encoder<'_>| {
+                out.u32(1);
+                row.encode(out, std::iter::empty());
+                out.u32(0);
+            };
+            let nobody = |out: &mut Encoder<'_>| _ = out.u32(0).u32(0);
+            answer(stream, &[&rows, &nobody]);
+        });
+        let (device, inode) = (1, 2);
+        let held = held(&mut link.unwrap(), &Call::File { device, inode }).unwrap();
+        daemon.join().unwrap();
+        assert_eq!(held, []);
+    }
 }

@@ -291,10 +291,7 @@ fn say(file: &Path, finding: &Finding, out: &mut Out) {
         }
         Finding::Free => out.line(&format!("{file}: free")),
         Finding::Unknown(reason) => {
-            out.line(&format!(
-                "{file}: nobody can tell: {}",
-                safe(reason.as_bytes())
-            ));
+            out.line(&format!("{file}: nobody can tell: {reason}"));
         }
     }
 }

@@ -1,11 +1,11 @@
-//! The state for an earlier version of this program: what its ledger said before format 4.
+//! The state for an earlier version of this program: what its ledger said before format 5.
 //!
 //! The way back to a program that does not know today's format goes over a second memory file, which is
 //! written when such a program stands in the place of this one and is asked what it reads; the daemon's
-//! own ledger stays as it is. Those programs know less, and what they do not know is left out: up to format 3
-//! how a process is known again and since when what is; up to format 2 nothing is watched, a process is one owner whatever
-//! domains it stands for, and there is no word for what a dead owner left. It is for the caller to wait
-//! until nothing is lost with it.
+//! own ledger stays as it is. Those programs know less, and what they do not know is left out: up to format 4
+//! since when what is, who is to be told what happens, and what was counted; up to format 3 how a process is
+//! known again; up to format 2 nothing is watched, a process is one owner whatever domains it stands for, and
+//! there is no word for what a dead owner left. It is for the caller to wait until nothing is lost with it.
 
 use std::num::NonZeroUsize;
 
@@ -20,6 +20,9 @@ const LENGTH_AT: usize = 16;
 
 /// The first format with two extents, and with words for the watched and what the dead left.
 const FIRST_LIKE_OURS: u32 = 3;
+
+/// The first format that says how a process is known again.
+const FIRST_WITH_LIVES: u32 = 4;
 
 /// Whether programs that read formats up to this one know of owners that are watched, of those that cannot
 /// be reached, and of what dead ones left.
@@ -68,12 +71,8 @@ pub fn write<'a>(version: u32, events: impl Iterator<Item = Event<'a>>) -> Resul
 /// Whether a format has this event. The poll is not written: without one, each connection is looked at anew.
 fn was_known(version: u32, event: &Event<'_>) -> bool {
     match event {
-        Event::Here(_)
-        | Event::ClientIs(..)
-        | Event::OwnerIs(..)
-        | Event::RegisteredAt(..)
-        | Event::Subscribed(..)
-        | Event::Poll(_) => false,
+        Event::RegisteredAt(..) | Event::Subscribed(..) | Event::Poll(_) => false,
+        Event::Here(_) | Event::ClientIs(..) | Event::OwnerIs(..) => version >= FIRST_WITH_LIVES,
         Event::OldPoll(..)
         | Event::ReleasedBy(..)
         | Event::Watched(_)

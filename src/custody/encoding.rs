@@ -23,7 +23,7 @@ const GRANTED: u8 = 6;
 const RELEASED_BY: u8 = 20;
 
 /// The first format that says when a lock was granted.
-const FIRST_WITH_TIMES: u32 = 4;
+const FIRST_WITH_TIMES: u32 = 5;
 
 /// An [`OwnerRecord`]: the process, the domain's id, its name, its uuid.
 type OwnerFields<'a> = (Pid, u32, &'a [u8], [u8; 16]);

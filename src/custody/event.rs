@@ -134,7 +134,7 @@ pub enum Event<'a> {
         created: bool,
         /// How it is locked.
         kind: KindRecord,
-        /// When, milliseconds since the epoch; 0 if nobody knows. (Up to format 3 it was not said.)
+        /// When, milliseconds since the epoch; 0 if nobody knows. (Up to format 4 it was not said.)
         since: u64,
     },
     /// One more holding of a shared resource.

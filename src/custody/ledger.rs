@@ -42,20 +42,21 @@ use super::encoding::{self, Unwritten, encode};
 use super::event::Event;
 use super::since::Since;
 use super::state::{Numbers, State};
+use crate::host::file::FileIdentity;
 use crate::host::memory::{self, Adopted, LeftBehind, Memory};
 use crate::host::refusal::Refusal;
 
 /// The version of the format that this program writes. It reads this one and all before. The second
 /// one had the poll in it; the third has two extents, and tells owners of one process apart; the fourth
-/// says how a process is known again.
-pub const VERSION: u32 = 4;
+/// says how a process is known again; the fifth says since when, who is to be told what happens, and counts.
+pub const VERSION: u32 = 5;
 /// The first one with two extents.
 const FIRST_WITH_EXTENTS: u32 = 3;
 
 pub(super) const MAGIC: &[u8; 8] = b"VLKLEDGR";
 pub(super) const HEADER: usize = COUNTS_AT + COUNTS * WORD;
-/// The header of format 3.
-const HEADER_OF_3: usize = 64;
+/// The header of formats 3 and 4.
+const HEADER_WITHOUT_COUNTS: usize = COUNTS_AT;
 /// The header before format 3.
 const OLD_HEADER: usize = 32;
 pub(super) const VERSION_AT: usize = 8;
@@ -88,14 +89,14 @@ const FIRST_SIZE: NonZeroUsize = match NonZeroUsize::new(STEP) {
 /// The first format that tells the domains of a process apart.
 const FIRST_WITH_DOMAINS: u32 = 3;
 /// The first format that has counts.
-const FIRST_WITH_COUNTS: u32 = 4;
+const FIRST_WITH_COUNTS: u32 = 5;
 const WORD: usize = size_of::<u64>();
 
 /// How long the header of a format is, bytes.
 pub(super) fn header_of(version: u32) -> usize {
     match version {
         1 | 2 => OLD_HEADER,
-        3 => HEADER_OF_3,
+        3 | 4 => HEADER_WITHOUT_COUNTS,
         _ => HEADER,
     }
 }
@@ -154,6 +155,9 @@ pub enum Read {
 pub enum OldFile {
     /// All that it says is done, or is not so: another one takes its place.
     IsReplaced,
+    /// This is what the daemon goes on from, of an earlier format. Another one takes its place, although whoever
+    /// stands by, should this program not serve, has it open.
+    IsPredecessors(FileIdentity),
     /// Nobody has read it: another start may have to.
     IsKept,
 }
@@ -188,6 +192,20 @@ pub fn file_in(run_directory: &Path) -> PathBuf {
 /// Whether this open file is the ledger that has the name in the run directory.
 pub fn is_in(run_directory: &Path, descriptor: impl AsFd) -> bool {
     memory::is_at(&file_in(run_directory), descriptor)
+}
+
+/// Which file this ledger is, if it has the name in the run directory.
+pub fn named_in(run_directory: &Path, ledger: &Adopted) -> Option<FileIdentity> {
+    let named = memory::at(&file_in(run_directory))?;
+    (ledger.identity() == Some(named)).then_some(named)
+}
+
+/// The ledger that has the name loses it, if it is this file.
+pub fn remove_if(run_directory: &Path, file: FileIdentity) {
+    let name = file_in(run_directory);
+    if memory::at(&name) == Some(file) {
+        let _ = std::fs::remove_file(name);
+    }
 }
 
 /// A name beside this one.
@@ -378,11 +396,13 @@ impl Ledger {
             "what has the ledger's name in the run directory cannot be looked at",
         ))?;
         let what = match (&there, self.old) {
+            (LeftBehind::InUse, OldFile::IsPredecessors(it)) if memory::at(&name) == Some(it) => "",
             (LeftBehind::InUse, _) => "another daemon has its ledger in the run directory",
             (LeftBehind::Free(_), OldFile::IsKept) => {
                 "the ledger of another daemon, which was killed, is in the run directory"
             }
-            (LeftBehind::Free(_), OldFile::IsReplaced) | (LeftBehind::Nothing, _) => "",
+            (LeftBehind::Free(_), OldFile::IsReplaced | OldFile::IsPredecessors(_))
+            | (LeftBehind::Nothing, _) => "",
         };
         if !what.is_empty() {
             let reason = Errno::EEXIST;

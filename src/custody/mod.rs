@@ -679,11 +679,15 @@ impl Custody {
         }
         let moved = self.ledger.move_to_name(self.state.entries());
         // It says what was.
-        if moved.is_err()
-            && old == OldFile::IsReplaced
-            && let Ok(Some(orphan)) = ledger::find_orphan(run_directory)
-        {
-            orphan.remove();
+        match old {
+            _ if moved.is_ok() => (),
+            OldFile::IsReplaced => {
+                if let Ok(Some(orphan)) = ledger::find_orphan(run_directory) {
+                    orphan.remove();
+                }
+            }
+            OldFile::IsPredecessors(file) => ledger::remove_if(run_directory, file),
+            OldFile::IsKept => (),
         }
         moved
     }

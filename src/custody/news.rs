@@ -12,7 +12,8 @@ use crate::locks::table::{Mode, Owner, OwnerKey, Pid};
 
 /// So much is kept for those who read slowly: this many notices,
 const MOST_KEPT: usize = 4096;
-/// and at most so many bytes of names.
+/// and at most so many bytes of names and texts. A domain's counts with each notice, though many may share it: it
+/// is kept when the domain is gone.
 const MOST_BYTES: usize = 512 * 1024;
 /// So much of a name is told, bytes. No file's path is longer.
 const LONGEST_NAME: usize = 4096;
@@ -66,7 +67,13 @@ impl Notice {
         Notice {
             at: clock::wall_ms(),
             what,
-            owner,
+            owner: owner.map(|owner| Owner {
+                name: match owner.name.get(..LONGEST_NAME) {
+                    Some(front) if front.len() < owner.name.len() => front.into(),
+                    _ => owner.name,
+                },
+                ..owner
+            }),
             lockspace: Box::default(),
             name: Box::default(),
             mode: None,
@@ -80,8 +87,9 @@ impl Notice {
     }
 
     fn size(&self) -> usize {
+        let owner = self.owner.as_ref().map_or(0, |owner| owner.name.len());
         let names = self.lockspace.len().saturating_add(self.name.len());
-        names.saturating_add(self.text.len())
+        names.saturating_add(owner).saturating_add(self.text.len())
     }
 }
 
@@ -234,5 +242,28 @@ mod tests {
         let next = news.next();
         news.forget();
         assert_eq!((news.first(), news.next(), news.bytes), (next, next, 0));
+    }
+
+    #[test]
+    fn names_of_domains_count_as_memory_too() {
+        let mut news = News::default();
+        for number in 0..MOST_KEPT {
+            let owner = Owner {
+                pid: 1,
+                id: number as u32,
+                name: vec![b'x'; 65_536].into(),
+                uuid: [0; 16],
+            };
+            let resource = ResourceName {
+                lockspace: b"",
+                name: b"/d",
+            };
+            news.tell_of_refusal(&owner, resource, Mode::Exclusive, b"");
+        }
+        let names = news.kept.iter().filter_map(|it| it.owner.as_ref());
+        let lengths: Vec<usize> = names.map(|owner| owner.name.len()).collect();
+        assert!(lengths.iter().sum::<usize>() <= MOST_BYTES);
+        // One of that length leaves room for others.
+        assert!(lengths.len() > 100 && lengths.iter().all(|it| *it == LONGEST_NAME));
     }
 }

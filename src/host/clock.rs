@@ -81,7 +81,7 @@ pub fn local(seconds: i64) -> libc::tm {
     broken_down(seconds, libc::localtime_r)
 }
 
-type Convert = unsafe extern "C" fn(*const libc::time_t, *mut libc::tm) -> *mut libc::tm;
+type Convert = unsafe extern "C" fn(*const i64, *mut libc::tm) -> *mut libc::tm;
 
 fn broken_down(seconds: i64, convert: Convert) -> libc::tm {
     // SAFETY: tm is plain data for which all zeros is a valid value (a null tm_zone included).

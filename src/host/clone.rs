@@ -110,6 +110,22 @@ pub fn next_ended() -> Option<(i32, Ended)> {
     ended(-1, libc::WNOHANG)
 }
 
+/// What there is to hear of the children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// This one has ended, and how; it is forgotten with that.
+    Ended(i32, Ended),
+    /// All that there are run.
+    AllRun,
+    /// There are none.
+    Nobody,
+}
+
+/// What there is to hear of the children now.
+pub fn hear() -> Heard {
+    wait(-1, libc::WNOHANG)
+}
+
 /// Whether this is a child that has not ended.
 pub fn is_child(pid: i32) -> bool {
     let mut status = 0;
@@ -129,20 +145,27 @@ pub fn wait_for_end(pid: i32) {
 }
 
 fn ended(which: i32, flags: i32) -> Option<(i32, Ended)> {
+    match wait(which, flags) {
+        Heard::Ended(pid, ended) => Some((pid, ended)),
+        Heard::AllRun | Heard::Nobody => None,
+    }
+}
+
+fn wait(which: i32, flags: i32) -> Heard {
     let mut status = 0;
     loop {
         // SAFETY: the pointer is to a number of ours, which the call fills in.
         let result = unsafe { libc::waitpid(which, &raw mut status, flags) };
         match Errno::result(result) {
-            Ok(0) => return None,
+            Ok(0) => return Heard::AllRun,
             Ok(pid) if libc::WIFEXITED(status) => {
-                return Some((pid, Ended::Status(libc::WEXITSTATUS(status))));
+                return Heard::Ended(pid, Ended::Status(libc::WEXITSTATUS(status)));
             }
             Ok(pid) if libc::WIFSIGNALED(status) => {
-                return Some((pid, Ended::Signal(libc::WTERMSIG(status))));
+                return Heard::Ended(pid, Ended::Signal(libc::WTERMSIG(status)));
             }
             Ok(_) | Err(Errno::EINTR) => (),
-            Err(_) => return None,
+            Err(_) => return Heard::Nobody,
         }
     }
 }

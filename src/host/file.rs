@@ -245,10 +245,10 @@ pub fn known_identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
 /// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
 pub fn is_block_device(file: &impl AsRawFd) -> bool {
     /// BLKGETSIZE64 of linux/fs.h: other files do not know it.
-    const SIZE_OF_BLOCK_DEVICE: libc::Ioctl = 0x8008_1272;
+    const SIZE_OF_BLOCK_DEVICE: u32 = 0x8008_1272;
     let mut bytes = 0u64;
     // SAFETY: the call stores a 64 bit integer at the address, which is that of a living one.
-    unsafe { libc::ioctl(file.as_raw_fd(), SIZE_OF_BLOCK_DEVICE, &raw mut bytes) == 0 }
+    unsafe { libc::ioctl(file.as_raw_fd(), SIZE_OF_BLOCK_DEVICE as _, &raw mut bytes) == 0 }
 }
 
 /// What a path leads to now.

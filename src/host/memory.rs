@@ -25,6 +25,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::descriptors;
 use super::errno::{self, Errno};
+use super::file::FileIdentity;
 use super::patience::{patiently, while_it_may_pass};
 use super::refusal::Refusal;
 
@@ -64,6 +65,15 @@ impl Adopted {
             Adopted::Mapped(memory) => memory.bytes(),
             Adopted::OnlyRead(bytes, _) => bytes,
         }
+    }
+
+    /// Which file it is.
+    pub fn identity(&self) -> Option<FileIdentity> {
+        let stat = match self {
+            Adopted::Mapped(memory) => fstat(memory.descriptor().ok()?),
+            Adopted::OnlyRead(_, file) => fstat(file),
+        };
+        stat.ok().map(FileIdentity::from)
     }
 }
 
@@ -493,6 +503,11 @@ pub fn left_behind(path: &Path) -> Result<LeftBehind, Errno> {
     } else {
         LeftBehind::InUse
     })
+}
+
+/// Which file has a name.
+pub fn at(path: &Path) -> Option<FileIdentity> {
+    lstat(path).ok().map(FileIdentity::from)
 }
 
 /// Whether a name leads to this open file.

@@ -6,6 +6,7 @@ pub mod child;
 pub mod clock;
 pub mod clone;
 pub mod daemonize;
+pub mod descendants;
 pub mod descriptors;
 pub mod environment;
 pub mod errno;

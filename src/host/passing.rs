@@ -79,7 +79,7 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
     header.msg_iov = &raw mut part;
     header.msg_iovlen = 1;
     header.msg_control = room.as_mut_ptr().cast();
-    header.msg_controllen = size_of_val(&room);
+    header.msg_controllen = size_of_val(&room) as _;
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: the header leads to memory of ours, as long as it says, which lives over the call.
     let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
@@ -102,7 +102,8 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
             let data: *const RawFd = unsafe { libc::CMSG_DATA(next) }.cast();
             // SAFETY: only counts.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
-            let room = head.cmsg_len.saturating_sub(empty);
+            let length: usize = head.cmsg_len as _;
+            let room = length.saturating_sub(empty);
             let count = room.checked_div(size_of::<RawFd>()).unwrap_or(0);
             for place in 0..count {
                 // SAFETY: it is one of those that the head counts, and nobody else knows of what the

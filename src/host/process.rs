@@ -378,6 +378,21 @@ pub fn start_time(pid: i32) -> Result<u64, Errno> {
     parse_start_time(&stat).ok_or(Errno::EIO)
 }
 
+/// The signals that this process ignores, as it was started: that of number n is bit n - 1. None if that cannot
+/// be found out.
+pub fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let digits = status.lines().find_map(|it| it.strip_prefix("SigIgn:"));
+    digits.map_or(0, |it| u64::from_str_radix(it.trim(), 16).unwrap_or(0))
+}
+
+/// The process that made this one, or that it was given to when that one ended. `None` if there is no such
+/// process.
+pub fn parent_of(pid: i32) -> Option<i32> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    field(&stat, 4)?.parse().ok()
+}
+
 /// The name of a process's program as the kernel keeps it: 15 bytes at most, which the process itself may
 /// have chosen.
 pub fn name(pid: i32) -> Option<Vec<u8>> {

@@ -3,7 +3,9 @@
 //!
 //! It is a copy of this process that has given up all that this one has: no descriptor of a client, of a disk
 //! or of the ledger stays open in it, and nothing stays mapped that others share. Wherever it hangs, it keeps
-//! no lock, and nobody from going on. It ends with the process that made it.
+//! nobody from going on, and no lock: whoever lets go of one unlocks before closing. (To give up a file of a FUSE
+//! file system asks its server, which may hang at that moment: then what was not given up yet stays open here
+//! until it answers.) It ends with the process that made it.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

@@ -86,8 +86,9 @@ fn pending() -> Result<SigSet, Errno> {
 
 /// Makes a signal that was read pending again.
 pub fn keep(signal: Signal) {
-    // It is blocked, so nothing happens yet; and it cannot fail for this process.
-    let _ = nix::sys::signal::raise(signal);
+    // It is blocked, so nothing happens yet; and it cannot fail for this process. (Not raise(3): musl's remembers
+    // which thread this is, and a copy of a process is another one.)
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), signal);
 }
 
 /// How often the kernel is asked for pending signals where it does not tell of them.
@@ -180,7 +181,7 @@ pub fn is_poked_within(longest: Duration) -> bool {
 
 fn wait_for(wanted: &SigSet, longest: Option<Duration>) -> Option<Signal> {
     let limit = longest.map(|longest| libc::timespec {
-        tv_sec: longest.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_sec: longest.as_secs().try_into().unwrap_or(i64::MAX),
         tv_nsec: longest.subsec_nanos().into(),
     });
     let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);

@@ -319,8 +319,9 @@ pub fn send(socket: RawFd, memory: &Shared, at: usize, bytes: &[u8]) -> Result<u
         &raw mut (*letter).header
     };
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // The kernel's call and not the C library's: musl makes another one of it and writes the number itself.
     // SAFETY: one message, whose header, vector and bytes are alive and of the stated sizes.
-    let called = unsafe { libc::sendmmsg(socket, header, 1, flags as _) };
+    let called = unsafe { libc::syscall(libc::SYS_sendmmsg, socket, header, 1, flags) };
     match Errno::result(called) {
         Ok(_) => (),
         // As in `receive`.

@@ -186,6 +186,7 @@ fn go_on(
             since: Since::default(),
             poll: None,
             left: &mut Vec::new(),
+            run_directory: None,
         })
         .map_err(refused)?;
     reactor.configure_if_changed(limits);

@@ -468,12 +468,14 @@ fn set_up(
         let _ = listen::widen_backlog(&listening.socket);
     }
     let idle_timeout_s = idle_timeout_s.unwrap_or(settings.idle_timeout_s);
+    let run_directory = Paths::of_this_process().run_directory;
     let from = GoesOn {
         state,
         ledger,
         since,
         poll,
         left,
+        run_directory: Some(&run_directory),
     };
     reactor.go_on(from).map_err(refused)?;
     reactor.custody_mut().set_process(ProcessSettings {

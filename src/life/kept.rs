@@ -190,6 +190,7 @@ impl Kept {
                 since: Since::default(),
                 poll: None,
                 left: &mut Vec::new(),
+                run_directory: None,
             })
             .map_err(refused)?;
         if reactor.custody().is_behind() {

@@ -119,6 +119,8 @@ fn tell(pid: i32, signal: Signal) {
 /// that is another one: the successor writes into what it is given.
 struct Ledgers {
     given: Option<OwnedFd>,
+    /// The one given is the daemon's own.
+    is_own: bool,
     before: Option<Header>,
     copy: Option<OwnedFd>,
 }
@@ -132,6 +134,7 @@ impl Ledgers {
         let before = given.as_ref().and_then(Header::of);
         Ok(Ledgers {
             given,
+            is_own,
             before,
             copy,
         })
@@ -182,8 +185,13 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledgers: &Ledgers) -> Fa
             waited if waited < BRIEFLY_FOR => BRIEFLY,
             _ => LOOK,
         };
+        let is_dismissed = signals::is_poked_within(pause);
+        // A successor says by that that it serves, also one that was given a ledger of an earlier format.
+        if is_dismissed && !ledgers.is_own && desk.ordered() == Some(order) {
+            remove_file(desk);
+        }
         // Somebody else may be in its place, or nobody needs it.
-        if signals::is_poked_within(pause) || desk.understudy() != Some(own) {
+        if is_dismissed || desk.understudy() != Some(own) {
             clone::leave(0);
         }
         if is_dead {
@@ -300,6 +308,7 @@ mod tests {
         let before = Header::of(&given);
         let ledgers = Ledgers {
             given: Some(given),
+            is_own: false,
             before,
             copy: None,
         };

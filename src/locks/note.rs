@@ -166,6 +166,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it locks a real file")]
     fn only_what_is_empty_or_a_note_is_written() {
         for (name, before) in [
             ("empty", &b""[..]),
@@ -188,6 +189,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it locks a real file")]
     fn a_file_that_is_given_back_or_another_one_is_not_written() {
         let mut scene = Scene::of("given-back", b"");
         let writing = Writing {
@@ -203,6 +205,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it locks a real file")]
     fn a_message_is_read_as_it_was_written_and_half_a_one_not_at_all() {
         let scene = Scene::of("message", b"");
         let bytes = scene.writing.to_bytes();

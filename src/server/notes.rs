@@ -48,8 +48,8 @@ impl Notes {
                 if !std::mem::replace(&mut self.hangs, true) {
                     tracing::warn!(
                         target: "locking.lockspace",
-                        "Lease files do not say at the moment who has them, because a file system of one does \
-                         not answer. The locks are held all the same"
+                        "Lease files do not all say at the moment who has them: a file system of one does not answer, \
+                         or more are granted than can be written. The locks are held all the same"
                     );
                 }
             }

@@ -12,6 +12,7 @@
 //! [`Custody`]'s. Nobody in this room imports the reactor: what others want of it they return.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::time::Duration;
 
 use mio::{Events, Poll};
@@ -36,7 +37,7 @@ use super::watch::{Source, Watch};
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
-use crate::custody::ledger::{self, Ledger, Read};
+use crate::custody::ledger::{self, Ledger, OldFile, Read};
 use crate::custody::own_connections::Seen;
 use crate::custody::roll::Roll;
 use crate::custody::servers::{ClientLimit, Listening, Service};
@@ -200,6 +201,8 @@ pub struct GoesOn<'a> {
     /// What a reactor that died left open and nobody knows: closed, before anybody is served. A file that it
     /// was about to lock may have to be removed again.
     pub left: &'a mut Vec<OwnedFd>,
+    /// Where a ledger of an earlier format may have its name.
+    pub run_directory: Option<&'a Path>,
 }
 
 impl Reactor {
@@ -368,12 +371,22 @@ impl Reactor {
             mut since,
             poll,
             left,
+            run_directory,
         } = from;
         match ledger {
             Some(Read::Ours(ledger)) => self.custody.go_on(state, Some(ledger)),
             Some(Read::Old(old)) => {
                 self.custody.go_on(state, None);
                 self.custody.count_more(&ledger::counts_of(old.bytes()));
+                // As long as the next reactor would go on from the old one, and not later: what has the name is
+                // what a start believes when all are dead.
+                if let Some(run_directory) = run_directory
+                    && let Some(file) = ledger::named_in(run_directory, &old)
+                {
+                    let old = OldFile::IsPredecessors(file);
+                    // Why not is said when all is taken over.
+                    let _ = self.custody.keep_in(run_directory, old);
+                }
                 self.have_ledger_instead(old)?;
             }
             None => self.custody.go_on(state, None),
@@ -721,7 +734,10 @@ impl Reactor {
         }
         self.told = next;
         for id in self.custody.state().subscribers() {
-            if let Some(connection) = self.connections.get_mut(id.0) {
+            // Whose socket is full is woken when it takes bytes again, and is told then.
+            if let Some(connection) = self.connections.get_mut(id.0)
+                && !connection.waits_to_send
+            {
                 self.lines.enqueue(*id, connection);
             }
         }

@@ -229,3 +229,127 @@ fn a_command_has_its_lock_of_libvirts_daemon_as_well() {
     let mut waiting = waiting;
     assert_eq!(waiting.0.wait().expect("its end").code(), Some(0));
 }
+
+/// A number that a script writes, whole.
+fn number(scene: &Scene, path: &str) -> i32 {
+    let file = scene.namespace.path(path);
+    wait_for(DEADLINE, "a process to say its number", || {
+        let text = std::fs::read_to_string(&file).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    })
+}
+
+fn signal(running: &Running, signal: Signal) {
+    kill(Pid::from_raw(running.0.id().cast_signed()), signal).expect("signal it");
+}
+
+#[test]
+fn what_a_command_started_does_not_outlive_the_locks() {
+    let Some(scene) = Scene::new() else { return };
+    // One that leaves its session as well as its parents, and does not want to end.
+    let script = "trap '' TERM; setsid sh -c 'sleep 600 & echo $! > /run/pid' & wait; sleep 600";
+    for is_outer in [true, false] {
+        let words = ["exec", "/run/free", "--", "sh", "-c", script];
+        let mut running = Running::start(&scene.namespace, &words);
+        let pid = number(&scene, "/run/pid");
+        let outer = running.0.id().cast_signed();
+        let victim = if is_outer { outer } else { lock_owner(outer) };
+        assert!(runs(pid) && lock_probe(&free(&scene.namespace)).is_some());
+        kill(Pid::from_raw(victim), Signal::SIGKILL).expect("kill it");
+        if is_outer {
+            wait_until(DEADLINE, "its lock to be free", || {
+                lock_probe(&free(&scene.namespace)).is_none()
+            });
+            assert!(!runs(pid), "what the command started writes without a lock");
+        } else {
+            assert_eq!(running.0.wait().expect("its end").code(), Some(76));
+            assert!(!runs(pid), "what the command started writes without a lock");
+        }
+        std::fs::remove_file(scene.namespace.path("/run/pid")).expect("forget it");
+        wait_until(DEADLINE, "its lock to be free", || {
+            lock_probe(&free(&scene.namespace)).is_none()
+        });
+    }
+}
+
+/// The only child of the process that was started.
+fn lock_owner(outer: i32) -> i32 {
+    let children = std::fs::read_to_string(format!("/proc/{outer}/task/{outer}/children"));
+    let children = children.expect("its children");
+    children.trim().parse().expect("one child")
+}
+
+#[test]
+fn locks_are_kept_until_what_a_command_left_behind_has_ended() {
+    let Some(scene) = Scene::new() else { return };
+    let script = "setsid sleep 600 & echo $! > /run/pid; exit 3";
+    let words = ["exec", "/run/free", "--", "sh", "-c", script];
+    let mut running = Running::start(&scene.namespace, &words);
+    let pid = number(&scene, "/run/pid");
+    let said = running.0.stderr.take().expect("its errors");
+    let mut said = std::io::BufReader::new(said);
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut said, &mut line).expect("a line");
+    assert!(line.contains("the locks are kept"), "{line}");
+    assert!(runs(pid) && lock_probe(&free(&scene.namespace)).is_some());
+    signal(&running, Signal::SIGTERM);
+    assert_eq!(running.0.wait().expect("its end").code(), Some(3));
+    assert!(!runs(pid));
+    assert_eq!(lock_probe(&free(&scene.namespace)), None);
+    line.clear();
+    std::io::BufRead::read_line(&mut said, &mut line).expect("its end");
+    assert_eq!(line, "", "nothing more is said");
+}
+
+#[test]
+fn all_that_a_command_started_ends_if_the_connection_does() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    let script = "trap '' TERM; setsid sh -c 'sleep 600 & echo $! > /run/pid' & wait; sleep 600";
+    let words = ["exec", "/run/free", "--", "sh", "-c", script];
+    let mut running = Running::start(&scene.namespace, &words);
+    let pid = number(&scene, "/run/pid");
+    scene.daemon.kill();
+    assert_eq!(running.0.wait().expect("its end").code(), Some(76));
+    assert!(!runs(pid));
+}
+
+#[test]
+fn whoever_waits_for_a_lock_ends_when_told_to() {
+    let Some(scene) = Scene::new() else { return };
+    let mut status = support::status::Status::of(&scene.daemon);
+    let files = ["/run/free", "/run/disk"];
+    for (which, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let before = status.counters()["locks_refused"];
+        let words = [&["exec", "--wait", "600"], &files[..], &["--", "true"]].concat();
+        let mut waiting = Running::start(&scene.namespace, &words);
+        wait_until(DEADLINE, "it to be refused", || {
+            status.counters()["locks_refused"] > before
+        });
+        signal(&waiting, which);
+        let ended = wait_for(DEADLINE, "it to end", || {
+            waiting.0.try_wait().expect("look at it")
+        });
+        assert_eq!(ended.code(), Some(code));
+        assert_eq!(lock_probe(&free(&scene.namespace)), None);
+    }
+}
+
+#[test]
+fn a_file_that_is_named_twice_is_locked_once() {
+    let Some(scene) = Scene::new() else { return };
+    let link = scene.namespace.path("/run/link");
+    std::os::unix::fs::symlink("/run/free", link).expect("make a link");
+    let other = scene.namespace.path("/run/other");
+    std::fs::hard_link(free(&scene.namespace), other).expect("make a name");
+    for second in ["/run/free", "/run/./free", "/run/link", "/run/other"] {
+        for shared in [&[][..], &["--shared"]] {
+            let words = [&["exec"], shared, &["/run/free", second, "--", "true"]].concat();
+            scene.ctl(&words).expect(0);
+        }
+    }
+    let words = ["exec", "--lease", "/run/leases", "/run/free", "/run/free"];
+    let words = [&words[..], &["--", "true"]].concat();
+    scene.ctl(&words).expect(0);
+}

@@ -15,9 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A host with systemd, the lock daemon and libvirtd.
-struct Host {
+pub struct Host {
     libvirtd: Child,
-    systemd: Systemd,
+    pub systemd: Systemd,
 }
 
 impl Drop for Host {
@@ -50,8 +50,9 @@ done
 "#;
 
 impl Host {
-    fn start() -> Option<Host> {
-        let systemd = Systemd::start(Units::Ours, &program())?;
+    /// With these units, and this program as the lock daemon.
+    pub fn start(units: Units, lockd: &Path) -> Option<Host> {
+        let systemd = Systemd::start(units, lockd)?;
         let learned = kept_directory().join("capabilities");
         std::fs::create_dir_all(&learned).expect("make the directory of capabilities");
         let mut prepare = systemd.command("sh");
@@ -86,7 +87,7 @@ impl Host {
         Some(host)
     }
 
-    fn virsh(&self, words: &[&str]) -> Result<String, String> {
+    pub fn virsh(&self, words: &[&str]) -> Result<String, String> {
         let mut command = self.systemd.command("timeout");
         let output = command
             .args(["120", "virsh", "-q", "-c", "qemu:///system"])
@@ -102,14 +103,14 @@ impl Host {
         }
     }
 
-    fn disk(&self, name: &str) -> PathBuf {
+    pub fn disk(&self, name: &str) -> PathBuf {
         let inside = PathBuf::from(format!("/run/disks/{name}"));
         let file = std::fs::File::create_new(self.systemd.path(&inside)).expect("make a disk");
         file.set_len(1 << 20).expect("give the disk its size");
         inside
     }
 
-    fn create(&self, name: &str, disk: &Path) -> Result<(), String> {
+    pub fn create(&self, name: &str, disk: &Path) -> Result<(), String> {
         let kvm = std::fs::File::options()
             .read(true)
             .write(true)
@@ -122,7 +123,15 @@ impl Host {
         self.virsh(&["create", &file]).map(drop)
     }
 
-    fn is_locked(&self, disk: &Path) -> bool {
+    /// The process of a guest.
+    pub fn pid(&self, guest: &str) -> i32 {
+        let file = format!("/run/libvirt/qemu/{guest}.pid");
+        let pid = std::fs::read_to_string(self.systemd.path(file));
+        let pid = pid.expect("the guest's pid file").trim().parse();
+        self.systemd.outside(pid.expect("a number"))
+    }
+
+    pub fn is_locked(&self, disk: &Path) -> bool {
         is_locked(&self.systemd.path(disk))
     }
 }
@@ -133,14 +142,12 @@ fn a_real_guest_lives_through_a_restart_and_through_a_stop_and_a_start() {
         return;
     }
     let _alone = alone();
-    let Some(host) = Host::start() else {
+    let Some(host) = Host::start(Units::Ours, &program()) else {
         return;
     };
     let disk = host.disk("disk");
     host.create("guest", &disk).expect("start a guest");
-    let pid = std::fs::read_to_string(host.systemd.path("/run/libvirt/qemu/guest.pid"));
-    let pid = pid.expect("the guest's pid file").trim().parse();
-    let pid = host.systemd.outside(pid.expect("a number"));
+    let pid = host.pid("guest");
     let over = Arc::new(AtomicBool::new(false));
     let competitor = std::thread::spawn({
         let (path, over) = (host.systemd.path(&disk), over.clone());

@@ -5,6 +5,7 @@ mod support;
 
 mod guests;
 mod guests_crash;
+mod guests_package;
 mod guests_stop;
 mod guests_upgrade;
 mod who;

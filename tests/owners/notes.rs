@@ -208,7 +208,7 @@ fn a_share_that_hangs_over_a_note_keeps_nobody_waiting() {
         scene
             .daemon
             .stderr()
-            .matches("do not say at the moment")
+            .matches("do not all say at the moment")
             .count()
             == 1,
         "{}",

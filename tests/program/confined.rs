@@ -384,6 +384,43 @@ fn nothing_that_libvirts_daemon_did_not_need_costs_a_lock_when_it_is_replaced() 
     }
 }
 
+/// What the policies of the distributions do not give to the lock daemon's domain (src/dist/CONFINEMENT.md): memory
+/// files and mappings of files in the run directory, and signals among its own processes.
+const OF_NO_POLICY: [Refused; 3] = [
+    refused("memfd_create", libc::SYS_memfd_create, libc::EACCES),
+    refused("mmap", libc::SYS_mmap, libc::EACCES),
+    refused("kill", libc::SYS_kill, libc::EACCES),
+];
+
+#[test]
+fn what_no_policy_of_a_distribution_gives_may_be_refused_all_at_once_and_costs_no_lock() {
+    let Some(theirs) = theirs() else {
+        return;
+    };
+    let mut scene = Scene::of(&theirs, &OF_NO_POLICY);
+    let program = scene.host.path(PROGRAM);
+    scene.host.install_copy(&daemon::program());
+    scene.becomes(&program, &OF_NO_POLICY);
+    scene.serves(&OF_NO_POLICY);
+    // It says that it cannot be replaced by itself, and that its death would be noticed.
+    let reason = refused_upgrade(&scene.daemon);
+    assert!(reason.contains("memory file"), "{reason}");
+    let log = scene.daemon.stderr();
+    assert!(log.contains("without a guardian"), "{log}");
+    scene.serves(&OF_NO_POLICY);
+    // Owners are killed all the same.
+    let mut leaver = Owner::register(scene.daemon.lock_socket(), "leaver", OnTerm::Die);
+    leaver.call(&acquire("", &scene.spare, 0)).expect_ok();
+    leaver.close_connection();
+    leaver.wait_signal().expect("it is killed");
+    scene.host.wait_free(&scene.spare);
+    scene.host.install_copy(&theirs);
+    scene.becomes(&program, &OF_NO_POLICY);
+    scene.host.assert_held(&scene.disk);
+    scene.guest.call(&release("", &scene.disk)).expect_ok();
+    scene.host.assert_free(&scene.disk);
+}
+
 #[test]
 fn where_there_is_no_way_on_libvirts_own_program_goes_on_as_if_nothing_had_been_asked() {
     let Some(theirs) = theirs() else {

@@ -255,7 +255,7 @@ fn what_a_client_sent_before_it_closed_is_all_carried_out() {
     }
     for _ in 0..5 {
         for is_acquire in [true, false] {
-            let mut bytes = register(4243).frame(0);
+            let mut bytes = register(support::scene::NOBODY + 1).frame(0);
             for disk in &disks {
                 let call = match is_acquire {
                     true => acquire("", disk, 0),

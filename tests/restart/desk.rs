@@ -382,6 +382,7 @@ fn reactor(desk: Desk, ledger: RawFd, known: &BTreeSet<RawFd>, serving_at: usize
             since,
             poll: None,
             left: &mut left,
+            run_directory: None,
         };
         reactor.go_on(from).unwrap();
         // A word that nobody uses otherwise.

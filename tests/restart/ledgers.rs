@@ -32,8 +32,8 @@ use virtlockd::restart::libvirt_json::{self, Unusable};
 
 /// Bytes in front of the events.
 const HEADER: usize = 320;
-/// The same of format 3, which had no counts.
-const HEADER_OF_3: usize = 64;
+/// The same of formats 3 and 4, which had no counts.
+const HEADER_WITHOUT_COUNTS: usize = 64;
 /// The same up to format 2.
 const OLD_HEADER: usize = 32;
 /// Where the header says which extent counts, and where the two are.
@@ -229,13 +229,7 @@ fn everything_of_format_1() -> Plain {
 
 /// A state with at least one of everything.
 fn everything() -> Plain {
-    let mut all = everything_of_format_3();
-    all.here = Some(Here {
-        boot: Some([0xb0; 16]),
-        namespace: Some(4_026_531_836),
-    });
-    all.clients[0].life = Some(Life::Inode(5_000_000_000));
-    all.clients[1].life = Some(Life::Start(123_456));
+    let mut all = everything_of_format_4();
     all.clients[0].registered_at = 1_795_325_634_567;
     all.clients[4].wanted = 0x3ff;
     for (resource, since) in all
@@ -245,6 +239,18 @@ fn everything() -> Plain {
     {
         resource.since = since;
     }
+    all
+}
+
+/// A state with at least one of everything that format 4 has words for.
+fn everything_of_format_4() -> Plain {
+    let mut all = everything_of_format_3();
+    all.here = Some(Here {
+        boot: Some([0xb0; 16]),
+        namespace: Some(4_026_531_836),
+    });
+    all.clients[0].life = Some(Life::Inode(5_000_000_000));
+    all.clients[1].life = Some(Life::Start(123_456));
     all.lives = vec![
         (4012, Life::Inode(5_000_000_001)),
         (4014, Life::Start(123_457)),
@@ -708,6 +714,7 @@ fn a_saved_ledger_of_every_format_loads() {
     }
     for (version, all) in [
         (3, everything_of_format_3()),
+        (4, everything_of_format_4()),
         (ledger::VERSION, everything()),
     ] {
         let state = ledger::replay(&read_saved(&format!("format-{version}.bin")));
@@ -990,7 +997,10 @@ fn what_is_written_for_an_earlier_program_is_a_ledger_of_its_format() {
         let memory = earlier::write(version, entries).expect("write it");
         assert_eq!(memory.bytes()[8..12], version.to_le_bytes());
         let read = sorted(&ledger::replay(memory.bytes()).expect("read it"));
-        let mut all = everything_of_format_3();
+        let mut all = match version {
+            4 => everything_of_format_4(),
+            _ => everything_of_format_3(),
+        };
         all.poll = None;
         if version < 3 {
             all.estates.clear();
@@ -1035,7 +1045,7 @@ fn a_ledger_with_a_flipped_bit_is_refused() {
         let whole = read_saved(&format!("format-{version}.bin"));
         let header = match version {
             1 | 2 => OLD_HEADER,
-            3 => HEADER_OF_3,
+            3 | 4 => HEADER_WITHOUT_COUNTS,
             _ => HEADER,
         };
         let which = version > 2;

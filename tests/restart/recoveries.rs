@@ -162,9 +162,9 @@ fn the_ledger_of_an_earlier_version_is_read_until_there_is_another_one() {
     }
     let mut scene = Scene::of(&daemon::program());
     let rival = Rival::of(vec![scene.host.path(&scene.disk)]);
-    let mut formats = [3, 2].into_iter().cycle();
+    let mut formats = [4, 3, 2].into_iter().cycle();
     for places in places(step_of(11)) {
-        let format = formats.next().unwrap_or(3);
+        let format = formats.next().unwrap_or(4);
         scene.host.install_script(&earlier_version(format));
         scene.daemon.wait_until_asleep();
         let before = image(scene.pid);

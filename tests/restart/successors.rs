@@ -11,9 +11,13 @@ use crate::support::upgrade::{
 };
 use crate::support::{DEADLINE, require_root, wait_until};
 use nix::sys::signal::Signal;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use virtlockd::custody::ledger::VERSION;
+
+/// The ledger in the run directory.
+const LEDGER: &str = "/run/libvirt/virtlockd-ledger";
 
 /// A daemon at work.
 struct Scene {
@@ -203,16 +207,16 @@ fn a_successor_that_reads_another_format_is_refused() {
     scene.recovers();
 }
 
-/// A version of before ledgers of format 3, as far as this daemon can tell: it takes no later one.
+/// A version that takes no later format than this one, as far as this daemon can tell.
 /// It is this program, which reads the earlier formats, too.
-fn earlier_version() -> String {
+fn earlier_version(last: u32) -> String {
     let program = daemon::program();
     format!(
         r#"if [ -n "$VIRTLOCKD_CHECK_LEDGER" ]; then
     format=$(od -An -tu4 -j8 -N4)
-    if [ $format -gt 2 ]; then
+    if [ $format -gt {last} ]; then
         echo 'virtlockd (virtlockd-rs) 0.0.1'
-        echo "the ledger: its format $((format)) is newer than 2, the last that this program knows" >&2
+        echo "the ledger: its format $((format)) is newer than {last}, the last that this program knows" >&2
         exit 3
     fi
 fi
@@ -238,7 +242,7 @@ fn an_earlier_version_is_given_a_ledger_that_it_reads() {
     lender.send(begin);
     scene.daemon.wait_until_asleep();
     let rival = Rival::of(vec![scene.host.path(&scene.disk), scene.host.path(&lent)]);
-    scene.host.install_script(&earlier_version());
+    scene.host.install_script(&earlier_version(2));
     upgrade(&scene.daemon);
     let log = scene.daemon.stderr();
     assert!(
@@ -253,6 +257,63 @@ fn an_earlier_version_is_given_a_ledger_that_it_reads() {
     lender.send(rest);
     lender.receive();
     scene.host.assert_free(&lent);
+    scene.recovers();
+}
+
+#[test]
+fn an_earlier_version_leaves_no_ledger_of_ours_in_the_run_directory() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.host.assert_keeps_ledger(scene.daemon.pid());
+    let path = scene.host.path(LEDGER);
+    let inode = |path: &Path| std::fs::metadata(path).ok().map(|it| it.ino());
+    let ours = inode(&path);
+    scene.host.install_script(&earlier_version(4));
+    upgrade(&scene.daemon);
+    assert_eq!(refusals(&scene.daemon), [""; 0]);
+    scene.serves();
+    // Nobody writes it any more: a start would believe it.
+    wait_until(DEADLINE, "the ledger to lose its name", || {
+        inode(&path) != ours
+    });
+    scene.recovers();
+}
+
+#[test]
+fn a_ledger_of_an_earlier_format_gives_its_name_to_the_next_one_at_once() {
+    if !require_root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let disk = scene.disk.clone();
+    // Without locks format 5 is format 4, but for the header.
+    for name in [&disk, &scene.shared] {
+        scene.guest.call(&release("", name)).expect_ok();
+    }
+    let successor = format!(
+        r#"if [ -n "$VIRTLOCKD_HANDOVER" ]; then
+    printf '\004' | dd of=/proc/self/fd/${{VIRTLOCKD_HANDOVER%:*}} bs=1 seek=8 conv=notrunc 2>/dev/null
+fi
+exec bash -c 'exec -a "$0" {} "$@"' "$0" "$@""#,
+        daemon::program().display()
+    );
+    scene.host.install_script(&successor);
+    upgrade(&scene.daemon);
+    assert_eq!(refusals(&scene.daemon), [""; 0]);
+    // It serves.
+    scene.guest.call(&acquire("", &disk, 0)).expect_ok();
+    let pid = scene.daemon.pid();
+    scene.host.assert_keeps_ledger(pid);
+    let ledger = std::fs::read(scene.host.path(LEDGER)).expect("read the ledger");
+    assert_eq!(ledger[8..12], VERSION.to_le_bytes());
+    let log = scene.daemon.stderr();
+    assert!(!log.contains("a ledger that has no name"), "{log}");
+    scene
+        .guest
+        .call(&acquire("", &scene.shared, SHARED))
+        .expect_ok();
     scene.recovers();
 }
 

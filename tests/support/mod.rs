@@ -15,6 +15,7 @@ pub mod libvirt;
 pub mod manager;
 pub mod namespace;
 pub mod owner;
+pub mod packages;
 pub mod protocol;
 pub mod random;
 pub mod scene;

@@ -15,6 +15,9 @@ pub const HELD: &str = "/run/disk";
 pub const OTHER: &str = "/run/other";
 /// The disk that the guest locks and unlocks while a daemon is attacked.
 const BUSY: &str = "/run/busy";
+/// The number of no process, and the next one is none's either: a process that has a number which is registered here, and
+/// ends, takes the locks along.
+pub const NOBODY: i32 = 1_000_004_242;
 /// How much more memory than before may stay with the daemon after an attack, KiB: lists that have
 /// grown once, and what the allocator keeps for the next time.
 const SLACK_KIB: u64 = 1024;
@@ -50,7 +53,9 @@ impl Scene {
             std::fs::write(namespace.path(name), "data").expect("write a disk");
         }
         let mut bystander = daemon.client();
-        bystander.call(&register_as("bystander", 4242)).expect_ok();
+        bystander
+            .call(&register_as("bystander", NOBODY))
+            .expect_ok();
         bystander.call(&acquire("", HELD, 0)).expect_ok();
         // The connection that waited for the start may still be open.
         daemon.wait_until_asleep();
@@ -205,7 +210,7 @@ impl BusyGuest {
         let stop = Arc::<AtomicBool>::default();
         let rounds = Arc::<AtomicUsize>::default();
         let mut client = daemon.client();
-        client.call(&register_as("guest", 4243)).expect_ok();
+        client.call(&register_as("guest", NOBODY + 1)).expect_ok();
         let thread = std::thread::spawn({
             let (stop, rounds) = (stop.clone(), rounds.clone());
             move || {

@@ -27,6 +27,8 @@ pub enum Units {
     Libvirts,
     /// libvirt's with our drop-ins.
     LibvirtsWithOurs,
+    /// Those of the packages that are installed inside, at any time.
+    Packages,
 }
 
 /// libvirt's units beside those of its lock daemon, and what they name of systemd's.
@@ -122,16 +124,22 @@ impl Systemd {
             let from = match units {
                 Units::Ours => dist.join(name),
                 Units::Libvirts | Units::LibvirtsWithOurs => libvirts(name),
+                Units::Packages => {
+                    self.link_units(&[name, &format!("{name}.d")]);
+                    continue;
+                }
             };
             copy(&from, &format!("/units/{name}"));
         }
-        if units != Units::Libvirts {
+        if units == Units::Packages {
+            self.link_units(&["virtlockd-shutdown.service"]);
+        } else if units != Units::Libvirts {
             copy(
                 &dist.join("virtlockd-shutdown.service"),
                 "/units/virtlockd-shutdown.service",
             );
         }
-        if units != Units::Libvirts {
+        if !matches!(units, Units::Libvirts | Units::Packages) {
             let folder = "/etc/systemd/system/machine-.scope.d";
             std::fs::create_dir_all(self.path(folder)).expect("make a folder for a drop-in");
             let from = dist.join("drop-in/machine-.scope.conf");
@@ -145,8 +153,26 @@ impl Systemd {
                 copy(&from, &format!("/etc/systemd/system/{name}.d/keep.conf"));
             }
         }
+        if super::is_sanitized() && matches!(units, Units::Ours | Units::LibvirtsWithOurs) {
+            // LeakSanitizer looks at a process by ptrace(2), which no unit needs otherwise. (libvirt's own has no
+            // filter, and would allow nothing else with this one.)
+            let folder = format!("/run/systemd/system/{SERVICE}.d");
+            std::fs::create_dir_all(self.path(&folder)).expect("make a folder for a drop-in");
+            let drop_in = "[Service]\nSystemCallFilter=@debug\n";
+            let file = format!("{folder}/sanitizer.conf");
+            std::fs::write(self.path(file), drop_in).expect("write a drop-in");
+        }
         let log = "LIBVIRT_DEBUG=2\nLIBVIRT_LOG_OUTPUTS=2:file:/run/virtlockd.log\n";
         std::fs::write(self.path("/etc/default/virtlockd"), log).expect("say where the log goes");
+    }
+
+    /// systemd looks for these where packages have them. (For nothing else there: it would start the host.)
+    fn link_units(&self, names: &[&str]) {
+        for name in names {
+            let to = Path::new("/usr/lib/systemd/system").join(name);
+            let link = self.path(format!("/units/{name}"));
+            std::os::unix::fs::symlink(to, link).expect("link a unit");
+        }
     }
 
     /// Installs libvirt's other units, as they are ordered, and what they name. In the place of their programs
