@@ -259,6 +259,36 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
     }
 }
 
+/// Has the server of a network file system asked what the directory of this path is like now (statx(2),
+/// AT_STATX_FORCE_SYNC). Names in it that were seen before are looked up anew if it has changed.
+pub fn ask_anew(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
+    let (directory, flags) = match start {
+        Start::Beneath(directory) => (directory.as_raw_fd(), libc::AT_EMPTY_PATH),
+        Start::Anywhere => (libc::AT_FDCWD, 0),
+    };
+    let parent = match path.iter().rposition(|byte| *byte == b'/') {
+        Some(0) => &b"/"[..],
+        Some(at) => path.get(..at).unwrap_or_default(),
+        None if flags == 0 => b".",
+        None => b"",
+    };
+    let parent = std::ffi::CString::new(parent).map_err(|_| Errno::ENOENT)?;
+    let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+    let flags = flags | libc::AT_STATX_FORCE_SYNC;
+    let wanted = libc::STATX_CTIME | libc::STATX_MTIME;
+    // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
+    let result = unsafe {
+        libc::statx(
+            directory,
+            parent.as_ptr(),
+            flags,
+            wanted,
+            found.as_mut_ptr(),
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
 /// What is known here of the file that a path leads to: a server of a network file system is not asked, so
 /// this does not wait for one. Identity, and whether it is a regular file or a block device.
 pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {

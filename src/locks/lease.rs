@@ -427,7 +427,10 @@ impl Acquisition<'_> {
 
 /// Whether a name leads to this very file. An error if that cannot be found out at the moment.
 fn leads_to(place: Place<'_>, identity: FileIdentity) -> Result<bool, Errno> {
-    match place.reach(file::look_up) {
+    match place.reach(|start, path| {
+        file::ask_anew(start, path)?;
+        file::look_up(start, path)
+    }) {
         Ok(found) => Ok(found.identity == identity),
         Err(Unreachable::Leaves) => Ok(false),
         Err(Unreachable::System(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)) => Ok(false),
