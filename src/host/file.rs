@@ -273,9 +273,7 @@ pub fn ask_anew(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
         Start::Anywhere => link_nothing(fcntl::AT_FDCWD, path),
         Start::Beneath(directory) => match split(path) {
             None => link_nothing(directory, path),
-            Some((parent, name)) => {
-                link_nothing(&open_directory_beneath(directory, parent)?, name)
-            }
+            Some((parent, name)) => link_nothing(&open_directory_beneath(directory, parent)?, name),
         },
     };
     match result {
@@ -287,7 +285,13 @@ pub fn ask_anew(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
 
 fn link_nothing(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     let flags = fcntl::AtFlags::empty();
-    Ok(unistd::linkat(fcntl::AT_FDCWD, c"/proc", directory, name, flags)?)
+    Ok(unistd::linkat(
+        fcntl::AT_FDCWD,
+        c"/proc",
+        directory,
+        name,
+        flags,
+    )?)
 }
 
 /// Whether nobody but this kernel changes the file system that an open file is on, so that what it remembers of a

@@ -20,9 +20,7 @@ use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
-use crate::host::file::{
-    self, Conflict, FileIdentity, FileInformation, LockType, Lockable, Start,
-};
+use crate::host::file::{self, Conflict, FileIdentity, FileInformation, LockType, Lockable, Start};
 use crate::host::note::Note;
 use crate::host::process;
 use crate::host::shared::Word;
@@ -308,7 +306,10 @@ impl Acquisition<'_> {
     /// somebody else may have taken it meanwhile.
     fn unmake(&self, descriptor: &mut Lockable, identity: FileIdentity) {
         match descriptor.lock(LockType::Write) {
-            Ok(()) => remove(self.place, descriptor, identity),
+            Ok(()) => {
+                let is_own = file::has_names_for_itself(&*descriptor, identity);
+                remove(self.place, identity, is_own);
+            }
             // It is theirs now.
             Err(Errno::EAGAIN | Errno::EACCES) => (),
             Err(errno) => self.left_behind(errno),
@@ -436,8 +437,8 @@ pub(in crate::locks) fn leads_to(
     file: &Lockable,
     identity: FileIdentity,
 ) -> Result<bool, Errno> {
-    let is_so = file::has_names_for_itself(file, identity);
-    match place.reach(|start, path| look_up(start, path, is_so)) {
+    let is_own = file::has_names_for_itself(file, identity);
+    match place.reach(|start, path| look_up(start, path, is_own)) {
         Ok(found) => Ok(found.identity == identity),
         Err(Unreachable::Leaves) => Ok(false),
         Err(Unreachable::System(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)) => Ok(false),
@@ -445,9 +446,9 @@ pub(in crate::locks) fn leads_to(
     }
 }
 
-/// What a path leads to: what this host remembers of it is so, or it has to be asked for.
-fn look_up(start: Start<'_>, path: &[u8], is_so: bool) -> Result<FileInformation, Errno> {
-    if !is_so {
+/// What a path leads to. Unless the file system is this host's own, what it remembers of names is not enough.
+fn look_up(start: Start<'_>, path: &[u8], is_own: bool) -> Result<FileInformation, Errno> {
+    if !is_own {
         file::ask_anew(start, path)?;
     }
     file::look_up(start, path)
@@ -538,10 +539,11 @@ impl Lease {
     /// shares it, then unlocks it.
     #[inline]
     pub fn let_go(&mut self, place: Place<'_>, identity: FileIdentity, removes: Option<Mode>) {
-        if let Some(mode) = removes
-            && self.is_last(mode, place, identity)
-        {
-            remove(place, &self.descriptor, identity);
+        if let Some(mode) = removes {
+            let is_own = file::has_names_for_itself(&self.descriptor, identity);
+            if self.is_last(mode, place, is_own) {
+                remove(place, identity, is_own);
+            }
         }
         if let Err(errno) = self.descriptor.unlock() {
             tracing::warn!(
@@ -569,9 +571,10 @@ impl Lease {
     }
 
     /// Whether nobody on another host or in another daemon shares the lock: then it can be made exclusive. An
-    /// exclusive one is, but a server may have given it away, unnoticed: that is asked for once more.
-    fn is_last(&mut self, mode: Mode, place: Place<'_>, identity: FileIdentity) -> bool {
-        if mode == Mode::Exclusive && file::has_names_for_itself(&self.descriptor, identity) {
+    /// exclusive one is, on this host's own file systems; a server may have given it away, unnoticed: it is asked
+    /// for once more.
+    fn is_last(&mut self, mode: Mode, place: Place<'_>, is_own: bool) -> bool {
+        if mode == Mode::Exclusive && is_own {
             return true;
         }
         let upgraded = match self.upgrade() {
@@ -616,15 +619,15 @@ pub fn take_back(file: OwnedFd, made_at: Option<Place<'_>>) {
         && leads_to(place, &file, identity) == Ok(true)
         && file.lock(LockType::Write).is_ok()
     {
-        remove(place, &file, identity);
+        let is_own = file::has_names_for_itself(&file, identity);
+        remove(place, identity, is_own);
     }
 }
 
 /// Removes a lock file, if its name still leads to the file that was locked.
-fn remove(place: Place<'_>, file: &Lockable, identity: FileIdentity) {
-    let is_so = file::has_names_for_itself(file, identity);
+fn remove(place: Place<'_>, identity: FileIdentity, is_own: bool) {
     let result = place.reach(|start: Start<'_>, path: &[u8]| {
-        if look_up(start, path, is_so)?.identity == identity {
+        if look_up(start, path, is_own)?.identity == identity {
             file::unlink(start, path)?;
         }
         Ok(())

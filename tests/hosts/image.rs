@@ -54,10 +54,9 @@ exec init
 const INITTAB: &str = r#"::once:/bin/sh /start
 "#;
 
-/// Starts the agent on the port that QEMU has for it. (A call waits for a server that started anew, and a host that was
-/// told to ask later asks ever less often.)
+/// Starts the agent on the port that QEMU has for it.
 const START: &str = r#"export PATH=/usr/sbin:/usr/bin:/sbin:/bin VIRTLOCKD_UNDER_TEST=@OURS@
-export VIRTLOCKD_TEST_OWNER_PATIENCE=80 VIRTLOCKD_TEST_AGENT_PORT=/dev/$(basename /sys/class/virtio-ports/*)
+export VIRTLOCKD_TEST_AGENT_PORT=/dev/$(basename /sys/class/virtio-ports/*)
 exec @AGENT@ --ignored --exact --nocapture --test-threads=1 agent::the_agent_of_a_host >/dev/console 2>&1
 "#;
 

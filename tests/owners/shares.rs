@@ -3,8 +3,8 @@
 
 use crate::support;
 use crate::support::client::{
-    AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, Reply, SHARED, SYSTEM_ERROR, acquire,
-    create_lockspace, delete_resource, register_as, release,
+    AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, Reply, SHARED, SYSTEM_ERROR,
+    acquire, create_lockspace, delete_resource, register_as, release,
 };
 use crate::support::daemon::{self, Daemon};
 use crate::support::fuse::{Habits, Operation, Share, Trouble};

@@ -16,8 +16,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const SOCKET_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_SOCKET";
-/// How many seconds owners wait for a reply, where that is not [`DEADLINE`].
-const PATIENCE_VARIABLE: &str = "VIRTLOCKD_TEST_OWNER_PATIENCE";
 const MARK: &str = "answer> ";
 
 /// A user who may do nothing.
@@ -422,9 +420,7 @@ fn the_owner_process() {
 
 /// Sends a call and reads its reply.
 fn exchange(stream: &mut UnixStream, call: &[u8]) -> std::io::Result<Vec<u8>> {
-    let patience = std::env::var(PATIENCE_VARIABLE).ok();
-    let patience = patience.map(|it| Duration::from_secs(it.parse().expect("seconds")));
-    stream.set_read_timeout(Some(patience.unwrap_or(DEADLINE)))?;
+    stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(call)?;
     let mut reply = vec![0; 4];
     stream.read_exact(&mut reply)?;
