@@ -254,10 +254,13 @@ impl Agent {
     }
 
     fn turns(&self, name: &str, words: &str) -> String {
-        let (count, lease) = words.split_once(' ').expect("a number and a call");
+        let [count, keep, lease] = words.splitn(3, ' ').collect::<Vec<_>>()[..] else {
+            panic!("how often, how long, what: {words}");
+        };
         let client = self.speak_for(name);
         let count = count.parse().expect("a number of turns");
-        take_turns(client, count, lease)
+        let keep = Duration::from_millis(keep.parse().expect("milliseconds"));
+        take_turns(client, count, keep, lease)
     }
 
     fn rival(&self, path: &str) -> String {
@@ -338,10 +341,10 @@ fn is_held(message: &str, code: i32, domain: i32) -> bool {
     (code, domain) == (RESOURCE_BUSY, DOMAIN_LOCKSPACE) && message.contains("is locked")
 }
 
-/// Takes a lock and gives it back until it was had so often, or the time is over. Whoever has it makes a file that must not be there, as
+/// Takes a lock, keeps it and gives it back until it was had so often, or the time is over. Whoever has it makes a file that must not be there, as
 /// no two can at one time, and removes it. (A file system gives no name to two makers, and this has nothing to do
 /// with locks.)
-fn take_turns(mut client: Client, count: u32, lease: &str) -> String {
+fn take_turns(mut client: Client, count: u32, keep: Duration, lease: &str) -> String {
     let words: Vec<&str> = lease.split(' ').collect();
     let [mark, flags, lockspace, name] = words[..] else {
         panic!("a mark, flags, a lockspace and a name: {lease}");
@@ -372,6 +375,7 @@ fn take_turns(mut client: Client, count: u32, lease: &str) -> String {
             }
             Err(error) => wrong.push(format!("make {mark}: {error}")),
         }
+        std::thread::sleep(keep);
         if let Err(error) = std::fs::remove_file(mark) {
             wrong.push(format!("turn {had}: remove {mark}: {error}"));
         }

@@ -1,7 +1,7 @@
 //! Who may have what, on two hosts.
 
 use crate::machine::PATIENCE;
-use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair};
+use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair, Turns};
 use crate::support::wait_until;
 use crate::{require_ours, story};
 use std::time::Duration;
@@ -80,7 +80,12 @@ fn a_lease_that_is_given_up_between_opening_and_locking_is_never_had_by_both() {
         let [one, _, other, _] = guests(hosts, Kind::Ours, Kind::Ours);
         hosts.a.slow_down("fcntl", MOMENT);
         hosts.b.slow_down("close", MOMENT);
-        take_turns(&one, &other, &hosts.lease("lease"), 500);
+        let lease = hosts.lease("lease");
+        // As long as the one has it the other one tries and would make a new file.
+        end_turns([
+            one.begin_turns(10, 3 * MOMENT, &lease),
+            other.begin_turns(15, Duration::ZERO, &lease),
+        ]);
     });
 }
 
@@ -165,11 +170,10 @@ fn excludes(hosts: &Pair, [one, two, other, another]: &[Guest; 4], lease: &Lease
 /// Both hosts take the lock as often and as fast as they can.
 fn in_turn(hosts: &Pair, on_b: Kind, lease: &Lease, count: u32) {
     let [one, _, other, _] = guests(hosts, Kind::Ours, on_b);
-    take_turns(&one, &other, lease, count);
+    end_turns([&one, &other].map(|guest| guest.begin_turns(count, Duration::ZERO, lease)));
 }
 
-fn take_turns(one: &Guest, other: &Guest, lease: &Lease, count: u32) {
-    let both = [one, other].map(|guest| guest.begin_turns(count, lease));
+fn end_turns(both: [Turns; 2]) {
     for turns in both {
         let end = turns.end();
         eprintln!(

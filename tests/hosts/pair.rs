@@ -470,9 +470,10 @@ impl Guest {
         answer.split(BETWEEN).map(Outcome::of).collect()
     }
 
-    /// Takes the lock and gives it back so often.
-    pub fn begin_turns(&self, count: u32, lease: &Lease) -> Turns {
-        let order = format!("turns {} {count} {}", self.name, lease.turns());
+    /// Takes the lock, keeps it for so long and gives it back, so often.
+    pub fn begin_turns(&self, count: u32, keep: Duration, lease: &Lease) -> Turns {
+        let keep = keep.as_millis();
+        let order = format!("turns {} {count} {keep} {}", self.name, lease.turns());
         Turns(self.begin_order(&order))
     }
 
