@@ -324,6 +324,7 @@ impl Work<'_> {
             place,
             identity: resource.identity,
             mode: resource.mode,
+            autocreate: resource.autocreate,
         };
         let mut lease = again.run()?;
         lease.created = resource.lease.created;
@@ -522,6 +523,7 @@ fn is_in_use(resource: &Held) -> bool {
         place,
         identity: resource.identity,
         mode: Mode::Exclusive,
+        autocreate: resource.autocreate,
     };
     match again.run() {
         Ok(lease) => {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::{self, FileStat, Mode, SFlag};
+use nix::sys::statfs::{self, FsType};
 use nix::unistd::{self, UnlinkatFlags};
 
 use super::errno::Errno;
@@ -259,6 +260,56 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
     }
 }
 
+/// Has whoever keeps the names of a file system asked what this one leads to now: the kernel may remember what it
+/// saw before, which another host has changed since. What is looked up next is as it was after this call began.
+///
+/// No call has just this meaning. (That the directory's attributes are asked for, statx(2) with
+/// AT_STATX_FORCE_SYNC, is not enough: FUSE remembers names for a time, and on NFS two changes of a directory may have one
+/// time.) But where a name is to be made that must not be there the kernel believes nothing that it remembers
+/// (LOOKUP_EXCL). So here a link is asked for that can never be made, to a directory of another file system:
+/// that is found out only behind the question whether its name is free.
+pub fn ask_anew(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
+    let result = match start {
+        Start::Anywhere => link_nothing(fcntl::AT_FDCWD, path),
+        Start::Beneath(directory) => match split(path) {
+            None => link_nothing(directory, path),
+            Some((parent, name)) => link_nothing(&open_directory_beneath(directory, parent)?, name),
+        },
+    };
+    match result {
+        // There is something of this name, or nothing; where nothing can be made the kernel says that instead.
+        Ok(()) | Err(Errno::EEXIST | Errno::EXDEV | Errno::EROFS) => Ok(()),
+        Err(reason) => Err(reason),
+    }
+}
+
+fn link_nothing(directory: impl AsFd, name: &[u8]) -> Result<(), Errno> {
+    let flags = fcntl::AtFlags::empty();
+    Ok(unistd::linkat(
+        fcntl::AT_FDCWD,
+        c"/proc",
+        directory,
+        name,
+        flags,
+    )?)
+}
+
+/// Whether nobody but this kernel changes the file system that an open file is on, so that what it remembers of a
+/// name is so. False if that is not known.
+///
+/// A file system on a block device has the device's number; where hosts share one, their kernels agree on names
+/// before they change them. This costs nothing then.
+pub fn has_names_for_itself(file: impl AsFd, identity: FileIdentity) -> bool {
+    let is_on_device = identity.inode != 0 && libc::major(identity.device) != 0;
+    is_on_device
+        || statfs::fstatfs(file).is_ok_and(|found| {
+            const ZFS: FsType = FsType(0x2fc1_2fc1);
+            const RAMFS: FsType = FsType(0x8584_58f6);
+            let local = [statfs::TMPFS_MAGIC, statfs::BTRFS_SUPER_MAGIC, ZFS, RAMFS];
+            local.contains(&found.filesystem_type())
+        })
+}
+
 /// What is known here of the file that a path leads to: a server of a network file system is not asked, so
 /// this does not wait for one. Identity, and whether it is a regular file or a block device.
 pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
@@ -289,21 +340,24 @@ fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), 
     Ok((identity, matches!(kind, libc::S_IFREG | libc::S_IFBLK)))
 }
 
+/// The directory of a path, if it has one, and the name in it.
+fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = path.iter().rposition(|byte| *byte == b'/')?;
+    let (parent, name) = path.split_at_checked(at)?;
+    Some((parent, name.strip_prefix(b"/").unwrap_or(name)))
+}
+
 /// Removes a name. Of a symbolic link, the link.
 pub fn unlink(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
     match start {
         Start::Anywhere => Ok(unistd::unlink(path)?),
         Start::Beneath(directory) => {
-            let split = path.iter().rposition(|byte| *byte == b'/');
-            let (parent, name) = match split.and_then(|at| path.split_at_checked(at)) {
-                None => {
-                    return Ok(unistd::unlinkat(
-                        directory,
-                        path,
-                        UnlinkatFlags::NoRemoveDir,
-                    )?);
-                }
-                Some((parent, name)) => (parent, name.strip_prefix(b"/").unwrap_or(name)),
+            let Some((parent, name)) = split(path) else {
+                return Ok(unistd::unlinkat(
+                    directory,
+                    path,
+                    UnlinkatFlags::NoRemoveDir,
+                )?);
             };
             let parent = open_directory_beneath(directory, parent)?;
             Ok(unistd::unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir)?)

@@ -2,7 +2,7 @@
 //! was killed with all its processes. The file must be the very one that was locked; another one that has its
 //! name by now is not touched.
 
-use super::lease::{Lease, LockKind, Stranger};
+use super::lease::{self, Lease, LockKind, Stranger};
 use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::errno::Errno;
@@ -17,6 +17,8 @@ pub struct Again<'a> {
     pub identity: FileIdentity,
     /// Alone or with others.
     pub mode: Mode,
+    /// Whether it is a lock file, which whoever has it last removes.
+    pub autocreate: bool,
 }
 
 /// Why a lock could not be taken again.
@@ -73,18 +75,26 @@ impl Again<'_> {
             Mode::Shared => LockType::Read,
         };
         match descriptor.lock(lock_type) {
-            Ok(()) => Ok(Lease {
-                descriptor,
-                kind: LockKind::OpenFile,
-                created: false,
-            }),
-            Err(Errno::EAGAIN | Errno::EACCES) => Err(NotAgain::Taken(Stranger::of(
-                &descriptor,
-                lock_type,
-                self.place,
-            ))),
-            Err(errno) => Err(NotAgain::Lock(errno)),
+            Ok(()) => (),
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                let stranger = Stranger::of(&descriptor, lock_type, self.place);
+                return Err(NotAgain::Taken(stranger));
+            }
+            Err(errno) => return Err(NotAgain::Lock(errno)),
         }
+        // Who has had it meanwhile may have removed it, behind our look at its name.
+        if self.autocreate && self.identity.is_known() {
+            match lease::leads_to(self.place, &descriptor, self.identity) {
+                Ok(true) => (),
+                Ok(false) => return Err(NotAgain::Replaced),
+                Err(errno) => return Err(NotAgain::Open(errno)),
+            }
+        }
+        Ok(Lease {
+            descriptor,
+            kind: LockKind::OpenFile,
+            created: false,
+        })
     }
 }
 
@@ -113,6 +123,7 @@ mod tests {
             },
             identity,
             mode: Mode::Exclusive,
+            autocreate: true,
         };
         let lease = again.run().unwrap();
         let taken = again.run().unwrap_err();

@@ -20,7 +20,7 @@ use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::descriptors;
 use crate::host::errno::{self, Errno};
-use crate::host::file::{self, Conflict, FileIdentity, LockType, Lockable, Start};
+use crate::host::file::{self, Conflict, FileIdentity, FileInformation, LockType, Lockable, Start};
 use crate::host::note::Note;
 use crate::host::process;
 use crate::host::shared::Word;
@@ -276,7 +276,7 @@ impl Acquisition<'_> {
         // The last owner of a made file removes it: between our open and our lock it may have
         // gone, and then we hold a lock on a file that nobody else will ever find.
         if self.autocreate {
-            match leads_to(self.place, identity) {
+            match leads_to(self.place, &descriptor, identity) {
                 Ok(true) => (),
                 Ok(false) => return Err(Missed::Replaced),
                 Err(errno) => {
@@ -306,7 +306,10 @@ impl Acquisition<'_> {
     /// somebody else may have taken it meanwhile.
     fn unmake(&self, descriptor: &mut Lockable, identity: FileIdentity) {
         match descriptor.lock(LockType::Write) {
-            Ok(()) => remove(self.place, identity),
+            Ok(()) => {
+                let is_own = file::has_names_for_itself(&*descriptor, identity);
+                remove(self.place, identity, is_own);
+            }
             // It is theirs now.
             Err(Errno::EAGAIN | Errno::EACCES) => (),
             Err(errno) => self.left_behind(errno),
@@ -425,14 +428,30 @@ impl Acquisition<'_> {
     }
 }
 
-/// Whether a name leads to this very file. An error if that cannot be found out at the moment.
-fn leads_to(place: Place<'_>, identity: FileIdentity) -> Result<bool, Errno> {
-    match place.reach(file::look_up) {
+/// Whether a name leads to this very file, which is open. An error if that cannot be found out at the moment.
+///
+/// Asked under a lock it stays so: whoever removes a lock file has it locked alone, and looks first as well. What
+/// this host's kernel saw of the name before it had the lock says nothing where other hosts have the directory.
+pub(in crate::locks) fn leads_to(
+    place: Place<'_>,
+    file: &Lockable,
+    identity: FileIdentity,
+) -> Result<bool, Errno> {
+    let is_own = file::has_names_for_itself(file, identity);
+    match place.reach(|start, path| look_up(start, path, is_own)) {
         Ok(found) => Ok(found.identity == identity),
         Err(Unreachable::Leaves) => Ok(false),
         Err(Unreachable::System(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP)) => Ok(false),
         Err(Unreachable::System(errno)) => Err(errno),
     }
+}
+
+/// What a path leads to. Unless the file system is this host's own, what it remembers of names is not enough.
+fn look_up(start: Start<'_>, path: &[u8], is_own: bool) -> Result<FileInformation, Errno> {
+    if !is_own {
+        file::ask_anew(start, path)?;
+    }
+    file::look_up(start, path)
 }
 
 /// What kind of lock an earlier image of this process, perhaps another program, left on a file.
@@ -520,10 +539,11 @@ impl Lease {
     /// shares it, then unlocks it.
     #[inline]
     pub fn let_go(&mut self, place: Place<'_>, identity: FileIdentity, removes: Option<Mode>) {
-        if let Some(mode) = removes
-            && self.is_last(mode)
-        {
-            remove(place, identity);
+        if let Some(mode) = removes {
+            let is_own = file::has_names_for_itself(&self.descriptor, identity);
+            if self.is_last(mode, place, is_own) {
+                remove(place, identity, is_own);
+            }
         }
         if let Err(errno) = self.descriptor.unlock() {
             tracing::warn!(
@@ -550,16 +570,26 @@ impl Lease {
         parked
     }
 
-    /// Whether nobody on another host or in another daemon shares the lock: then it can be made
-    /// exclusive.
-    fn is_last(&mut self, mode: Mode) -> bool {
-        if mode == Mode::Exclusive {
+    /// Whether nobody on another host or in another daemon shares the lock: then it can be made exclusive. An
+    /// exclusive one is, on this host's own file systems; a server may have given it away, unnoticed: it is asked
+    /// for once more.
+    fn is_last(&mut self, mode: Mode, place: Place<'_>, is_own: bool) -> bool {
+        if mode == Mode::Exclusive && is_own {
             return true;
         }
         let upgraded = match self.upgrade() {
             Err(errno) if is_mended_by_name(errno) => self.upgrade(),
             result => result,
         };
+        if let (Mode::Exclusive, Err(errno)) = (mode, upgraded) {
+            tracing::warn!(
+                target: "locking.lockspace",
+                "The lock file {} of a released lock stays, because its server does not say any more that \
+                 nobody else has the lock: {}. Another host may have had it meanwhile",
+                String::from_utf8_lossy(&place.path()),
+                errno::text(errno)
+            );
+        }
         upgraded.is_ok()
     }
 
@@ -586,17 +616,18 @@ pub fn take_back(file: OwnedFd, made_at: Option<Place<'_>>) {
         return;
     };
     if let Ok(identity) = file::identity(&file)
-        && leads_to(place, identity) == Ok(true)
+        && leads_to(place, &file, identity) == Ok(true)
         && file.lock(LockType::Write).is_ok()
     {
-        remove(place, identity);
+        let is_own = file::has_names_for_itself(&file, identity);
+        remove(place, identity, is_own);
     }
 }
 
 /// Removes a lock file, if its name still leads to the file that was locked.
-fn remove(place: Place<'_>, identity: FileIdentity) {
+fn remove(place: Place<'_>, identity: FileIdentity, is_own: bool) {
     let result = place.reach(|start: Start<'_>, path: &[u8]| {
-        if file::look_up(start, path)?.identity == identity {
+        if look_up(start, path, is_own)?.identity == identity {
             file::unlink(start, path)?;
         }
         Ok(())

@@ -3,8 +3,8 @@
 
 use crate::support;
 use crate::support::client::{
-    AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, SHARED, SYSTEM_ERROR, acquire,
-    create_lockspace, delete_resource, register_as, release,
+    AUTOCREATE, Call, Client, DOMAIN_LOCKSPACE, RESOURCE_BUSY, Reply, SHARED, SYSTEM_ERROR,
+    acquire, create_lockspace, delete_resource, register_as, release,
 };
 use crate::support::daemon::{self, Daemon};
 use crate::support::fuse::{Habits, Operation, Share, Trouble};
@@ -446,6 +446,112 @@ fn a_file_that_stays_stale_is_refused_with_path_and_reason_and_leaves_nothing() 
                 .iter()
                 .for_each(|name| scene.share.remove(name));
         }
+    }
+}
+
+/// Longer than any test.
+const AN_HOUR: Duration = Duration::from_secs(3600);
+
+/// Each way to have a file that comes and goes.
+fn leases() -> impl Iterator<Item = &'static Way> {
+    WAYS.iter().filter(|way| way.flags & AUTOCREATE != 0)
+}
+
+#[test]
+fn a_lease_that_is_locked_after_another_host_put_a_new_file_at_its_name_is_not_had() {
+    for way in leases() {
+        let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+            return;
+        };
+        scene.share.let_names_be_remembered(AN_HOUR);
+        scene.share.put("x");
+        scene
+            .share
+            .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
+        let (take, _) = scene.calls(way);
+        scene.client.post(&take);
+        scene.share.wait_calls(Operation::Lock, 1);
+        // Who had the file gives it up and removes it, and somebody has a new one.
+        scene.share.put("x");
+        scene.share.stranger_locks("x", true);
+        scene.share.mend(Operation::Lock);
+        let reply = Reply::parse(&scene.client.receive());
+        reply.expect_error(RESOURCE_BUSY, DOMAIN_LOCKSPACE);
+        scene.share.wait_locks(&["x write"], "refused");
+        assert_eq!(scene.share.files(), ["x"]);
+    }
+}
+
+#[test]
+fn a_lease_that_is_locked_after_another_host_removed_it_is_had_with_a_new_file() {
+    for way in leases() {
+        let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+            return;
+        };
+        scene.share.let_names_be_remembered(AN_HOUR);
+        scene.share.put("x");
+        scene
+            .share
+            .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
+        let (take, give) = scene.calls(way);
+        scene.client.post(&take);
+        scene.share.wait_calls(Operation::Lock, 1);
+        scene.share.remove("x");
+        scene.share.mend(Operation::Lock);
+        Reply::parse(&scene.client.receive()).expect_ok();
+        assert_eq!(scene.share.files(), ["x"]);
+        scene.share.wait_locks(&[way.lock()], "granted");
+        scene.client.call(&give).expect_ok();
+        scene.share.wait_locks(&[], "given back");
+        assert_eq!(scene.share.files(), [""; 0]);
+    }
+}
+
+#[test]
+fn a_lease_that_another_host_has_by_now_is_not_removed_by_who_had_it_before() {
+    for way in leases() {
+        for is_new in [false, true] {
+            let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+                return;
+            };
+            scene.share.let_names_be_remembered(AN_HOUR);
+            let (take, give) = scene.calls(way);
+            scene.client.call(&take).expect_ok();
+            // The server gives our lock away; the file may have been removed and made again since.
+            scene.share.lose_locks();
+            if is_new {
+                scene.share.put("x");
+            }
+            scene.share.stranger_locks("x", true);
+            scene.client.call(&give).expect_ok();
+            scene.share.wait_locks(&["x write"], "given back");
+            assert_eq!(scene.share.files(), ["x"], "{way:?}, a new file: {is_new}");
+        }
+    }
+}
+
+#[test]
+fn a_lease_whose_name_cannot_be_asked_for_is_refused_and_one_that_is_had_is_given_back() {
+    let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+        return;
+    };
+    scene.share.let_names_be_remembered(AN_HOUR);
+    let (take, give) = scene.calls(&WAYS[2]);
+    for number in ["EIO", "EACCES", "EPERM", "ENOENT"] {
+        scene.share.put("x");
+        let fails = Disturbed::with(&scene.daemon, "linkat", &format!("error={number}"));
+        let reply = scene.client.call(&take);
+        assert!(matches!(reply, Reply::Error(_)), "{number}: {reply:?}");
+        scene.share.wait_locks(&[], "refused");
+        drop(fails);
+        scene.client.call(&take).expect_ok();
+        let fails = Disturbed::with(&scene.daemon, "linkat", &format!("error={number}"));
+        scene.client.call(&give).expect_ok();
+        drop(fails);
+        scene.share.wait_locks(&[], "given back");
+        // Nobody knows whether that is the file that was locked.
+        assert_eq!(scene.share.files(), ["x"]);
+        scene.share.remove("x");
     }
 }
 

@@ -44,7 +44,7 @@ const OF_THE_LEDGER: [(&str, i64); 2] = [
 const FORK: i64 = -1;
 
 /// For these there is another way, or they are not needed to serve.
-const OF_OTHERS: [(&str, i64); 22] = [
+const OF_OTHERS: [(&str, i64); 24] = [
     ("timerfd_create", libc::SYS_timerfd_create),
     ("timerfd_settime", libc::SYS_timerfd_settime),
     ("signalfd4", libc::SYS_signalfd4),
@@ -54,6 +54,9 @@ const OF_OTHERS: [(&str, i64); 22] = [
     ("eventfd2", libc::SYS_eventfd2),
     ("openat2", libc::SYS_openat2),
     ("statx", libc::SYS_statx),
+    ("fstatfs", libc::SYS_fstatfs),
+    // Asked for where a file system is not known to be this host's own.
+    ("linkat", libc::SYS_linkat),
     ("prlimit64", libc::SYS_prlimit64),
     ("getcwd", libc::SYS_getcwd),
     ("readlink", libc::SYS_readlink),

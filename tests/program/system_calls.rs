@@ -3,9 +3,10 @@
 
 use crate::support;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 
-use crate::support::client::{acquire, register, release};
+use crate::support::client::{AUTOCREATE, acquire, create_lockspace, register, release};
 use crate::support::daemon::Daemon;
 use crate::support::namespace::Namespace;
 use crate::support::{DEADLINE, TempDir, wait_until};
@@ -96,4 +97,41 @@ fn an_acquire_costs_six_system_calls_and_a_release_five_however_many_are_connect
     let (last, expected) = expected.split_last().expect("a wait");
     let seen = calls.strip_suffix(&[(*last).to_owned()]).unwrap_or(&calls);
     assert_eq!(seen, expected);
+}
+
+/// What a lease's name leads to is asked of a server; no server keeps this host's own file systems.
+#[test]
+fn a_lease_on_a_file_system_of_this_host_is_not_asked_for_as_one_of_a_server_is() {
+    if !support::require_root() {
+        return;
+    }
+    let namespace = Namespace::new();
+    // In memory, and wherever the machine has its temporary files.
+    let directory = TempDir::new();
+    let metadata = std::fs::metadata(directory.path()).expect("ask for a directory");
+    let is_on_device = nix::sys::stat::major(metadata.dev()) != 0;
+    let on_disk = directory.path().to_str().expect("a path of letters");
+    let daemon = Daemon::start(&namespace, &[], &[]);
+    let mut client = daemon.client();
+    client.call(&register(4242)).expect_ok();
+    for (lockspace, costs_nothing) in [("/run/leases", false), (on_disk, true)] {
+        if costs_nothing && !is_on_device {
+            continue;
+        }
+        client.call(&create_lockspace(lockspace)).expect_ok();
+        let take = acquire(lockspace, "lease", AUTOCREATE);
+        let give = release(lockspace, "lease");
+        client.call(&take).expect_ok();
+        client.call(&give).expect_ok();
+        let calls = traced(&daemon, || {
+            client.call(&take).expect_ok();
+            client.call(&give).expect_ok();
+        });
+        let count = |name: &str| calls.iter().filter(|call| *call == name).count();
+        assert_eq!(count("linkat"), 0, "{calls:?}");
+        assert_eq!(count("unlinkat"), 1, "{calls:?}");
+        if costs_nothing {
+            assert_eq!(count("fstatfs"), 0, "{calls:?}");
+        }
+    }
 }

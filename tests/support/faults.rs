@@ -219,6 +219,12 @@ pub const FAILING: &[Failing] = &[
     failing("ioctl", libc::SYS_ioctl, &[Of::Descriptor], "ENOTTY EIO"),
     failing("kill", libc::SYS_kill, &[Of::Number], "EPERM"),
     failing(
+        "linkat",
+        libc::SYS_linkat,
+        &[Of::Number, Of::Path],
+        "ENOMEM EACCES EIO EPERM ENOENT",
+    ),
+    failing(
         "listen",
         libc::SYS_listen,
         &[Of::Descriptor],

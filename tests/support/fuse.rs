@@ -168,6 +168,11 @@ impl Share {
         assert!(self.control.state().unlink(name), "there is a {name}");
     }
 
+    /// From now on the kernel may believe for so long what it was told a name leads to.
+    pub fn let_names_be_remembered(&self, time: Duration) {
+        self.control.state().remembered = time;
+    }
+
     /// The names of the files that are there.
     pub fn files(&self) -> Vec<String> {
         let mut names: Vec<String> = self.control.state().names.keys().cloned().collect();
@@ -286,6 +291,8 @@ struct State {
     locks: Vec<Held>,
     troubles: HashMap<Operation, (Trouble, usize)>,
     calls: HashMap<Operation, usize>,
+    /// How long names may be remembered.
+    remembered: Duration,
     /// How many nodes and open files there have been.
     count: u64,
 }
@@ -622,7 +629,7 @@ fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// A node's attributes. None of them may be remembered: each look asks the server.
+/// A node's attributes. They may not be remembered: each look at them asks the server.
 fn attributes(state: &State, node: u64) -> Vec<u8> {
     let (mode, links) = if node == ROOT {
         (libc::S_IFDIR | 0o755, 2)
@@ -642,8 +649,8 @@ fn attributes_reply(state: &State, node: u64) -> Vec<u8> {
 }
 
 fn entry(state: &State, node: u64) -> Vec<u8> {
-    let mut bytes = node.to_ne_bytes().to_vec();
-    bytes.extend([0; 32]);
+    let long = [node, 0, state.remembered.as_secs(), 0, 0];
+    let mut bytes: Vec<u8> = long.iter().flat_map(|word| word.to_ne_bytes()).collect();
     bytes.extend(attributes(state, node));
     bytes
 }

@@ -29,7 +29,8 @@ impl Namespace {
     fn with_root(prepare: &str) -> Namespace {
         // The holder is `cat` on a pipe of ours: if this process dies without dropping anything,
         // the pipe closes and the holder ends as well.
-        let run = "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat";
+        let run =
+            "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat >/dev/null";
         let script = format!("{prepare} && {run}");
         let mut holder = Command::new("unshare")
             .args(["-m", "--propagation", "private", "sh", "-c", &script])
