@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, listen,
-    socket,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockname,
+    listen, shutdown, socket,
 };
 use nix::sys::stat::{Mode, umask};
 
@@ -247,10 +247,13 @@ impl Listener {
 
     /// Removes the socket of a daemon that ends, unless somebody else answers there by now.
     pub fn remove(self) {
+        let Some(path) = self.path else {
+            return;
+        };
+        // A process that was just made for something else may have it open yet, and would seem to answer.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
         drop(self.socket);
-        if let Some(path) = self.path {
-            remove_socket(&path);
-        }
+        remove_socket(&path);
     }
 }
 

@@ -440,6 +440,7 @@ pub const LEFT_ALONE: &[(&str, i64, &str)] = &[
         "it closes whatever it says; strace would keep it from closing",
     ),
     ("exit_group", libc::SYS_exit_group, "it does not come back"),
+    ("shutdown", libc::SYS_shutdown, ONLY_MISTAKES),
     ("geteuid", libc::SYS_geteuid, "it cannot fail"),
     ("getpid", libc::SYS_getpid, "it cannot fail"),
     ("getppid", libc::SYS_getppid, "it cannot fail"),
