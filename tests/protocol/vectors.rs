@@ -464,8 +464,11 @@ fn replay(namespace: &Namespace, vector: &Vector) -> Answer {
     if base.exists() {
         std::fs::remove_dir_all(&base).expect("remove the files of the vector before");
     }
-    // The daemon before was killed: the next one would go on for it.
-    let _ = std::fs::remove_file(namespace.path("/run/libvirt/virtlockd-ledger"));
+    // The daemon before was killed: the next one would go on for it. (And a process that it had just made may have its
+    // sockets open yet.)
+    for file in ["/run/libvirt/virtlockd-ledger", LOCK_SOCKET, ADMIN_SOCKET] {
+        let _ = std::fs::remove_file(namespace.path(file));
+    }
     let sockets: HashMap<&str, PathBuf> = [
         ("lock", namespace.path(LOCK_SOCKET)),
         ("admin", namespace.path(ADMIN_SOCKET)),
