@@ -295,18 +295,14 @@ impl Main {
     /// long as one of them is not, it listens.
     pub fn kill_all(&self) {
         // Stopped, it does not act on the death of a child, and its children keep their numbers.
-        self.signal(Signal::SIGSTOP);
-        let is_stopped = || matches!(process_state(self.pid), Some('T' | 't'));
-        // One that hangs in the kernel does neither.
-        let give_up = Instant::now() + Duration::from_secs(1);
-        while !self.process.is_dead() && !is_stopped() && Instant::now() < give_up {
-            std::thread::sleep(Duration::from_micros(100));
-        }
+        self.stop();
         let children = match self.process.is_dead() {
             true => Vec::new(),
             false => children_of(self.pid),
         };
         let children: Vec<Main> = children.into_iter().filter_map(Main::of).collect();
+        children.iter().for_each(Main::stop);
+        let helpers: Vec<i32> = children.iter().flat_map(|it| children_of(it.pid)).collect();
         for process in children.iter().chain([self]) {
             process.signal(Signal::SIGKILL);
         }
@@ -316,7 +312,29 @@ impl Main {
         while all.clone().any(|one| !one.process.is_dead()) && Instant::now() < end {
             std::thread::sleep(Duration::from_micros(100));
         }
+        // One that it had just made has for a moment all that was open, sockets that seem to be listened to as well. (One
+        // that hangs while it closes that is not waited for.)
+        let give_up = Instant::now() + Duration::from_secs(1);
+        while helpers.iter().any(|pid| has_much_open(*pid)) && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
+
+    /// Stops it, and waits until it is. (One that hangs in the kernel is not, and does nothing either.)
+    fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let is_stopped = || matches!(process_state(self.pid), Some('T' | 't'));
+        let give_up = Instant::now() + Duration::from_secs(1);
+        while !self.process.is_dead() && !is_stopped() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+/// Whether a process has more open than one that works for the daemon under a name of its own needs.
+fn has_much_open(pid: i32) -> bool {
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
+    open.is_ok_and(|open| open.count() > 8)
 }
 
 /// The same with the number of one that runs for sure.
