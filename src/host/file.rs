@@ -264,10 +264,10 @@ pub fn look_up(start: Start<'_>, path: &[u8]) -> Result<FileInformation, Errno> 
 /// saw before, which another host has changed since. What is looked up next is as it was after this call began.
 ///
 /// No call has just this meaning. (That the directory's attributes are asked for, statx(2) with
-/// AT_STATX_FORCE_SYNC, is not enough: FUSE remembers names for a time, and on NFS two changes of a directory may have one
-/// time.) But where a name is to be made that must not be there the kernel believes nothing that it remembers
-/// (LOOKUP_EXCL). So here a link is asked for that can never be made, to a directory of another file system:
-/// that is found out only behind the question whether its name is free.
+/// AT_STATX_FORCE_SYNC, is not enough: FUSE remembers names for a time, and on NFS two changes of a directory
+/// may have one time.) But where a name is to be made that must not be there the kernel believes nothing that it
+/// remembers (LOOKUP_EXCL). So here a link is asked for that can never be made, to a directory of another file
+/// system: that is found out only behind the question whether its name is free.
 pub fn ask_anew(start: Start<'_>, path: &[u8]) -> Result<(), Errno> {
     let result = match start {
         Start::Anywhere => link_nothing(fcntl::AT_FDCWD, path),

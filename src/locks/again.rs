@@ -84,7 +84,8 @@ impl Again<'_> {
         }
         // Who has had it meanwhile may have removed it, behind our look at its name.
         if self.autocreate && self.identity.is_known() {
-            match lease::leads_to(self.place, &descriptor, self.identity) {
+            let is_own = file::has_names_for_itself(&descriptor, self.identity);
+            match lease::leads_to(self.place, self.identity, is_own) {
                 Ok(true) => (),
                 Ok(false) => return Err(NotAgain::Replaced),
                 Err(errno) => return Err(NotAgain::Open(errno)),

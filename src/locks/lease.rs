@@ -276,7 +276,8 @@ impl Acquisition<'_> {
         // The last owner of a made file removes it: between our open and our lock it may have
         // gone, and then we hold a lock on a file that nobody else will ever find.
         if self.autocreate {
-            match leads_to(self.place, &descriptor, identity) {
+            let is_own = file::has_names_for_itself(&descriptor, identity);
+            match leads_to(self.place, identity, is_own) {
                 Ok(true) => (),
                 Ok(false) => return Err(Missed::Replaced),
                 Err(errno) => {
@@ -428,16 +429,16 @@ impl Acquisition<'_> {
     }
 }
 
-/// Whether a name leads to this very file, which is open. An error if that cannot be found out at the moment.
+/// Whether a name leads to this very file. An error if that cannot be found out at the moment. `is_own` says that its
+/// file system is this host's own ([`file::has_names_for_itself`]).
 ///
 /// Asked under a lock it stays so: whoever removes a lock file has it locked alone, and looks first as well. What
 /// this host's kernel saw of the name before it had the lock says nothing where other hosts have the directory.
 pub(in crate::locks) fn leads_to(
     place: Place<'_>,
-    file: &Lockable,
     identity: FileIdentity,
+    is_own: bool,
 ) -> Result<bool, Errno> {
-    let is_own = file::has_names_for_itself(file, identity);
     match place.reach(|start, path| look_up(start, path, is_own)) {
         Ok(found) => Ok(found.identity == identity),
         Err(Unreachable::Leaves) => Ok(false),
@@ -615,11 +616,11 @@ pub fn take_back(file: OwnedFd, made_at: Option<Place<'_>>) {
     let Some(place) = made_at else {
         return;
     };
-    if let Ok(identity) = file::identity(&file)
-        && leads_to(place, &file, identity) == Ok(true)
-        && file.lock(LockType::Write).is_ok()
-    {
-        let is_own = file::has_names_for_itself(&file, identity);
+    let Ok(identity) = file::identity(&file) else {
+        return;
+    };
+    let is_own = file::has_names_for_itself(&file, identity);
+    if leads_to(place, identity, is_own) == Ok(true) && file.lock(LockType::Write).is_ok() {
         remove(place, identity, is_own);
     }
 }
