@@ -24,7 +24,7 @@ struct Scene {
     daemon: Daemon,
     share: Share,
     client: Client,
-    _namespace: Namespace,
+    namespace: Namespace,
 }
 
 impl Scene {
@@ -44,7 +44,7 @@ impl Scene {
             daemon,
             share,
             client,
-            _namespace: namespace,
+            namespace,
         })
     }
 
@@ -457,20 +457,26 @@ fn leases() -> impl Iterator<Item = &'static Way> {
     WAYS.iter().filter(|way| way.flags & AUTOCREATE != 0)
 }
 
+/// A client asks for a lease whose file is open by then, and not locked yet.
+fn about_to_lock(way: &Way) -> Option<Scene> {
+    let mut scene = Scene::with(Habits::tenacious())?;
+    scene.share.let_names_be_remembered(AN_HOUR);
+    scene.share.put("x");
+    scene
+        .share
+        .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
+    let (take, _) = scene.calls(way);
+    scene.client.post(&take);
+    scene.share.wait_calls(Operation::Lock, 1);
+    Some(scene)
+}
+
 #[test]
 fn a_lease_that_is_locked_after_another_host_put_a_new_file_at_its_name_is_not_had() {
     for way in leases() {
-        let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+        let Some(mut scene) = about_to_lock(way) else {
             return;
         };
-        scene.share.let_names_be_remembered(AN_HOUR);
-        scene.share.put("x");
-        scene
-            .share
-            .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
-        let (take, _) = scene.calls(way);
-        scene.client.post(&take);
-        scene.share.wait_calls(Operation::Lock, 1);
         // Who had the file gives it up and removes it, and somebody has a new one.
         scene.share.put("x");
         scene.share.stranger_locks("x", true);
@@ -485,22 +491,15 @@ fn a_lease_that_is_locked_after_another_host_put_a_new_file_at_its_name_is_not_h
 #[test]
 fn a_lease_that_is_locked_after_another_host_removed_it_is_had_with_a_new_file() {
     for way in leases() {
-        let Some(mut scene) = Scene::with(Habits::tenacious()) else {
+        let Some(mut scene) = about_to_lock(way) else {
             return;
         };
-        scene.share.let_names_be_remembered(AN_HOUR);
-        scene.share.put("x");
-        scene
-            .share
-            .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
-        let (take, give) = scene.calls(way);
-        scene.client.post(&take);
-        scene.share.wait_calls(Operation::Lock, 1);
         scene.share.remove("x");
         scene.share.mend(Operation::Lock);
         Reply::parse(&scene.client.receive()).expect_ok();
         assert_eq!(scene.share.files(), ["x"]);
         scene.share.wait_locks(&[way.lock()], "granted");
+        let (_, give) = scene.calls(way);
         scene.client.call(&give).expect_ok();
         scene.share.wait_locks(&[], "given back");
         assert_eq!(scene.share.files(), [""; 0]);
@@ -528,6 +527,39 @@ fn a_lease_that_another_host_has_by_now_is_not_removed_by_who_had_it_before() {
             assert_eq!(scene.share.files(), ["x"], "{way:?}, a new file: {is_new}");
         }
     }
+}
+
+#[test]
+fn a_lease_of_a_daemon_that_was_killed_whole_is_not_had_again_if_its_file_goes_before_it_is_locked()
+{
+    let Some(mut scene) = Habits::all().last().and_then(Scene::with) else {
+        return;
+    };
+    scene.share.let_names_be_remembered(AN_HOUR);
+    let mut owner = Owner::register(scene.daemon.lock_socket(), "lives", OnTerm::Die);
+    let (take, _) = scene.calls(&WAYS[2]);
+    owner.call(&take).expect_ok();
+    scene.daemon.kill();
+    // The server lets go of what a dead process had.
+    scene.share.wait_locks(&[], "the daemon was killed");
+    let before = scene.share.calls(Operation::Lock);
+    scene
+        .share
+        .trouble(Operation::Lock, Trouble::Hangs, FOR_EVER);
+    let program = daemon::program();
+    scene.daemon = Daemon::spawn(&program, &scene.namespace, &[], &[]);
+    scene.share.wait_calls(Operation::Lock, before + 1);
+    // Its look at the name is behind it: another host has the lease, gives it up, and somebody makes it again.
+    scene.share.put("x");
+    scene.share.mend(Operation::Lock);
+    let socket = scene.daemon.lock_socket().to_owned();
+    scene.daemon.wait_for_socket(&socket);
+    wait_until(DEADLINE, "the loss to be told", || {
+        scene.daemon.stderr().contains("another file has its name")
+    });
+    scene.share.wait_locks(&[], "lost");
+    assert_eq!(scene.share.files(), ["x"]);
+    assert!(owner.is_alive());
 }
 
 #[test]
