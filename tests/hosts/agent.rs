@@ -341,9 +341,9 @@ fn is_held(message: &str, code: i32, domain: i32) -> bool {
     (code, domain) == (RESOURCE_BUSY, DOMAIN_LOCKSPACE) && message.contains("is locked")
 }
 
-/// Takes a lock, keeps it and gives it back until it was had so often, or the time is over. Whoever has it makes a file that must not be there, as
-/// no two can at one time, and removes it. (A file system gives no name to two makers, and this has nothing to do
-/// with locks.)
+/// Takes a lock, keeps it and gives it back until it was had so often, or the time is over. Whoever has it makes a
+/// file that must not be there, as no two can at one time, and removes it. (A file system gives no name to two
+/// makers, and this has nothing to do with locks.)
 fn take_turns(mut client: Client, count: u32, keep: Duration, lease: &str) -> String {
     let words: Vec<&str> = lease.split(' ').collect();
     let [mark, flags, lockspace, name] = words[..] else {

@@ -3,7 +3,7 @@
 
 use crate::exclusion::{guests, has_libvirts};
 use crate::pair::{Guest, Kind, Lease, Pair};
-use crate::{require_ours, story};
+use crate::story_of_ours;
 
 /// A guest of host `a` that has a disk and a lease for itself and shares another disk, and a guest of host `b`.
 struct Scene {
@@ -67,10 +67,7 @@ impl Scene {
 
 #[test]
 fn a_daemon_that_is_killed_and_one_that_replaces_itself_let_no_other_host_have_a_lock() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         scene.with_rivals(hosts, || {
             hosts.a.crash_daemon();
@@ -84,10 +81,7 @@ fn a_daemon_that_is_killed_and_one_that_replaces_itself_let_no_other_host_have_a
 
 #[test]
 fn what_is_kept_over_a_stop_no_other_host_can_have_while_there_is_no_daemon() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let scene = Scene::new(hosts, Kind::Kept);
         for _ in 0..2 {
             scene.with_rivals(hosts, || {
@@ -102,10 +96,7 @@ fn what_is_kept_over_a_stop_no_other_host_can_have_while_there_is_no_daemon() {
 
 #[test]
 fn a_daemon_that_ends_ends_its_guests_and_then_another_host_has_their_locks() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         assert_eq!(hosts.a.stop_daemon(), 0, "{}", hosts.a.daemon_log());
         assert_eq!(scene.one.end(), "signal 15");
@@ -123,10 +114,7 @@ fn a_daemon_that_ends_ends_its_guests_and_then_another_host_has_their_locks() {
 
 #[test]
 fn a_daemon_killed_whole_has_its_locks_again_when_it_starts() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         hosts.a.kill_daemon();
         hosts.a.start_daemon(Kind::Ours);
@@ -141,10 +129,7 @@ fn a_daemon_killed_whole_has_its_locks_again_when_it_starts() {
 
 #[test]
 fn what_another_host_took_from_a_daemon_killed_whole_costs_the_guest_that_had_it_and_nobody_else() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let scene = Scene::new(hosts, Kind::Ours);
         let bystander = hosts.a.guest("bystander");
         let elsewhere = hosts.disk("elsewhere");
@@ -168,10 +153,7 @@ fn what_another_host_took_from_a_daemon_killed_whole_costs_the_guest_that_had_it
 
 #[test]
 fn ours_takes_over_from_libvirts_and_no_other_host_can_have_a_lock_meanwhile() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         if !has_libvirts(hosts) {
             return;
         }

@@ -1,9 +1,9 @@
 //! Who may have what, on two hosts.
 
 use crate::machine::PATIENCE;
-use crate::pair::{Guest, Kind, LOCKSPACE, Lease, Pair, Turns};
+use crate::pair::{Guest, Host, Kind, LOCKSPACE, Lease, Pair, Turns};
 use crate::support::wait_until;
-use crate::{require_ours, story};
+use crate::{story, story_of_ours};
 use std::time::Duration;
 
 #[test]
@@ -17,10 +17,7 @@ fn what_one_host_has_alone_the_other_is_refused_and_what_is_shared_both_have() {
 
 #[test]
 fn a_refusal_names_the_guest_on_the_other_host_where_the_lease_file_says_it() {
-    if !require_ours() {
-        return;
-    }
-    story(|hosts| {
+    story_of_ours(|hosts| {
         let [one, _, other, _] = guests(hosts, Kind::Ours, Kind::Ours);
         let lease = hosts.lease("lease");
         one.take(&lease).granted();
@@ -46,8 +43,12 @@ fn ours_on_one_host_and_libvirts_on_the_other_exclude_each_other() {
         for (on_a, on_b) in [(Kind::Ours, Kind::Libvirts), (Kind::Libvirts, Kind::Ours)] {
             let guests = guests(hosts, on_a, on_b);
             excludes(hosts, &guests, &hosts.disk("disk"));
-            // Not a lease that comes and goes: libvirt's daemon believes what its host remembers of a name, and takes one
-            // that ours has just removed, or lets two have one.
+            for way in both_ways(hosts, &guests) {
+                // Each under a name that nothing had before: where libvirt's daemon finds one whose file was removed
+                // it believes what its host remembers, locks that file, and removes another one's for it.
+                is_had_alone(way, &hosts.lease("alone"));
+                is_had_by_both(way, &hosts.lease("both"));
+            }
             hosts.forget();
         }
     });
@@ -119,19 +120,38 @@ pub fn guests(hosts: &Pair, on_a: Kind, on_b: Kind) -> [Guest; 4] {
     all.try_into().ok().expect("four guests")
 }
 
-fn excludes(hosts: &Pair, [one, two, other, another]: &[Guest; 4], lease: &Lease) {
+/// From here to there and from there to here: a host, its guests, the other host, its guests.
+type Way<'a> = (&'a Host, [&'a Guest; 2], &'a Host, [&'a Guest; 2]);
+
+fn both_ways<'a>(hosts: &'a Pair, [one, two, other, another]: &'a [Guest; 4]) -> [Way<'a>; 2] {
     let (a, b) = (&hosts.a, &hosts.b);
-    // From here to there and from there to here.
-    for (here, (mine, more), there, (theirs, also)) in [
-        (a, (one, two), b, (other, another)),
-        (b, (other, another), a, (one, two)),
-    ] {
-        eprintln!("    {} first, {}", here.name(), lease.path);
-        mine.take(lease).granted();
-        theirs.take(lease).held();
-        theirs.share(lease).held();
-        more.take(lease).held();
-        assert!(there.probe(lease).starts_with("exclusive"));
+    let (on_a, on_b) = ([one, two], [other, another]);
+    [(a, on_a, b, on_b), (b, on_b, a, on_a)]
+}
+
+/// What the first guest here takes for itself nobody else has, here or there.
+fn is_had_alone((here, [mine, more], there, [theirs, _]): Way<'_>, lease: &Lease) {
+    eprintln!("    {} alone, {}", here.name(), lease.path);
+    mine.take(lease).granted();
+    theirs.take(lease).held();
+    theirs.share(lease).held();
+    more.take(lease).held();
+    assert!(there.probe(lease).starts_with("exclusive"));
+}
+
+/// What both hosts share nobody has for himself.
+fn is_had_by_both((here, [mine, more], _, [theirs, also]): Way<'_>, lease: &Lease) {
+    eprintln!("    {} and the other one, {}", here.name(), lease.path);
+    mine.share(lease).granted();
+    theirs.share(lease).granted();
+    also.take(lease).held();
+    more.take(lease).held();
+}
+
+fn excludes(hosts: &Pair, guests: &[Guest; 4], lease: &Lease) {
+    for way in both_ways(hosts, guests) {
+        let (here, [mine, more], _, [theirs, also]) = way;
+        is_had_alone(way, lease);
         mine.give(lease).granted();
 
         theirs.take(lease).granted();
@@ -139,10 +159,7 @@ fn excludes(hosts: &Pair, [one, two, other, another]: &[Guest; 4], lease: &Lease
         mine.share(lease).held();
         theirs.give(lease).granted();
 
-        mine.share(lease).granted();
-        theirs.share(lease).granted();
-        also.take(lease).held();
-        more.take(lease).held();
+        is_had_by_both(way, lease);
         mine.give(lease).granted();
         also.take(lease).held();
         more.take(lease).held();
@@ -157,11 +174,6 @@ fn excludes(hosts: &Pair, [one, two, other, another]: &[Guest; 4], lease: &Lease
         theirs.take(lease).held();
         dies.kill();
         dies.end();
-        if theirs.is_of_libvirts() {
-            // It believes what it remembers of a name: asked while a file that it has open is removed, it may say that
-            // it has a lease, which is nobody's by then.
-            here.wait_until_nobody_has(lease);
-        }
         theirs.takes_when_free(lease);
         mine.take(lease).held();
         theirs.give(lease).granted();

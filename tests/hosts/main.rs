@@ -30,6 +30,13 @@ fn require_ours() -> bool {
     is_ours
 }
 
+/// Tells a story that libvirt's daemon does not survive.
+fn story_of_ours(tell: impl FnOnce(&Pair)) {
+    if require_ours() {
+        story(tell);
+    }
+}
+
 /// Tells a story of the two hosts, one at a time. If it fails, the next one has others.
 fn story(tell: impl FnOnce(&Pair)) {
     if !support::require_strace() {

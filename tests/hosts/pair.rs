@@ -5,7 +5,7 @@ use super::agent::{BETWEEN, NEW_LINE};
 use super::image::Image;
 use super::machine::{Directory, Machine, PATIENCE, Pending};
 use crate::support::wait_until;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -26,8 +26,8 @@ mount -t rpc_pipefs rpc_pipefs /var/lib/nfs/rpc_pipefs
 mount -t nfsd nfsd /proc/fs/nfsd
 exportfs -a && nfsdcld && rpc.mountd -N 2 -N 3
 ";
-/// Stops the server if it runs, and starts it. nfsdcld keeps in mind who has locks, over a restart. The server waits for it
-/// for a second, which may be too short here, and does without it then: that is seen in the kernel's log alone.
+/// Stops the server if it runs, and starts it. nfsdcld keeps in mind who has locks, over a restart. The server waits
+/// for it for a second, which may be too short here, and does without it then: that is seen in the kernel's log alone.
 const START: &str = "
 until dmesg | grep -q 'Using nfsdcld client tracking'; do
     rpc.nfsd 0
@@ -174,8 +174,6 @@ impl Lease {
 /// One host.
 pub struct Host {
     machine: Mutex<Arc<Machine>>,
-    /// Whether its daemon is libvirt's.
-    has_libvirts: AtomicBool,
 }
 
 /// The daemons that a host can have.
@@ -237,7 +235,6 @@ impl Host {
         let machine = Machine::start(name, network, image, directory.path());
         Host {
             machine: Mutex::new(Arc::new(machine)),
-            has_libvirts: AtomicBool::new(false),
         }
     }
 
@@ -279,8 +276,6 @@ impl Host {
             Kind::Libvirts => "libvirts",
         };
         self.order(&format!("start {word}"));
-        let is_libvirts = kind == Kind::Libvirts;
-        self.has_libvirts.store(is_libvirts, Ordering::Relaxed);
     }
 
     /// The daemon replaces itself.
@@ -293,7 +288,6 @@ impl Host {
     #[track_caller]
     pub fn take_over(&self) {
         self.order("daemon take-over");
-        self.has_libvirts.store(false, Ordering::Relaxed);
     }
 
     /// The process that serves is killed; another one serves when this returns.
@@ -334,7 +328,6 @@ impl Host {
         Guest {
             machine: self.machine(),
             name: name.into(),
-            of_libvirts: self.has_libvirts.load(Ordering::Relaxed),
         }
     }
 
@@ -342,15 +335,6 @@ impl Host {
     #[track_caller]
     pub fn probe(&self, lease: &Lease) -> String {
         self.order(&format!("probe {}", lease.path))
-    }
-
-    /// Waits until a disk is not locked, or the file of a lease is not there.
-    #[track_caller]
-    pub fn wait_until_nobody_has(&self, lease: &Lease) {
-        wait_until(PATIENCE, "nobody to have it", || {
-            let is_gone = || self.tried(&format!("test -e {}", lease.path)).0 != 0;
-            is_gone() || (!lease.autocreate && self.probe(lease) == "free")
-        });
     }
 
     /// Somebody on this host tries from now on, all the time, to lock this file.
@@ -397,8 +381,6 @@ impl Rival<'_> {
 pub struct Guest {
     machine: Arc<Machine>,
     name: String,
-    /// Whether libvirt's daemon had it from the beginning.
-    of_libvirts: bool,
 }
 
 /// A call without its reply.
@@ -429,17 +411,10 @@ impl Guest {
         lines(&self.begin_order(order).answer())
     }
 
-    /// A call over its own connection. Libvirt's daemon is asked again where it has opened a file that was removed on
-    /// the other host, and says so.
+    /// A call over its own connection.
     #[track_caller]
     pub fn call(&self, call: &str) -> Outcome {
-        let is_stale = |outcome: &Outcome| matches!(outcome, Outcome::Wrong(why) if why.ends_with("Stale file handle"));
-        let mut outcome = self.begin(call).outcome();
-        let begun = Instant::now();
-        while self.of_libvirts && is_stale(&outcome) && begun.elapsed() < PATIENCE {
-            outcome = self.begin(call).outcome();
-        }
-        outcome
+        self.begin(call).outcome()
     }
 
     /// The same without waiting for the reply.
@@ -487,10 +462,6 @@ impl Guest {
             Outcome::Wrong(why) => panic!("neither granted nor held: {why}"),
         });
         begun.elapsed()
-    }
-
-    pub fn is_of_libvirts(&self) -> bool {
-        self.of_libvirts
     }
 
     pub fn kill(&self) {
