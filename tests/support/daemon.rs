@@ -312,8 +312,8 @@ impl Main {
         while all.clone().any(|one| !one.process.is_dead()) && Instant::now() < end {
             std::thread::sleep(Duration::from_micros(100));
         }
-        // One that it had just made has for a moment all that was open, sockets that seem to be listened to as well. (One
-        // that hangs while it closes that is not waited for.)
+        // One that it had just made has for a moment all that was open, sockets that seem to be listened to as
+        // well. (One that hangs while it closes that is not waited for.)
         let give_up = Instant::now() + Duration::from_secs(1);
         while helpers.iter().any(|pid| has_much_open(*pid)) && Instant::now() < give_up {
             std::thread::sleep(Duration::from_micros(100));
@@ -331,10 +331,12 @@ impl Main {
     }
 }
 
-/// Whether a process has more open than one that works for the daemon under a name of its own needs.
+/// Whether a process has more open than one that works for a daemon under a name of its own needs: standard input,
+/// output and error, the socket over which it is told what to do, and a file or two. No daemon has as little.
 fn has_much_open(pid: i32) -> bool {
+    const ENOUGH: usize = 8;
     let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
-    open.is_ok_and(|open| open.count() > 8)
+    open.is_ok_and(|open| open.count() > ENOUGH)
 }
 
 /// The same with the number of one that runs for sure.

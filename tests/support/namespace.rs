@@ -28,7 +28,8 @@ impl Namespace {
 
     fn with_root(prepare: &str) -> Namespace {
         // The holder is `cat` on a pipe of ours: if this process dies without dropping anything,
-        // the pipe closes and the holder ends as well.
+        // the pipe closes and the holder ends as well. (Some cats see that their output is a pipe that nobody reads
+        // any more, and end.)
         let run =
             "mount -t tmpfs tmpfs /run && mkdir /run/libvirt && echo made && exec cat >/dev/null";
         let script = format!("{prepare} && {run}");
