@@ -285,11 +285,14 @@ impl World {
         assert!(said.0 < 2, "{count} locks of owner {pid}: {}", said.1);
     }
 
-    /// When this returns, the daemon has seen every connection that was closed before. It may
-    /// answer the first PING before it clears away what ended, but not the second.
+    /// When this returns, the daemon has seen every connection that was closed before, and every death.
+    /// An image may answer the first PING that it gets before it clears away what ended, but not the
+    /// second: while one is replaced, its successor may have got no more than one of two.
     fn settle(&mut self) {
-        self.bystander.ping();
-        self.bystander.ping();
+        let images = 1 + usize::from(self.replacing.is_some());
+        for _ in 0..2 * images {
+            self.bystander.ping();
+        }
     }
 
     /// A connection is over, which its owner or the daemon closed.
