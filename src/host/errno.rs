@@ -11,8 +11,21 @@ use std::fmt;
 use nix::errno::{Errno as Named, ErrnoSentinel};
 
 /// Why a system call failed. Never 0.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(from = "i32", into = "i32")]
 pub struct Errno(i32);
+
+impl From<i32> for Errno {
+    fn from(number: i32) -> Errno {
+        Errno::from_raw(number)
+    }
+}
+
+impl From<Errno> for i32 {
+    fn from(errno: Errno) -> i32 {
+        errno.0
+    }
+}
 
 /// The numbers that something depends on.
 macro_rules! names {
@@ -26,7 +39,7 @@ macro_rules! names {
 
 names! {
     EACCES EAGAIN EBADF ECONNABORTED ECONNREFUSED ECONNRESET EDQUOT EEXIST EFBIG EINTR EINVAL EIO EISDIR ELOOP
-    EMFILE ENAMETOOLONG ENFILE ENOBUFS ENOENT ENOMEM ENOSPC ENOSYS ENOTDIR ENXIO EOPNOTSUPP EPERM
+    EMFILE EMSGSIZE ENAMETOOLONG ENFILE ENOBUFS ENOENT ENOMEM ENOSPC ENOSYS ENOTDIR ENXIO EOPNOTSUPP EPERM
     EPIPE EPROTOTYPE EROFS ESRCH ESTALE ETIMEDOUT ETOOMANYREFS EXDEV
 }
 

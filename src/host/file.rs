@@ -1,6 +1,7 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, unlocked before they are closed, told apart by device and inode.
 
+use std::mem::ManuallyDrop;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -437,6 +438,22 @@ impl Lockable {
             open_file: true,
             process: true,
         }
+    }
+
+    /// A file whose open-file-description lock another process set on a copy of this descriptor.
+    pub fn locked_elsewhere(descriptor: OwnedFd) -> Lockable {
+        Lockable {
+            descriptor,
+            open_file: true,
+            process: false,
+        }
+    }
+
+    /// The descriptor alone: whoever has a copy of it sees to its lock.
+    pub fn into_descriptor(self) -> OwnedFd {
+        let whole = ManuallyDrop::new(self);
+        // SAFETY: it is read once, and what it was read from is never used or dropped.
+        unsafe { std::ptr::read(&raw const whole.descriptor) }
     }
 
     /// Sets the open file's lock, or changes it. EAGAIN when somebody else's stands in the way.

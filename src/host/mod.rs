@@ -12,6 +12,7 @@ pub mod environment;
 pub mod errno;
 pub mod file;
 pub mod heap;
+pub mod helper;
 pub mod leash;
 pub mod limits;
 pub mod listen;

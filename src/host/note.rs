@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::uio::pread;
+use serde::{Deserialize, Serialize};
 
 /// The first line, with the version of what follows.
 pub const MARK: &[u8] = b"virtlockd lease note 1\n";
@@ -21,7 +22,7 @@ const LONGEST_HOST: usize = 64;
 
 /// Who has a lease, as its file says. What is empty it does not say. All of it is printable ASCII, with
 /// `\xNN` for other bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     /// The host.
     pub host: String,

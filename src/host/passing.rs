@@ -69,6 +69,23 @@ const ROOM: usize = (MOST * size_of::<RawFd>()).div_ceil(size_of::<u64>()) + 4;
 
 /// Looks at the next message, if there is one. No message is empty.
 pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    match read(socket.as_raw_fd(), bytes, flags) {
+        // The second of a pair whose first is closed.
+        Ok(message) if message.length == 0 => Ok(None),
+        Err(Errno::EAGAIN) => Ok(None),
+        message => message.map(Some),
+    }
+}
+
+/// Takes the next message out, with all that is in it. One of no bytes says that nobody has the other end.
+/// EAGAIN if there is none and the socket does not wait; ECONNRESET if somebody closed the other end who had not
+/// read all that was sent there.
+pub fn receive(socket: RawFd, bytes: &mut [u8]) -> Result<Message, Errno> {
+    read(socket, bytes, 0)
+}
+
+fn read(socket: RawFd, bytes: &mut [u8], flags: libc::c_int) -> Result<Message, Errno> {
     let mut room = [MaybeUninit::<u64>::zeroed(); ROOM];
     let mut part = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
@@ -80,14 +97,9 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
     header.msg_iovlen = 1;
     header.msg_control = room.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&room) as _;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    let flags = flags | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: the header leads to memory of ours, as long as it says, which lives over the call.
-    let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
-    let length = match Errno::result(result) {
-        // The second of a pair whose first is closed.
-        Ok(0) | Err(Errno::EAGAIN) => return Ok(None),
-        length => length?,
-    };
+    let length = Errno::result(unsafe { libc::recvmsg(socket, &raw mut header, flags) })?;
     let mut message = Message {
         length: usize::try_from(length).unwrap_or(0),
         descriptors: Vec::new(),
@@ -118,7 +130,7 @@ pub fn look(socket: &OwnedFd, bytes: &mut [u8]) -> Result<Option<Message>, Errno
         // SAFETY: as above.
         next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
     }
-    Ok(Some(message))
+    Ok(message)
 }
 
 /// Whether there is a message, as far as can be told: only what is known to be empty is.

@@ -101,7 +101,7 @@ fn live(socket: RawFd, parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
 
 /// Closes all but standard input, output and error, and this one. A POSIX lock belongs to the table of
 /// descriptors that it was taken in, which is the parent's: none is lost.
-fn give_up_descriptors(but: RawFd) -> Result<(), Errno> {
+pub(super) fn give_up_descriptors(but: RawFd) -> Result<(), Errno> {
     let but = u32::try_from(but).map_err(|_| Errno::EBADF)?;
     let first = libc::STDERR_FILENO.cast_unsigned().saturating_add(1);
     for (from, to) in [
@@ -120,7 +120,7 @@ fn give_up_descriptors(but: RawFd) -> Result<(), Errno> {
 
 /// What is mapped keeps its file open, and the lock on it: the ledger would be somebody's for whoever starts
 /// next.
-fn give_up_shared_memory() -> Result<(), Errno> {
+pub(super) fn give_up_shared_memory() -> Result<(), Errno> {
     let maps =
         std::fs::read_to_string("/proc/self/maps").map_err(|error| super::errno::of(&error))?;
     for line in maps.lines() {

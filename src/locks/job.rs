@@ -2,7 +2,7 @@
 //! ledger. To open and lock a file is an [`Acquisition`](super::lease::Acquisition); here is the rest: the
 //! end of a lock, and making and removing a lock file without one.
 
-use super::lease::Lease;
+use super::lease::{Lease, LockKind};
 use super::place::{Place, Unreachable};
 use super::table::{Mode, Resource};
 use crate::host::errno::Errno;
@@ -47,6 +47,15 @@ impl End<Place<'_>> {
     pub fn run(self, mut lease: Lease<Lockable>) {
         lease.let_go(self.place, self.identity, self.removes);
     }
+
+    /// The same of an open file with a lock of its own.
+    pub fn run_on(self, descriptor: Lockable) {
+        self.run(Lease {
+            descriptor,
+            kind: LockKind::OpenFile,
+            created: false,
+        });
+    }
 }
 
 /// Making the file of a resource, if it is missing. A file that is there is not even opened: it might be
@@ -88,7 +97,7 @@ pub struct Delete<'a> {
 }
 
 /// What a name leads to that is to be removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Found {
     /// A file. It may be held under another name.
     File(FileIdentity),

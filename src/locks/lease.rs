@@ -16,6 +16,8 @@
 use std::mem::ManuallyDrop;
 use std::os::fd::{OwnedFd, RawFd};
 
+use serde::{Deserialize, Serialize};
+
 use super::place::{Place, Unreachable};
 use super::table::Mode;
 use crate::host::descriptors;
@@ -62,7 +64,7 @@ pub struct Lease<D = Lockable> {
 }
 
 /// Who has the lock that stands in the way of ours, as far as the kernel says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stranger {
     /// A process of this host.
     Process(i32),
@@ -87,7 +89,7 @@ impl Stranger {
 }
 
 /// Why a file could not be locked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refused {
     /// Another process or host has a lock on it.
     Taken(Stranger),
@@ -113,7 +115,7 @@ impl From<Unreachable> for Refused {
 }
 
 /// A refused file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotLocked {
     /// Why.
     pub reason: Refused,

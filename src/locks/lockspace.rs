@@ -9,7 +9,7 @@ use crate::host::errno::{self, Errno};
 use crate::host::paths;
 
 /// Why there is no lockspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum NotMade {
     /// Something else has the directory's name.
     NotADirectory,

@@ -6,6 +6,8 @@
 
 use std::os::fd::AsFd;
 
+use serde::{Deserialize, Serialize};
+
 use crate::host::errno::Errno;
 use crate::host::file::{self, Start};
 
@@ -17,7 +19,7 @@ const PATH_MAX: usize = libc::PATH_MAX as usize;
 const STALE_ROUNDS: u32 = 4;
 
 /// A resource's file, named as in a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place<'a> {
     /// The lockspace's directory; empty for the default lockspace.
     pub lockspace: &'a [u8],
@@ -26,7 +28,7 @@ pub struct Place<'a> {
 }
 
 /// Why a file could not be reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Unreachable {
     /// The name leaves the lockspace's directory.
     Leaves,

@@ -11,6 +11,7 @@
 //! * `logger`, `subscriber`: the state, and the way from an event to it.
 #![forbid(unsafe_code)]
 
+mod aside;
 mod datagram;
 mod level;
 mod line;
@@ -30,6 +31,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+pub use aside::{Said, aside};
 pub use level::Level;
 pub use line::Printable;
 pub use resolve::{Configured, Environment, RunMode, Settings, resolve};
