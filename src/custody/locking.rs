@@ -29,6 +29,15 @@ pub enum Acquired {
     Joined,
 }
 
+/// Where the work on a file is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// In this process: it cannot hang.
+    Here,
+    /// In another one.
+    Elsewhere,
+}
+
 /// What is to be done for an acquire.
 #[derive(Debug)]
 pub enum Decided<'a> {
@@ -80,25 +89,42 @@ impl Custody {
     /// # Errors
     /// Why there is none.
     pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+        self.may_make_lockspace()?;
+        lockspace::make_directory(directory)?;
+        self.has_directory(directory);
+        Ok(())
+    }
+
+    /// Whether there may be one more lockspace.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_make_lockspace(&self) -> Result<(), NotMade> {
         if self.state.lockspaces().count() >= MOST_LOCKSPACES {
             return Err(NotMade::TooMany);
         }
-        lockspace::make_directory(directory)?;
-        self.record(Event::Lockspace(directory), Given::default());
         Ok(())
+    }
+
+    /// This directory is a lockspace from now on.
+    pub fn has_directory(&mut self, directory: &[u8]) {
+        self.record(Event::Lockspace(directory), Given::default());
     }
 
     /// An acquire in an unknown lockspace opens it: libvirt makes its lockspaces only once, when
     /// libvirtd starts, and a daemon that started later must serve it all the same. Whether it is opened
     /// just now.
     pub fn open_lockspace(&mut self, directory: &[u8]) -> bool {
-        let may_be = !self.state.has_lockspace(directory)
-            && self.state.lockspaces().count() < MOST_LOCKSPACES
-            && lockspace::is_directory(directory);
+        let may_be = self.wants_lockspace(directory) && lockspace::is_directory(directory);
         if may_be {
-            self.record(Event::Lockspace(directory), Given::default());
+            self.has_directory(directory);
         }
         may_be
+    }
+
+    /// Whether a directory would become a lockspace by its first use.
+    pub fn wants_lockspace(&self, directory: &[u8]) -> bool {
+        !self.state.has_lockspace(directory) && self.may_make_lockspace().is_ok()
     }
 
     /// May an owner have a resource?
@@ -141,6 +167,7 @@ impl Custody {
         owner: &Owner,
         (place, mode, autocreate): (Place<'_>, Mode, bool),
         done: Result<(Lease<Lockable>, FileIdentity), NotLocked>,
+        at: At,
     ) -> Result<(), Refusal> {
         let (lease, identity) = match done {
             Ok(locked) => locked,
@@ -152,7 +179,7 @@ impl Custody {
         // Another name of a held file, which was locked because both are shared, or because they are two
         // nodes of one block device.
         if let Some(refusal) = self.held_as(identity) {
-            self.undo(lease, place, identity, mode);
+            self.undo(lease, (place, identity, mode), at);
             return Err(refusal);
         }
         let event = Event::Granted {
@@ -181,7 +208,7 @@ impl Custody {
                 kind: LockKind::OpenFile,
                 created,
             };
-            self.undo(lease, place, identity, mode);
+            self.undo(lease, (place, identity, mode), at);
         }
         Err(Refusal::Unrecorded(errno))
     }
@@ -218,7 +245,15 @@ impl Custody {
     }
 
     /// A lock that was had is given back, and with it the file if it was made for it.
-    fn undo(&self, lease: Lease, place: Place<'_>, identity: FileIdentity, mode: Mode) {
+    fn undo(
+        &mut self,
+        lease: Lease,
+        (place, identity, mode): (Place<'_>, FileIdentity, Mode),
+        at: At,
+    ) {
+        if at == At::Elsewhere {
+            return self.leave_unwanted(lease, place, identity, mode);
+        }
         let removes = lease.created.then_some(mode);
         End {
             place,
@@ -243,7 +278,7 @@ impl Custody {
             Decided::Done => return Ok(Acquired::Joined),
             Decided::Work(acquisition) => acquisition.run(None),
         };
-        self.conclude(owner, (place, mode, autocreate), done)?;
+        self.conclude(owner, (place, mode, autocreate), done, At::Here)?;
         Ok(Acquired::Granted)
     }
 
@@ -354,10 +389,10 @@ impl Custody {
         self.state.left_count().saturating_sub(before)
     }
 
-    /// Frees so many of the files that dead owners left, at most.
+    /// Frees so many of the files that dead owners left and nobody sees to, at most.
     pub fn free_some(&mut self, most: usize) {
         for _ in 0..most {
-            let Some(resource) = self.state.next_left_mut() else {
+            let Some(resource) = self.next_left() else {
                 return;
             };
             // The kernel first: as long as it has the lock, the ledger has it. Where another name of the
@@ -365,7 +400,7 @@ impl Custody {
             let number = resource.lease.descriptor.number();
             let identity = resource.identity;
             if self.state.process_lock_on(identity).is_none()
-                && let Some(resource) = self.state.next_left_mut()
+                && let Some(resource) = self.state.left_mut(number)
             {
                 let end = End::of(resource);
                 end.let_go(resource);
@@ -393,23 +428,40 @@ impl Custody {
     /// # Errors
     /// Why it is still there.
     pub fn delete(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+        self.may_delete(place)?;
+        let delete = Delete { place };
+        self.may_go(delete.find()?)?;
+        Ok(delete.run()?)
+    }
+
+    /// Whether the file of a resource may be removed, as far as its name says.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_delete(&mut self, place: Place<'_>) -> Result<(), Refusal> {
         self.known_and_free(place)?;
         if place.is_default() {
             return Err(Refusal::DefaultLockspace);
         }
-        let delete = Delete { place };
-        match delete.find()? {
-            Found::File(identity) => {
-                if let Some(refusal) = self.held_as(identity) {
-                    return Err(refusal);
-                }
-            }
-            Found::NameAlone => (),
-        }
-        Ok(delete.run()?)
+        Ok(())
     }
 
-    fn known_and_free(&mut self, place: Place<'_>) -> Result<(), Refusal> {
+    /// Whether what the name leads to may go: nobody holds it under another one.
+    ///
+    /// # Errors
+    /// Who does.
+    pub fn may_go(&self, found: Found) -> Result<(), Refusal> {
+        match found {
+            Found::File(identity) => self.held_as(identity).map_or(Ok(()), Err),
+            Found::NameAlone => Ok(()),
+        }
+    }
+
+    /// Whether a resource is one that is known and that nobody holds.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn known_and_free(&mut self, place: Place<'_>) -> Result<(), Refusal> {
         if !self.state.has_lockspace(place.lockspace) {
             return Err(Refusal::NoLockspace);
         }
@@ -420,7 +472,7 @@ impl Custody {
     }
 }
 
-fn name_of(place: Place<'_>) -> ResourceName<'_> {
+pub(super) fn name_of(place: Place<'_>) -> ResourceName<'_> {
     ResourceName {
         lockspace: place.lockspace,
         name: place.name,

@@ -14,6 +14,7 @@ pub mod counters;
 pub mod descriptor;
 pub mod earlier;
 mod encoding;
+pub mod elsewhere;
 mod entries;
 pub mod event;
 pub mod fences;
@@ -29,6 +30,7 @@ pub mod settings;
 pub mod since;
 pub mod state;
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
@@ -39,6 +41,7 @@ use crate::host::errno::{self, Errno};
 use self::clients::{Arrival, Client, ClientId, Traffic};
 use self::counters::Counter;
 use self::descriptor::{Descriptor, Number, Open};
+use self::elsewhere::Unwanted;
 use self::event::{Event, Here, OwnerRecord, ResourceName};
 use self::fences::{Fence, Stage, Watched};
 use self::ledger::{Counts, Ledger, OldFile};
@@ -75,6 +78,10 @@ pub struct Custody {
     ledger_entry: usize,
     /// Somebody goes on from the ledger should this process die.
     is_read_after_death: bool,
+    /// The descriptors of files of which other processes are letting go.
+    elsewhere: BTreeSet<RawFd>,
+    /// What was locked elsewhere and is not wanted.
+    unwanted: Vec<Unwanted>,
 }
 
 /// The daemon's pid file, which is nobody's resource. It has a POSIX lock.
@@ -133,6 +140,8 @@ impl Custody {
             own_file: None,
             ledger_entry: 0,
             is_read_after_death: false,
+            elsewhere: BTreeSet::new(),
+            unwanted: Vec::new(),
         }
     }
 

@@ -495,9 +495,14 @@ impl<F: Form> State<F> {
         })
     }
 
-    /// The next file to be freed of those that dead owners left.
-    pub(in crate::custody) fn next_left_mut(&mut self) -> Option<&mut Resource<Lease<F::File>>> {
-        self.estates.front_mut()?.resources.last_mut()
+    /// The file with this descriptor, which a dead owner left. It is mostly the last one of the first of them.
+    pub(in crate::custody) fn left_mut(
+        &mut self,
+        number: Number,
+    ) -> Option<&mut Resource<Lease<F::File>>> {
+        let left = self.estates.iter_mut();
+        left.flat_map(|estate| estate.resources.iter_mut().rev())
+            .find(|held| held.lease.descriptor.number() == number)
     }
 
     /// The number for a new connection.

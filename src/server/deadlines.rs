@@ -40,6 +40,8 @@ pub enum Deadline {
     Stop,
     /// Time to give back the memory that connections and long messages took.
     Memory,
+    /// Time to look what takes long on shares.
+    Shares,
     /// The ledger could not be written anew: time to try again.
     Ledger,
     /// The check of the successor must not take longer.

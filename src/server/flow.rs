@@ -14,6 +14,8 @@ pub enum Flow {
     /// Not even this one, which has not been answered: it is worked on once more when what was ordered
     /// has been done.
     Again,
+    /// The same, until something is done that others do.
+    Wait,
     /// The end of the connection, once what was appended to the output has been sent.
     Close,
 }

@@ -3,6 +3,7 @@
 
 use super::deadlines::Deadlines;
 use super::reserve::Reserve;
+use super::shares::Shares;
 use super::waiting_room::WaitingRoom;
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
@@ -30,6 +31,8 @@ pub struct Hall<'a> {
     pub orders: &'a mut Vec<Order>,
     /// Leases that were granted, whose files are to say so some time.
     pub leases: &'a mut Vec<ResourceId>,
+    /// Files on shares.
+    pub shares: &'a mut Shares,
     /// Where it is noted that a file is being made.
     pub making: Word<'a>,
     /// When this connection's owner was last seen to have a connection of its own.

@@ -4,7 +4,7 @@
 //! [`turn`](clients::turn) its bytes are read, its [`conversation`](clients::conversation) cuts a frame
 //! out of them, [`dispatch`](services::dispatch) finds the procedure, a [service](services) carries it
 //! out and appends the reply to the bytes that go back. [`owners`] sees to processes: who must die,
-//! whose death is waited for, what the dead leave. What lasts is not here but in
+//! whose death is waited for, what the dead leave; [`shares`] to files whose servers may not answer. What lasts is not here but in
 //! [`custody`](crate::custody).
 #![forbid(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod owners;
 pub mod reactor;
 pub mod reserve;
 pub mod services;
+pub mod shares;
 pub mod stop;
 pub mod upgrade;
 pub mod waiting_room;

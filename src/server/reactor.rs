@@ -30,6 +30,7 @@ use super::notes::Notes;
 use super::owners::fence::Left;
 use super::owners::{Freeing, Owners, Wanted};
 use super::reserve::Reserve;
+use super::shares::{self, Shares};
 use super::stop;
 use super::upgrade::{Going, Upgrade};
 use super::waiting_room::{NoRoom, WaitingRoom, no_room};
@@ -164,6 +165,7 @@ pub struct Reactor {
     /// Leases that were granted in it.
     leases: Vec<ResourceId>,
     notes: Notes,
+    shares: Shares,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
     /// What is shared with the guardian, if there is one.
@@ -276,6 +278,7 @@ impl Reactor {
             orders: Vec::new(),
             leases: Vec::new(),
             notes: Notes::default(),
+            shares: Shares::new(),
             admin_bytes: 0,
             guard,
             is_orphaned: false,
@@ -637,7 +640,9 @@ impl Reactor {
                 self.take_event(event);
             }
             self.ask_what_is_not_told();
+            self.wake_who_waited();
             self.work();
+            self.tend_shares();
             self.write_notes();
             self.wake_subscribers();
             self.tend_ledger();
@@ -691,7 +696,7 @@ impl Reactor {
 
     /// Whether anything waits that is done in pieces.
     fn has_pieces(&self) -> bool {
-        let has_estates = !self.custody.state().estates().is_empty();
+        let has_estates = self.custody.has_left();
         self.lines.has_pieces() || has_estates || self.gate.has_queue()
     }
 
@@ -702,6 +707,10 @@ impl Reactor {
                 if let Some(connection) = self.connections.get_mut(id.0) {
                     connection.readable |= event.is_readable();
                     connection.hung_up |= event.is_read_closed() || event.is_error();
+                    // Nobody reads the answer that it waits for, which may take for ever.
+                    if connection.waits && event.is_write_closed() {
+                        return self.end_connection(id);
+                    }
                     self.lines.enqueue(id, connection);
                 }
             }
@@ -715,8 +724,41 @@ impl Reactor {
                 upgrade.look_at_successor(&mut going);
             }
             Some(Source::Store) => self.look_at_store(),
+            Some(Source::Helper(number)) => {
+                self.shares.hear(number, &mut self.custody);
+                self.owners().tell_who_is_freed();
+            }
             None => (),
         }
+    }
+
+    /// Calls that waited for others' work on files of shares go on.
+    fn wake_who_waited(&mut self) {
+        for id in self.shares.take_woken() {
+            if let Some(connection) = self.connections.get_mut(id.0) {
+                connection.waits = false;
+                self.lines.enqueue(id, connection);
+            }
+        }
+    }
+
+    /// Gives out what is to be done on shares.
+    fn tend_shares(&mut self) {
+        let unwanted = self.custody.take_unwanted();
+        self.shares.let_go_of_unwanted(unwanted);
+        if !self.shares.is_busy() {
+            return;
+        }
+        let watch = &self.watch;
+        self.shares.give_out(&mut self.custody, |number, socket| {
+            watch.add(Source::Helper(number), socket).is_ok()
+        });
+        self.shares.tend_closing();
+        if self.deadlines.get(Deadline::Shares).is_none() {
+            let again = Moment::now().plus_ms(shares::LOOK_MS);
+            self.deadlines.set(Deadline::Shares, again);
+        }
+        self.wake_who_waited();
     }
 
     /// The files of the leases that were granted are to say so.
@@ -864,6 +906,7 @@ impl Reactor {
                 names: &mut self.names,
                 orders: &mut self.orders,
                 leases: &mut self.leases,
+                shares: &mut self.shares,
                 making: step::making(self.desk.memory()),
                 own_seen: Seen::default(),
             },
@@ -1059,6 +1102,7 @@ impl Reactor {
             reserve: &mut self.reserve,
             lines: &mut self.lines,
             wanted: &mut self.wanted,
+            shares: &mut self.shares,
             freeing: &mut self.freeing,
             is_ending: matches!(self.doing, Doing::Ending | Doing::Ended),
         }
@@ -1170,6 +1214,7 @@ impl Reactor {
                 });
             }
             Deadline::Ledger => (),
+            Deadline::Shares => _ = self.shares.look(),
             Deadline::Successor => {
                 let (upgrade, mut going) = self.going();
                 upgrade.successor_is_late(&mut going);

@@ -29,6 +29,8 @@ pub enum Source {
     Watched(Pid),
     /// Whether the service manager has something to keep everything in.
     Store,
+    /// A process that works on files of a share.
+    Helper(usize),
 }
 
 const KINDS: usize = 8;
@@ -47,6 +49,8 @@ impl Source {
             Source::Successor => (5, 0),
             Source::Watched(pid) => (6, number(pid)),
             Source::Store => (7, 0),
+            // There is one source of the first kind.
+            Source::Helper(number) => (0, number.wrapping_add(1)),
         };
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
     }
@@ -56,7 +60,10 @@ impl Source {
         let place = token.0 / KINDS;
         let number = i32::try_from(place).ok()?;
         match token.0 % KINDS {
-            0 => Some(Source::Signals),
+            0 => Some(match place.checked_sub(1) {
+                None => Source::Signals,
+                Some(helper) => Source::Helper(helper),
+            }),
             1 => Some(Source::Timer),
             2 => Some(Source::Listener(place)),
             3 => Some(Source::Connection(ClientId(number))),
@@ -153,6 +160,8 @@ mod tests {
             Source::Fence(4_194_303),
             Source::Successor,
             Source::Watched(4_194_303),
+            Source::Helper(0),
+            Source::Helper(7),
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

@@ -65,6 +65,8 @@ pub struct Connection {
     pub closing: bool,
     /// Frames may be waiting in the conversation that nothing but time keeps from being served.
     pub paused: bool,
+    /// The first of them waits for what others do: there is nothing to be done before.
+    pub waits: bool,
     /// The socket may have something to read: no read has come back short since it was said to.
     pub readable: bool,
     /// The other side has shut its end: read on until there is nothing.

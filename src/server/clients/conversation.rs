@@ -18,6 +18,8 @@ pub enum Taken {
     Paused,
     /// The same, and the first of them is one that could not be worked on yet.
     Again,
+    /// The same, and it is not to be tried before somebody says so.
+    Waits,
     /// The connection ends.
     Close,
 }
@@ -202,16 +204,20 @@ impl Conversation {
             };
             let done = all.saturating_sub(stream.len()).saturating_add(length);
             let flow = work(header, arguments, done);
-            if flow == Flow::Again {
+            if matches!(flow, Flow::Again | Flow::Wait) {
                 // Its descriptors have arrived and are counted; the byte of the last one is not kept.
                 let end = if length > whole { whole } else { stream.len() };
-                return (stream.get(..end).unwrap_or(stream), Taken::Again);
+                let taken = match flow {
+                    Flow::Wait => Taken::Waits,
+                    _ => Taken::Again,
+                };
+                return (stream.get(..end).unwrap_or(stream), taken);
             }
             stream = stream.get(length..).unwrap_or_default();
             self.arrived = 0;
             match flow {
                 Flow::Continue => (),
-                Flow::Pause | Flow::Again => return (stream, Taken::Paused),
+                Flow::Pause | Flow::Again | Flow::Wait => return (stream, Taken::Paused),
                 Flow::Close => return (&[], Taken::Close),
             }
         }

@@ -334,6 +334,9 @@ impl Turn<'_> {
                     Sent::Failed => return Turned::Over,
                 }
             }
+            if connection.waits {
+                return self.wait_to_send(id, connection, false, turned);
+            }
             if !connection.paused && !connection.readable {
                 // Half a frame is no call: who sends such waits behind those with whole ones.
                 if connection.conversation().is_some() {
@@ -480,12 +483,12 @@ impl Turn<'_> {
                 // What was ordered is about the state behind this call, not behind those that follow; it is
                 // done before the call is.
                 if !hall.orders.is_empty() {
-                    if flow != Flow::Again {
+                    if !matches!(flow, Flow::Again | Flow::Wait) {
                         step.done = done;
                     }
                     return if flow == Flow::Continue { Flow::Pause } else { flow };
                 }
-                if flow == Flow::Again {
+                if matches!(flow, Flow::Again | Flow::Wait) {
                     return flow;
                 }
                 step.done = done;
@@ -508,8 +511,9 @@ impl Turn<'_> {
             },
         );
         connection.own_seen = self.hall.own_seen;
-        let waits = matches!(taken, Taken::Paused | Taken::Again);
+        let waits = matches!(taken, Taken::Paused | Taken::Again | Taken::Waits);
         connection.paused = waits && !conversation.is_empty();
+        connection.waits = taken == Taken::Waits;
         connection.keep_conversation(conversation);
         if waited > READ_SIZE {
             // A long frame needed memory. Most connections never send one.

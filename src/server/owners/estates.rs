@@ -1,5 +1,5 @@
 //! What dead owners leave behind: their locks are freed a few at a time, so that nobody waits for
-//! thousands.
+//! thousands; and what they left on shares when those answer.
 
 use super::Owners;
 use crate::locks::table::Pid;
@@ -12,35 +12,47 @@ impl Owners<'_> {
     pub fn free(&mut self, pid: Pid) {
         let owner = self.text(pid);
         self.custody.is_within_reach(pid);
-        let is_first = self.custody.state().estates().is_empty();
+        let is_first = !self.custody.has_left();
         let count = self.custody.owner_died(pid);
         self.end_watch(pid);
         if count == 0 {
             is_free(&owner, count);
             return;
         }
-        self.freeing.dead.push_back((owner, count));
+        self.freeing.dead.push_back((pid, owner, count));
         if is_first {
             self.free_some();
         }
     }
 
-    /// Frees some of the locks of an owner that is dead. False if there are none to be freed.
+    /// Frees some of the locks of an owner that is dead. False if there are none to be freed here.
     pub fn free_some(&mut self) -> bool {
-        let before = self.custody.state().estates().len();
-        if before == 0 {
-            return false;
-        }
-        let first = self.custody.state().estates().front();
-        let left = first.map_or(0, |estate| estate.resources.len());
-        self.custody.free_some(left.min(LEASES_A_PIECE));
-        if self.custody.state().estates().len() < before {
-            // What an earlier image of this process left to be freed has no name here.
-            if let Some((owner, count)) = self.freeing.dead.pop_front() {
-                is_free(&owner, count);
+        let mut freed = false;
+        for _ in 0..LEASES_A_PIECE {
+            let Some(resource) = self.custody.next_left() else {
+                break;
+            };
+            freed = true;
+            if self.shares.of_lock(resource).is_none()
+                || !self.shares.let_go_of_left(self.custody)
+            {
+                self.custody.free_some(1);
             }
         }
-        true
+        self.tell_who_is_freed();
+        freed
+    }
+
+    /// Says of which dead owners nothing is locked any more.
+    pub fn tell_who_is_freed(&mut self) {
+        let estates = self.custody.state().estates();
+        self.freeing.dead.retain(|(pid, owner, count)| {
+            let is_there = estates.iter().any(|estate| estate.pid == *pid);
+            if !is_there {
+                is_free(owner, *count);
+            }
+            is_there
+        });
     }
 }
 

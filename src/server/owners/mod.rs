@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use super::deadlines::Deadlines;
 use super::lines::Lines;
 use super::reserve::Reserve;
+use super::shares::Shares;
 use super::watch::Watch;
 use crate::custody::Custody;
 use crate::locks::holder;
@@ -25,7 +26,7 @@ pub type Wanted = BTreeMap<Pid, Option<Pid>>;
 /// left.
 #[derive(Debug, Default)]
 pub struct Freeing {
-    dead: VecDeque<(String, usize)>,
+    dead: VecDeque<(Pid, String, usize)>,
 }
 
 /// What has to do with owners, borrowed side by side from the reactor.
@@ -43,6 +44,8 @@ pub struct Owners<'a> {
     pub lines: &'a mut Lines,
     /// Owners that could not be watched yet.
     pub wanted: &'a mut Wanted,
+    /// Files on shares.
+    pub shares: &'a mut Shares,
     /// Whose locks are being freed.
     pub freeing: &'a mut Freeing,
     /// Whether the kernel names the process of a peer itself.

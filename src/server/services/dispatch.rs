@@ -60,6 +60,7 @@ pub fn dispatch(
             match lock_call(hall, id, header, payload) {
                 Ok(Called::Done) => lock::encode_success(out, header),
                 Ok(Called::Again) => return Flow::Again,
+                Ok(Called::Waits) => return Flow::Wait,
                 Err(error) => error.encode_reply(out, header),
             }
             flow(out)
@@ -128,9 +129,13 @@ fn lock_call(
         log_refused(hall, id, &format!("{procedure:?}"), &error);
         return Err(error);
     };
+    hall.shares.call_begins(id);
     let result = lock_service::call(hall, id, &call);
+    if !matches!(result, Ok(Called::Again | Called::Waits)) {
+        hall.shares.call_ends(id);
+    }
     match &result {
-        Ok(Called::Again) => (),
+        Ok(Called::Again | Called::Waits) => (),
         Ok(Called::Done) => tracing::debug!(
             target: "locking.lock_daemon",
             "{} for {}: done", describe(&call), caller(hall, id)

@@ -2,19 +2,25 @@
 //! The checks come in libvirt's order: flags, then whether the connection is restricted, then whether it
 //! has registered, then what the call itself wants.
 
+use std::os::fd::{AsRawFd, RawFd};
+
 use crate::custody::Custody;
-use crate::custody::clients::ClientId;
-use crate::custody::locking::{Acquired, Decided, Refusal};
+use crate::custody::clients::{Client, ClientId};
+use crate::custody::locking::{Acquired, At, Decided, Refusal};
 use crate::custody::own_connections::Seen;
 use crate::host::errno::Errno;
+use crate::host::file::{FileIdentity, Lockable};
 use crate::host::process;
-use crate::host::shared::Word;
+use crate::locks::errand::{Errand, Outcome};
 use crate::locks::holder;
-use crate::locks::lockspace::NotMade;
+use crate::locks::job::End;
+use crate::locks::lease::{Lease, LockKind, NotLocked, Refused};
+use crate::locks::lockspace::{self, NotMade};
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, Pid};
 use crate::log::Printable;
 use crate::server::hall::{Hall, Order};
+use crate::server::shares::{Finding, ShareId};
 use crate::wire::error::{Code, Domain, Error};
 use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
 
@@ -25,6 +31,8 @@ pub enum Called {
     Done,
     /// Something was ordered that has to be done first.
     Again,
+    /// It waits for what others do with a file on a share. It is worked on once more when that is done.
+    Waits,
 }
 
 /// Carries out a call.
@@ -82,32 +90,38 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
         }
         Call::New { path, .. } => {
             registered(owner.as_ref())?;
-            new_lockspace(custody, path)?;
+            return new_lockspace(hall, id, path);
         }
         Call::CreateLockspace { path } => {
             if !custody.state().has_lockspace(path) {
-                make_lockspace(custody, path)?;
+                return make_lockspace(hall, id, path);
             }
         }
         Call::CreateResource { target, .. } => {
             registered(owner.as_ref())?;
             let place = place(target);
-            custody.create(place).map_err(|refusal| {
-                let what = [b"cannot create file '", place.path().as_slice(), b"'"].concat();
-                refused(custody, place, refusal, Domain::None, &what)
-            })?;
+            match create(hall, id, place) {
+                Ok(called) => return Ok(called),
+                Err(refusal) => {
+                    let what = [b"cannot create file '", place.path().as_slice(), b"'"].concat();
+                    return Err(refused(hall.custody, place, refusal, Domain::None, &what));
+                }
+            }
         }
         Call::DeleteResource { target, .. } => {
             registered(owner.as_ref())?;
             let place = place(target);
-            custody.delete(place).map_err(|refusal| {
-                let what = [
-                    b"Unable to delete lockspace resource ",
-                    place.path().as_slice(),
-                ]
-                .concat();
-                refused(custody, place, refusal, Domain::Lockspace, &what)
-            })?;
+            match delete(hall, id, place) {
+                Ok(called) => return Ok(called),
+                Err(refusal) => {
+                    let what = [
+                        b"Unable to delete lockspace resource ",
+                        place.path().as_slice(),
+                    ]
+                    .concat();
+                    return Err(refused(hall.custody, place, refusal, Domain::Lockspace, &what));
+                }
+            }
         }
         Call::AcquireResource { target, flags } => {
             let owner = registered(owner.as_ref())?;
@@ -115,26 +129,92 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 hall.orders.push(Order::Settle(owner.pid));
                 return Ok(Called::Again);
             }
-            match acquire(owner, custody, place(target), flags, hall.making) {
-                Ok(Acquired::Granted) if flags & AUTOCREATE != 0 && !place(target).is_default() => {
-                    let id = custody.find(target.lockspace, target.name);
+            match acquire(owner, hall, id, place(target), flags) {
+                Ok(None) => return Ok(Called::Waits),
+                Ok(Some(Acquired::Granted))
+                    if flags & AUTOCREATE != 0 && !place(target).is_default() =>
+                {
+                    let id = hall.custody.find(target.lockspace, target.name);
                     hall.leases.extend(id);
                 }
-                Ok(_) => (),
+                Ok(Some(_)) => (),
                 Err(error) => {
-                    custody.was_refused(owner, place(target), mode(flags), &error.message());
+                    let (place, message) = (place(target), error.message());
+                    hall.custody.was_refused(owner, place, mode(flags), &message);
                     return Err(error);
                 }
             }
-            if is_lent && is_to_be_watched(custody, owner, &mut hall.own_seen) {
+            if is_lent && is_to_be_watched(hall.custody, owner, &mut hall.own_seen) {
                 hall.orders.push(Order::Watch(id));
             }
         }
         Call::ReleaseResource { target, .. } => {
-            release(registered(owner.as_ref())?, custody, place(target))?;
+            return release(registered(owner.as_ref())?, hall, id, place(target));
         }
     }
     Ok(Called::Done)
+}
+
+/// What a call does on a share, as an operator reads it.
+fn what_is_done(hall: &Hall<'_>, id: ClientId, what: &str, place: Place<'_>) -> String {
+    let client = hall.custody.state().client(id);
+    let who = client.map_or_else(|| "a client that is gone".to_owned(), Client::text);
+    format!("{what} of '{}' for {who}", Printable(&place.path()))
+}
+
+/// The next errand of a call: `None` if it has to be waited for.
+fn errand(
+    hall: &mut Hall<'_>,
+    id: ClientId,
+    share: ShareId,
+    (what, place, errand): (&str, Place<'_>, &Errand<'_>),
+    file: Option<RawFd>,
+) -> Option<Finding> {
+    let text = what_is_done(hall, id, what, place);
+    hall.shares
+        .errand(id, share, (place, errand), file, || text)
+}
+
+fn create(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called, Refusal> {
+    let Some(share) = hall.shares.of_path(&place.path()) else {
+        hall.custody.create(place)?;
+        return Ok(Called::Done);
+    };
+    hall.custody.known_and_free(place)?;
+    let work = ("the making", place, &Errand::Create(place));
+    match errand(hall, id, share, work, None).map(|it| it.outcome) {
+        None => Ok(Called::Waits),
+        Some(Outcome::Created(result)) => Ok(result.map(|()| Called::Done)?),
+        Some(other) => Err(Refusal::File(reason_of(&other))),
+    }
+}
+
+fn delete(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called, Refusal> {
+    let Some(share) = hall.shares.of_path(&place.path()) else {
+        hall.custody.delete(place)?;
+        return Ok(Called::Done);
+    };
+    hall.custody.may_delete(place)?;
+    let work = ("the removal", place, &Errand::Find(place));
+    match errand(hall, id, share, work, None).map(|it| it.outcome) {
+        None => return Ok(Called::Waits),
+        Some(Outcome::Found(found)) => hall.custody.may_go(found?)?,
+        Some(other) => return Err(Refusal::File(reason_of(&other))),
+    }
+    let work = ("the removal", place, &Errand::Delete(place));
+    match errand(hall, id, share, work, None).map(|it| it.outcome) {
+        None => Ok(Called::Waits),
+        Some(Outcome::Deleted(result)) => Ok(result.map(|()| Called::Done)?),
+        Some(other) => Err(Refusal::File(reason_of(&other))),
+    }
+}
+
+/// Why an errand has another outcome than it should.
+fn reason_of(outcome: &Outcome) -> Errno {
+    match outcome {
+        Outcome::Failed(reason) => *reason,
+        _ => Errno::EIO,
+    }
 }
 
 /// Whether an owner that was granted a lock over another's connection may have to be watched. One with a
@@ -206,20 +286,47 @@ fn not_registered() -> Error {
     Error::new(Code::OperationInvalid, Domain::Rpc, detail)
 }
 
-fn new_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
+fn new_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Called, Error> {
     if path.is_empty() {
         let detail = "the default lockspace already exists";
         return Err(Error::new(Code::OperationInvalid, Domain::Rpc, detail));
     }
-    if custody.state().has_lockspace(path) {
+    if hall.custody.state().has_lockspace(path) {
         let detail = [b"Lockspace for path ", path, b" already exists"].concat();
         return Err(Error::new(Code::InternalError, Domain::Rpc, detail));
     }
-    make_lockspace(custody, path)
+    make_lockspace(hall, id, path)
 }
 
-fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
-    custody.make_lockspace(path).map_err(|reason| match reason {
+/// A lockspace's directory, as the place of an errand.
+fn directory(path: &[u8]) -> Place<'_> {
+    Place {
+        lockspace: b"",
+        name: path,
+    }
+}
+
+fn make_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Called, Error> {
+    let made = match hall.shares.of_path(path) {
+        None => hall.custody.make_lockspace(path),
+        Some(share) => match hall.custody.may_make_lockspace() {
+            Err(reason) => Err(reason),
+            Ok(()) => {
+                let asked = Errand::MakeDirectory(path);
+                let work = ("the making", directory(path), &asked);
+                match errand(hall, id, share, work, None).map(|it| it.outcome) {
+                    None => return Ok(Called::Waits),
+                    Some(Outcome::MadeDirectory(Ok(()))) => {
+                        hall.custody.has_directory(path);
+                        Ok(())
+                    }
+                    Some(Outcome::MadeDirectory(made)) => made,
+                    Some(other) => Err(NotMade::System(reason_of(&other))),
+                }
+            }
+        },
+    };
+    made.map(|()| Called::Done).map_err(|reason| match reason {
         NotMade::NotADirectory => {
             let detail = [
                 b"Lockspace location ",
@@ -248,57 +355,179 @@ fn mode(flags: u32) -> Mode {
     }
 }
 
+/// Takes a resource for an owner; `None` if that has to wait.
 fn acquire(
     owner: &Owner,
-    custody: &mut Custody,
+    hall: &mut Hall<'_>,
+    id: ClientId,
     place: Place<'_>,
     flags: u32,
-    making: Word<'_>,
-) -> Result<Acquired, Error> {
+) -> Result<Option<Acquired>, Error> {
     let mode = mode(flags);
     let autocreate = flags & AUTOCREATE != 0;
-    if custody.open_lockspace(place.lockspace) {
-        tracing::info!(
-            target: "locking.lock_daemon",
-            "Lockspace {} is opened on its first use: it was not made on this daemon",
-            Printable(place.lockspace)
-        );
+    if hall.custody.wants_lockspace(place.lockspace) {
+        match is_directory(hall, id, place.lockspace) {
+            None => return Ok(None),
+            Some(false) => (),
+            Some(true) => {
+                hall.custody.has_directory(place.lockspace);
+                tracing::info!(
+                    target: "locking.lock_daemon",
+                    "Lockspace {} is opened on its first use: it was not made on this daemon",
+                    Printable(place.lockspace)
+                );
+            }
+        }
     }
-    let decided = custody.decide(owner, place, mode, autocreate);
-    let done = match decided {
-        Ok(Decided::Done) => return Ok(Acquired::Joined),
-        Ok(Decided::Work(acquisition)) => acquisition.run(Some(making)),
-        Err(refusal) => return Err(not_acquired(custody, place, autocreate, refusal)),
+    if let Some(share) = hall.shares.is_left_on_hung(place) {
+        let by = format!(
+            ": its last owner is dead, and {} does not answer, so nobody can let go of the lock",
+            hall.shares.text(share)
+        );
+        return Err(is_locked(place, by.as_bytes()));
+    }
+    if hall.shares.has_to_wait(id, place) {
+        return Ok(None);
+    }
+    if hall.custody.is_being_let_go(place) {
+        hall.shares.waits(id);
+        return Ok(None);
+    }
+    let decided = hall.custody.decide(owner, place, mode, autocreate);
+    let acquisition = match decided {
+        Ok(Decided::Done) => return Ok(Some(Acquired::Joined)),
+        Ok(Decided::Work(acquisition)) => acquisition,
+        Err(refusal) => return Err(not_acquired(hall, place, autocreate, refusal, None)),
     };
-    custody
-        .conclude(owner, (place, mode, autocreate), done)
-        .map(|()| Acquired::Granted)
-        .map_err(|refusal| not_acquired(custody, place, autocreate, refusal))
+    let share = hall.shares.of_path(&place.path());
+    let (done, at) = match share {
+        None => (acquisition.run(Some(hall.making)), At::Here),
+        Some(share) => {
+            let asked = Errand::Acquire {
+                place,
+                mode,
+                autocreate,
+                avoid: acquisition.avoid.to_vec(),
+                is_patient: hall.shares.is_patient(),
+            };
+            match errand(hall, id, share, ("the lock", place, &asked), None) {
+                None => return Ok(None),
+                Some(finding) => (locked(finding), At::Elsewhere),
+            }
+        }
+    };
+    hall.custody
+        .conclude(owner, (place, mode, autocreate), done, at)
+        .map(|()| Some(Acquired::Granted))
+        .map_err(|refusal| not_acquired(hall, place, autocreate, refusal, share))
 }
 
-fn not_acquired(custody: &Custody, place: Place<'_>, autocreate: bool, refusal: Refusal) -> Error {
+/// What a helper locked.
+fn locked(finding: Finding) -> Result<(Lease, FileIdentity), NotLocked> {
+    match (finding.outcome, finding.file) {
+        (Outcome::Locked(identity, created), Some(file)) => Ok((
+            Lease {
+                descriptor: Lockable::locked_elsewhere(file),
+                kind: LockKind::OpenFile,
+                created,
+            },
+            identity,
+        )),
+        (Outcome::NotLocked(refused), _) => Err(refused),
+        (other, _) => Err(Refused::Open(reason_of(&other)).into()),
+    }
+}
+
+/// Whether there is a directory; `None` if that has to be waited for.
+fn is_directory(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Option<bool> {
+    let Some(share) = hall.shares.of_path(path) else {
+        return Some(lockspace::is_directory(path));
+    };
+    let asked = Errand::IsDirectory(path);
+    let work = ("the opening", directory(path), &asked);
+    let finding = errand(hall, id, share, work, None)?;
+    Some(finding.outcome == Outcome::IsDirectory(true))
+}
+
+fn not_acquired(
+    hall: &Hall<'_>,
+    place: Place<'_>,
+    autocreate: bool,
+    refusal: Refusal,
+    share: Option<ShareId>,
+) -> Error {
     let verb = if autocreate { "open/create" } else { "open" };
+    let on = share.map_or_else(String::new, |share| {
+        format!(" on {}", hall.shares.text(share))
+    });
     let what = [
         format!("Unable to {verb} resource ").as_bytes(),
         &place.path(),
+        on.as_bytes(),
     ]
     .concat();
-    refused(custody, place, refusal, Domain::Lockspace, &what)
+    refused(hall.custody, place, refusal, Domain::Lockspace, &what)
 }
 
-fn release(owner: &Owner, custody: &mut Custody, place: Place<'_>) -> Result<(), Error> {
-    if !custody.state().has_lockspace(place.lockspace) {
+fn release(
+    owner: &Owner,
+    hall: &mut Hall<'_>,
+    id: ClientId,
+    place: Place<'_>,
+) -> Result<Called, Error> {
+    if !hall.custody.state().has_lockspace(place.lockspace) {
         return Err(no_lockspace(place));
     }
-    custody
-        .release(place, owner)
-        .map_err(|reason| match reason {
-            NotReleased::NotHeld => resource_error(place, b"' is not locked"),
-            NotReleased::NotYours => {
-                let detail = format!("owner {} does not hold the resource lock", owner.pid);
-                Error::new(Code::InternalError, Domain::Lockspace, detail)
+    let released = match let_go_elsewhere(owner, hall, id, place) {
+        LetGo::Here => hall.custody.release(place, owner),
+        LetGo::Waits => return Ok(Called::Waits),
+        LetGo::Done => hall.custody.release_let_go(place, owner).map(|file| {
+            if let Some(file) = file {
+                hall.shares.close(file);
             }
-        })
+        }),
+    };
+    released.map(|()| Called::Done).map_err(|reason| match reason {
+        NotReleased::NotHeld => resource_error(place, b"' is not locked"),
+        NotReleased::NotYours => {
+            let detail = format!("owner {} does not hold the resource lock", owner.pid);
+            Error::new(Code::InternalError, Domain::Lockspace, detail)
+        }
+    })
+}
+
+/// Where a lock is let go of.
+enum LetGo {
+    /// In this process.
+    Here,
+    /// Elsewhere, and it is to be waited for.
+    Waits,
+    /// It is done.
+    Done,
+}
+
+/// What is given back is let go of elsewhere if it is the last holding of a file on a share.
+fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> LetGo {
+    let Some(resource) = hall.custody.last_of(place, owner) else {
+        return LetGo::Here;
+    };
+    let Some(share) = hall.shares.of_lock(resource) else {
+        return LetGo::Here;
+    };
+    let (end, number) = (End::of(resource), resource.lease.descriptor.as_raw_fd());
+    let asked = Errand::End {
+        place,
+        identity: end.identity,
+        removes: end.removes,
+    };
+    if hall.shares.has_to_wait(id, place) {
+        return LetGo::Waits;
+    }
+    hall.custody.goes_elsewhere(number);
+    match errand(hall, id, share, ("the release", place, &asked), Some(number)) {
+        None => LetGo::Waits,
+        Some(_) => LetGo::Done,
+    }
 }
 
 fn no_lockspace(place: Place<'_>) -> Error {

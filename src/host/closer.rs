@@ -1,0 +1,53 @@
+//! Closing files where that may hang. To close a file of a share asks its server, and no other process can do it
+//! for this one unless it has the same table of descriptors: such a copy of this process closes some files and
+//! ends.
+
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
+
+use super::clone::{self, Which};
+use super::errno::Errno;
+use super::process;
+
+/// The process's name, at most 15 characters.
+const NAME: &std::ffi::CStr = c"virtlockd-close";
+
+/// A process that closes files.
+#[derive(Debug)]
+pub struct Closer(i32);
+
+impl Closer {
+    /// Starts one that closes these. Where the host refuses that they stay open, and are given back.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    pub fn start(files: Vec<OwnedFd>) -> Result<Closer, (Errno, Vec<OwnedFd>)> {
+        match clone::sharing_descriptors() {
+            Ok(Which::Original(pid)) => {
+                // They are its own from here on: a number that is closed there may be another file's at once.
+                files.into_iter().for_each(|file| {
+                    let _ = file.into_raw_fd();
+                });
+                Ok(Closer(pid))
+            }
+            Ok(Which::Copy) => {
+                let _ = nix::sys::prctl::set_name(NAME);
+                clone::end_at_once_on_panic();
+                files.into_iter().for_each(drop);
+                clone::leave(0)
+            }
+            Err(reason) => Err((reason, files)),
+        }
+    }
+
+    /// Whether it is at it yet. If not, it is forgotten.
+    pub fn is_there(&self) -> bool {
+        clone::is_child(self.0)
+    }
+}
+
+/// What the kernel calls the file that is open under this number, without asking a server.
+pub fn name_of(number: RawFd) -> Vec<u8> {
+    use std::os::unix::ffi::OsStringExt;
+    let link = format!("/proc/{}/fd/{number}", process::own_number());
+    std::fs::read_link(link).map_or_else(|_| Vec::new(), |path| path.into_os_string().into_vec())
+}

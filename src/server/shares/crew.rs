@@ -1,0 +1,281 @@
+//! The helpers of one share, and what they are to do: each has one errand at a time, and one that hangs is left
+//! with it while others go on, up to eight.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+
+use super::{Finding, Purpose};
+use crate::custody::clients::ClientId;
+use crate::host::clock::Moment;
+use crate::host::errno::{self, Errno};
+use crate::host::helper::{Helper, LONGEST};
+use crate::locks::errand;
+
+/// So many helpers a share has at most: enough that one whose answers take two milliseconds serves a boot of
+/// guests.
+const MOST: usize = 8;
+/// How long a helper without anything to do stays, milliseconds.
+const IDLE_MS: u64 = 30_000;
+/// How long an errand may take before that is said, milliseconds.
+const SLOW_MS: u64 = 5_000;
+/// How often an errand is given out whose helper ends over it.
+const TRIES: u32 = 3;
+
+/// Something to do.
+#[derive(Debug)]
+struct Errand {
+    purpose: Purpose,
+    bytes: Vec<u8>,
+    file: Option<RawFd>,
+    what: String,
+    since: Moment,
+    tries: u32,
+    is_told: bool,
+}
+
+#[derive(Debug)]
+struct Member {
+    number: usize,
+    helper: Helper,
+    errand: Option<Errand>,
+    idle_since: Moment,
+}
+
+/// An errand that is done.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) purpose: Purpose,
+    pub(super) finding: Finding,
+}
+
+/// An errand that takes long.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) what: String,
+    pub(super) seconds: u64,
+    /// How many others wait.
+    pub(super) others: usize,
+}
+
+/// The helpers of a share.
+#[derive(Debug, Default)]
+pub(super) struct Crew {
+    members: Vec<Member>,
+    queue: VecDeque<Errand>,
+    /// Since when it has not answered, if that was said.
+    slow_since: Option<Moment>,
+}
+
+impl Crew {
+    pub(super) fn ask(
+        &mut self,
+        purpose: Purpose,
+        bytes: Vec<u8>,
+        file: Option<RawFd>,
+        what: String,
+    ) {
+        self.queue.push_back(Errand {
+            purpose,
+            bytes,
+            file,
+            what,
+            since: Moment::now(),
+            tries: 0,
+            is_told: false,
+        });
+    }
+
+    /// Gives out what is to be done; what cannot be. `new` gives a number to a helper that is new.
+    pub(super) fn give_out(
+        &mut self,
+        new: &mut impl FnMut(RawFd) -> Option<usize>,
+    ) -> Vec<Finished> {
+        let mut finished = Vec::new();
+        while let Some(mut errand) = self.queue.pop_front() {
+            let at = match self.idle_member(new) {
+                Ok(Some(at)) => at,
+                Ok(None) => {
+                    self.queue.push_front(errand);
+                    break;
+                }
+                Err(reason) => {
+                    // Those that there are do it some time.
+                    if !self.members.is_empty() && errno::may_pass(reason) {
+                        self.queue.push_front(errand);
+                        break;
+                    }
+                    finished.push(cannot(errand, reason));
+                    continue;
+                }
+            };
+            let Some(member) = self.members.get_mut(at) else {
+                break;
+            };
+            errand.tries = errand.tries.saturating_add(1);
+            match member.helper.ask(&errand.bytes, errand.file) {
+                Ok(()) => member.errand = Some(errand),
+                // It is over: that is heard of, and another one does it.
+                Err(Errno::EPIPE) if errand.tries <= TRIES => {
+                    self.members.swap_remove(at);
+                    self.queue.push_front(errand);
+                }
+                Err(reason) => finished.push(cannot(errand, reason)),
+            }
+        }
+        finished
+    }
+
+    fn idle_member(
+        &mut self,
+        new: &mut impl FnMut(RawFd) -> Option<usize>,
+    ) -> Result<Option<usize>, Errno> {
+        if let Some(at) = self.members.iter().position(|it| it.errand.is_none()) {
+            return Ok(Some(at));
+        }
+        if self.members.len() >= MOST {
+            return Ok(None);
+        }
+        let helper = Helper::start(errand::run)?;
+        let number = new(helper.as_raw_fd()).ok_or(Errno::ENOMEM)?;
+        self.members.push(Member {
+            number,
+            helper,
+            errand: None,
+            idle_since: Moment::now(),
+        });
+        Ok(self.members.len().checked_sub(1))
+    }
+
+    /// What a helper has to say, and whether it is over.
+    pub(super) fn hear(&mut self, number: usize) -> (Option<Finished>, bool) {
+        let Some(at) = self.members.iter().position(|it| it.number == number) else {
+            return (None, true);
+        };
+        let Some(member) = self.members.get_mut(at) else {
+            return (None, true);
+        };
+        let mut buffer = vec![0; LONGEST];
+        let message = match member.helper.answer(&mut buffer) {
+            Ok(None) => return (None, false),
+            Ok(Some(message)) => message,
+            Err(reason) => {
+                let errand = member.errand.take();
+                self.members.swap_remove(at);
+                let finished = match errand {
+                    Some(errand) if errand.tries < TRIES => {
+                        self.queue.push_front(errand);
+                        None
+                    }
+                    errand => errand.map(|it| cannot(it, reason)),
+                };
+                return (finished, true);
+            }
+        };
+        let Some(errand) = member.errand.take() else {
+            return (None, false);
+        };
+        member.idle_since = Moment::now();
+        let bytes = buffer.get(..message.length).unwrap_or_default();
+        let finding = match errand::outcome_of(bytes) {
+            Ok((outcome, said)) => {
+                said.iter().for_each(crate::log::Said::repeat);
+                Finding {
+                    outcome,
+                    file: message.descriptors.into_iter().next(),
+                }
+            }
+            Err(reason) => Finding::failed(reason),
+        };
+        let finished = Finished {
+            purpose: errand.purpose,
+            finding,
+        };
+        (Some(finished), false)
+    }
+
+    /// A client is gone: what its errand is for from now on. One that was not begun with is left.
+    pub(super) fn leaves(&mut self, id: ClientId, now: impl Fn(Option<RawFd>) -> Purpose) {
+        self.queue.retain_mut(|errand| {
+            if errand.purpose != Purpose::Call(id) {
+                return true;
+            }
+            errand.purpose = now(errand.file);
+            errand.purpose != Purpose::Nobody
+        });
+        let mut at_it = self.members.iter_mut();
+        if let Some(errand) = at_it
+            .by_ref()
+            .filter_map(|it| it.errand.as_mut())
+            .find(|errand| errand.purpose == Purpose::Call(id))
+        {
+            errand.purpose = now(errand.file);
+        }
+    }
+
+    /// Whether it is known not to answer.
+    pub(super) fn is_slow(&self) -> bool {
+        self.slow_since.is_some()
+    }
+
+    /// It answered: for how long it had not, seconds, if that was said.
+    pub(super) fn answers_again(&mut self) -> Option<f64> {
+        let since = self.slow_since.take()?;
+        Some(seconds(since, Moment::now()))
+    }
+
+    /// The errand that has taken longest, if that is long and has not been said.
+    pub(super) fn tell(&mut self, now: Moment) -> Option<Told> {
+        let waiting = self.queue.len();
+        let at_it = self.members.iter_mut().filter_map(|it| it.errand.as_mut());
+        let mut all: Vec<&mut Errand> = at_it.chain(&mut self.queue).collect();
+        let others = all.len().saturating_sub(1);
+        let first = all.iter_mut().min_by_key(|errand| errand.since)?;
+        if now < first.since.plus_ms(SLOW_MS) || first.is_told {
+            return None;
+        }
+        let since = first.since;
+        let told = Told {
+            what: first.what.clone(),
+            seconds: now.ms_since(since) / 1000,
+            others: others.max(waiting),
+        };
+        let is_first = self.slow_since.is_none();
+        self.slow_since.get_or_insert(since);
+        for errand in all {
+            errand.is_told = true;
+        }
+        is_first.then_some(told)
+    }
+
+    /// Ends helpers that have had nothing to do for long: their numbers.
+    pub(super) fn end_idle(&mut self, now: Moment) -> Vec<usize> {
+        let is_idle =
+            |it: &Member| it.errand.is_none() && now >= it.idle_since.plus_ms(IDLE_MS);
+        let over = self.members.iter().filter(|it| is_idle(it));
+        let over = over.map(|it| it.number).collect();
+        self.members.retain(|it| !is_idle(it));
+        over
+    }
+
+    /// Whether there is nobody, and nothing to do.
+    pub(super) fn is_over(&self) -> bool {
+        self.members.is_empty() && self.queue.is_empty()
+    }
+
+    /// What is to be done yet.
+    pub(super) fn under_way(&self) -> impl Iterator<Item = &str> {
+        let at_it = self.members.iter().filter_map(|it| it.errand.as_ref());
+        at_it.chain(&self.queue).map(|errand| errand.what.as_str())
+    }
+}
+
+fn cannot(errand: Errand, reason: Errno) -> Finished {
+    Finished {
+        purpose: errand.purpose,
+        finding: Finding::failed(reason),
+    }
+}
+
+fn seconds(since: Moment, now: Moment) -> f64 {
+    now.ms_since(since) as f64 / 1000.0
+}

@@ -1,0 +1,504 @@
+//! Files on shares: whoever touches one may hang for as long as its server does not answer. So nothing here does:
+//! what is to be done with them is done by helpers, processes of each share's own, and the calls that want it
+//! wait. A call that waits has not been worked on: when its errand is done it is worked on once more from its
+//! beginning, finds what became of the errand, and goes on behind it. So a call under way is nothing but a message
+//! that waits, whoever goes on with it.
+
+mod crew;
+mod under_way;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use crate::custody::Custody;
+use crate::custody::clients::ClientId;
+use crate::custody::elsewhere::Unwanted;
+use crate::host::clock::Moment;
+use crate::host::closer::{self, Closer};
+use crate::host::errno::Errno;
+use crate::host::file::FileIdentity;
+use crate::host::mount_table::Mounts;
+use crate::host::whereabouts::{self, MountId, Whereabouts};
+use crate::locks::errand::{Errand, Outcome};
+use crate::locks::job::End;
+use crate::locks::lease::{Lease, LockKind};
+use crate::locks::place::Place;
+use crate::locks::table::{Owner, Resource};
+use crate::log::Printable;
+
+use crew::{Crew, Finished, Told};
+use under_way::Calls;
+
+/// How often it is looked whether anything takes long, or nothing is to be done any more, milliseconds.
+pub const LOOK_MS: u64 = 1000;
+
+/// Behind the start of a reactor that goes on for another one, how long a lock that is in the way may be one of an
+/// earlier image's helpers, milliseconds.
+const AFTERMATH_MS: u64 = 3000;
+
+/// The share that a file is on, by its mount; one of which that is not known is every such file's.
+pub type ShareId = Option<MountId>;
+
+/// What an errand is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// A client's call waits for it.
+    Call(ClientId),
+    /// An owner gave back what is open under this number, and the client that said so is gone.
+    Release(RawFd),
+    /// A dead owner left what is open under this number.
+    Left(RawFd),
+    /// Nobody wants what is open under this number.
+    Unwanted(RawFd),
+    /// Nobody waits for it any more: what it locks is let go of again.
+    Nobody,
+}
+
+/// What a call that waits on an errand goes on with.
+#[derive(Debug)]
+pub struct Finding {
+    /// What became of the errand.
+    pub outcome: Outcome,
+    /// The file that was locked.
+    pub file: Option<OwnedFd>,
+}
+
+/// Everything about shares that passes.
+#[derive(Debug)]
+pub struct Shares {
+    mounts: Mounts,
+    crews: BTreeMap<ShareId, Crew>,
+    /// The share of each helper, by the helper's number.
+    helpers: Vec<Option<ShareId>>,
+    calls: Calls,
+    /// Files whose locks are let go of and that are to be closed.
+    to_close: Vec<OwnedFd>,
+    closers: Vec<Closer>,
+    /// Files of a reactor that died, of which nobody knows whether they are locked, by their shares: nobody is
+    /// refused for them.
+    unknown: BTreeMap<ShareId, BTreeSet<RawFd>>,
+    /// Files that nobody wants, until their locks are let go of.
+    unwanted: BTreeMap<RawFd, OwnedFd>,
+    /// Clients that are to have a turn.
+    woken: Vec<ClientId>,
+    patient_until: Moment,
+    /// An errand was asked for since it was last looked for long ones.
+    is_busy: bool,
+}
+
+impl Shares {
+    /// Without anything to do.
+    pub fn new() -> Shares {
+        Shares {
+            mounts: Mounts::open(),
+            crews: BTreeMap::new(),
+            helpers: Vec::new(),
+            calls: Calls::default(),
+            to_close: Vec::new(),
+            closers: Vec::new(),
+            unknown: BTreeMap::new(),
+            unwanted: BTreeMap::new(),
+            woken: Vec::new(),
+            patient_until: Moment(0),
+            is_busy: false,
+        }
+    }
+
+    /// This reactor goes on for another one, whose helpers may not know yet.
+    pub fn goes_on(&mut self) {
+        self.patient_until = Moment::now().plus_ms(AFTERMATH_MS);
+    }
+
+    /// The mounts changed.
+    pub fn mounts_changed(&mut self) {
+        self.mounts.refresh();
+    }
+
+    /// The share that a path leads to, if it leads to one.
+    pub fn of_path(&self, path: &[u8]) -> Option<ShareId> {
+        share(whereabouts::of_path(&self.mounts, path))
+    }
+
+    /// The share that an open file is on, if it is on one.
+    pub fn of_file(&self, number: RawFd) -> Option<ShareId> {
+        if !self.mounts.has_shares() {
+            return None;
+        }
+        share(whereabouts::of_descriptor(&self.mounts, number))
+    }
+
+    /// The share that a resource's file is on whose lock may be let go of elsewhere.
+    pub fn of_lock(&self, resource: &Resource<Lease>) -> Option<ShareId> {
+        let is_open_file = matches!(resource.lease.kind, LockKind::OpenFile);
+        let number = resource.lease.descriptor.as_raw_fd();
+        self.of_file(number).filter(|_| is_open_file)
+    }
+
+    /// A share as an operator reads it.
+    pub fn text(&self, share: ShareId) -> String {
+        let text = share.map(|id| self.mounts.text(id)).unwrap_or_default();
+        if text.is_empty() {
+            return "a file system that is not known".to_owned();
+        }
+        text
+    }
+
+    // ---- calls ----
+
+    /// A call begins to be worked on, perhaps once more.
+    pub fn call_begins(&mut self, id: ClientId) {
+        self.calls.begins(id);
+    }
+
+    /// Whether a call on this resource has to wait for what is under way with it: then it is woken.
+    pub fn has_to_wait(&mut self, id: ClientId, place: Place<'_>) -> bool {
+        self.calls.has_to_wait(id, place)
+    }
+
+    /// Whether what is under way with a resource is the end of what a dead owner left, on a share that has not
+    /// answered for long: its share.
+    pub fn is_left_on_hung(&self, place: Place<'_>) -> Option<ShareId> {
+        let share = self.calls.left_on(place)?;
+        let is_slow = self.crews.get(&share).is_some_and(Crew::is_slow);
+        is_slow.then_some(share)
+    }
+
+    /// A call waits for something that another process is at: it is woken.
+    pub fn waits(&mut self, id: ClientId) {
+        self.calls.waits(id);
+    }
+
+    /// The next errand of a call: what became of it, if it is done. `None` says that the call waits now, and is
+    /// woken. The errand is not asked for once more when it is.
+    pub fn errand(
+        &mut self,
+        id: ClientId,
+        share: ShareId,
+        (place, errand): (Place<'_>, &Errand<'_>),
+        file: Option<RawFd>,
+        what: impl FnOnce() -> String,
+    ) -> Option<Finding> {
+        if let Some(step) = self.calls.next_step(id) {
+            return step;
+        }
+        if self.unknown.contains_key(&share) {
+            self.calls.waits(id);
+            return None;
+        }
+        let bytes = match errand.to_bytes() {
+            Ok(bytes) => bytes,
+            Err(reason) => return Some(Finding::failed(reason)),
+        };
+        self.calls.asks(id, place);
+        self.ask(share, Purpose::Call(id), bytes, file, what());
+        None
+    }
+
+    /// Whether a lock may be in the way that a helper of an earlier image is about to let go of.
+    pub fn is_patient(&self) -> bool {
+        Moment::now() < self.patient_until
+    }
+
+    /// A call has been answered: what it asked for and did not take is let go of, and others that waited for it go on.
+    pub fn call_ends(&mut self, id: ClientId) {
+        for finding in self.calls.ends(id, &mut self.woken) {
+            self.is_not_wanted(finding);
+        }
+    }
+
+    /// A client is gone, perhaps in the middle of a call.
+    pub fn leaves(&mut self, id: ClientId, custody: &Custody) {
+        for crew in self.crews.values_mut() {
+            crew.leaves(id, |number| match number {
+                Some(number) if custody.is_elsewhere(number) => Purpose::Release(number),
+                _ => Purpose::Nobody,
+            });
+        }
+        self.call_ends(id);
+    }
+
+    fn is_not_wanted(&mut self, finding: Finding) {
+        if let (Outcome::Locked(identity, _), Some(file)) = (finding.outcome, finding.file) {
+            self.let_go_of_unknown(file, identity, None);
+        }
+    }
+
+    // ---- locks that are let go of ----
+
+    /// What a dead owner left is let go of, if it is on a share; otherwise nothing is done.
+    pub fn let_go_of_left(&mut self, custody: &mut Custody) -> bool {
+        let Some(resource) = custody.next_left() else {
+            return false;
+        };
+        let Some(share) = self.of_lock(resource) else {
+            return false;
+        };
+        if custody.state().process_lock_on(resource.identity).is_some() {
+            return false;
+        }
+        let end = End::of(resource);
+        let place = Place {
+            lockspace: resource.lockspace(),
+            name: resource.name(),
+        };
+        let errand = Errand::End {
+            place,
+            identity: end.identity,
+            removes: end.removes,
+        };
+        let Ok(bytes) = errand.to_bytes() else {
+            return false;
+        };
+        let number = resource.lease.descriptor.as_raw_fd();
+        let what = format!("the lock on {} of a dead owner", Printable(&place.path()));
+        self.calls.left_begins(number, share, place);
+        self.ask(share, Purpose::Left(number), bytes, Some(number), what);
+        custody.goes_elsewhere(number);
+        true
+    }
+
+    /// Locks that were had and are not wanted are let go of.
+    pub fn let_go_of_unwanted(&mut self, unwanted: Vec<Unwanted>) {
+        for it in unwanted {
+            let place = Place {
+                lockspace: &it.lockspace,
+                name: &it.name,
+            };
+            self.let_go(it.file, it.identity, (place, it.removes));
+        }
+    }
+
+    /// A reactor that died left a file open, and nobody knows whether it locked it.
+    pub fn let_go_of_unknown(
+        &mut self,
+        file: OwnedFd,
+        identity: FileIdentity,
+        made_at: Option<Place<'_>>,
+    ) {
+        let name = closer::name_of(file.as_raw_fd());
+        let place = made_at.unwrap_or(Place {
+            lockspace: b"",
+            name: &name,
+        });
+        let number = file.as_raw_fd();
+        if let Some(share) = self.of_file(number) {
+            self.unknown.entry(share).or_default().insert(number);
+        }
+        let removes = made_at.map(|_| crate::locks::table::Mode::Shared);
+        self.let_go(file, identity, (place, removes));
+    }
+
+    fn let_go(
+        &mut self,
+        file: OwnedFd,
+        identity: FileIdentity,
+        (place, removes): (Place<'_>, Option<crate::locks::table::Mode>),
+    ) {
+        let number = file.as_raw_fd();
+        let errand = Errand::End {
+            place,
+            identity,
+            removes,
+        };
+        let share = self.of_file(number).unwrap_or(None);
+        match errand.to_bytes() {
+            Ok(bytes) => {
+                let what = format!("a lock on {} that nobody wants", Printable(&place.path()));
+                self.unwanted.insert(number, file);
+                self.ask(share, Purpose::Unwanted(number), bytes, Some(number), what);
+            }
+            Err(_) => self.close(file),
+        }
+    }
+
+    /// A file whose lock is let go of is to be closed.
+    pub fn close(&mut self, file: OwnedFd) {
+        self.to_close.push(file);
+    }
+
+    // ---- helpers ----
+
+    fn ask(
+        &mut self,
+        share: ShareId,
+        purpose: Purpose,
+        errand: Vec<u8>,
+        file: Option<RawFd>,
+        what: String,
+    ) {
+        self.is_busy = true;
+        let crew = self.crews.entry(share).or_default();
+        crew.ask(purpose, errand, file, what);
+    }
+
+    /// Gives out what is to be done. `watch` is told of each helper that is new: its number, and its descriptor.
+    pub fn give_out(
+        &mut self,
+        custody: &mut Custody,
+        mut watch: impl FnMut(usize, RawFd) -> bool,
+    ) {
+        let Shares { crews, helpers, .. } = self;
+        let mut finished = Vec::new();
+        for (share, crew) in crews.iter_mut() {
+            let new = &mut |descriptor| {
+                let number = helpers.iter().position(Option::is_none);
+                let number = number.unwrap_or(helpers.len());
+                if !watch(number, descriptor) {
+                    return None;
+                }
+                match helpers.get_mut(number) {
+                    Some(place) => *place = Some(*share),
+                    None => helpers.push(Some(*share)),
+                }
+                Some(number)
+            };
+            finished.extend(crew.give_out(new));
+        }
+        for it in finished {
+            self.take(it, custody);
+        }
+    }
+
+    /// A helper has something to say.
+    pub fn hear(&mut self, number: usize, custody: &mut Custody) {
+        let Some(Some(share)) = self.helpers.get(number).copied() else {
+            return;
+        };
+        let Some(crew) = self.crews.get_mut(&share) else {
+            return;
+        };
+        let (finished, is_over) = crew.hear(number);
+        if is_over && let Some(place) = self.helpers.get_mut(number) {
+            *place = None;
+        }
+        if finished.is_some()
+            && let Some(took) = crew.answers_again()
+        {
+            tracing::info!(
+                target: "locking.lockspace",
+                "{} answers again, after {:.1} s", self.text(share), took
+            );
+        }
+        if let Some(it) = finished {
+            self.take(it, custody);
+        }
+    }
+
+    fn take(&mut self, finished: Finished, custody: &mut Custody) {
+        let Finished { purpose, finding } = finished;
+        match purpose {
+            Purpose::Call(id) => {
+                if let Some(unwanted) = self.calls.is_done(id, finding) {
+                    self.is_not_wanted(unwanted);
+                }
+                self.woken.push(id);
+            }
+            Purpose::Left(number) | Purpose::Release(number) => {
+                self.calls.left_ends(number, &mut self.woken);
+                self.to_close.extend(custody.was_let_go(number));
+            }
+            Purpose::Unwanted(number) => {
+                self.to_close.extend(self.unwanted.remove(&number));
+                for files in self.unknown.values_mut() {
+                    files.remove(&number);
+                }
+                let before = self.unknown.len();
+                self.unknown.retain(|_, files| !files.is_empty());
+                if self.unknown.len() < before {
+                    self.calls.wake_all(&mut self.woken);
+                }
+            }
+            Purpose::Nobody => self.is_not_wanted(finding),
+        }
+    }
+
+    /// Clients whose calls can go on.
+    pub fn take_woken(&mut self) -> Vec<ClientId> {
+        std::mem::take(&mut self.woken)
+    }
+
+    /// Closes what is to be closed, in a process of its own.
+    pub fn tend_closing(&mut self) {
+        self.closers.retain(Closer::is_there);
+        if self.to_close.is_empty() {
+            return;
+        }
+        match Closer::start(std::mem::take(&mut self.to_close)) {
+            Ok(closer) => self.closers.push(closer),
+            Err((_, files)) => self.to_close = files,
+        }
+    }
+
+    /// Whether another process closes files of this one at the moment.
+    pub fn is_closing(&self) -> bool {
+        !self.closers.is_empty() || !self.to_close.is_empty()
+    }
+
+    /// Says what takes long, and ends helpers that have nothing to do. Whether it is to be looked again.
+    pub fn look(&mut self) -> bool {
+        let now = Moment::now();
+        let mut over = Vec::new();
+        let mut told = Vec::new();
+        for (share, crew) in &mut self.crews {
+            told.extend(crew.tell(now).map(|it| (*share, it)));
+            over.extend(crew.end_idle(now));
+        }
+        for (share, Told { what, seconds, others }) in told {
+            let others = match others {
+                0 => String::new(),
+                count => format!(" ({count} more wait for it)"),
+            };
+            tracing::warn!(
+                target: "locking.lockspace",
+                "{} has not answered for {seconds} s: {what} waits{others}. Others do not. If its server is gone, \
+                 bring it back, or unmount it (umount -f)",
+                self.text(share)
+            );
+            // Who waits for a name that a dead owner had is told so.
+            self.calls.wake_all(&mut self.woken);
+        }
+        for number in over {
+            if let Some(place) = self.helpers.get_mut(number) {
+                *place = None;
+            }
+        }
+        self.crews.retain(|_, crew| !crew.is_over());
+        self.tend_closing();
+        self.is_busy = !self.crews.is_empty() || self.is_closing();
+        self.is_busy
+    }
+
+    /// Whether it is to be looked what takes long.
+    pub fn is_busy(&self) -> bool {
+        self.is_busy || self.is_closing()
+    }
+
+    /// What is under way, as an operator reads it.
+    pub fn under_way(&self) -> Vec<String> {
+        let crews = self.crews.iter();
+        crews
+            .flat_map(|(share, crew)| {
+                let text = self.text(*share);
+                crew.under_way()
+                    .map(move |what| format!("{what} on {text}"))
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+}
+
+impl Finding {
+    fn failed(reason: Errno) -> Finding {
+        Finding {
+            outcome: Outcome::Failed(reason),
+            file: None,
+        }
+    }
+}
+
+fn share(whereabouts: Whereabouts) -> Option<ShareId> {
+    match whereabouts {
+        Whereabouts::Local => None,
+        Whereabouts::Share(id) => Some(id),
+    }
+}
