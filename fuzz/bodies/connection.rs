@@ -37,6 +37,7 @@ use virtlockd::server::owners::fence::Left;
 use virtlockd::server::owners::{Freeing, Owners, Wanted};
 use virtlockd::server::reserve::Reserve;
 use virtlockd::server::services::dispatch;
+use virtlockd::server::shares::Shares;
 use virtlockd::server::waiting_room::{NoRoom, WaitingRoom};
 use virtlockd::server::watch::Watch;
 use virtlockd::wire::error;
@@ -63,6 +64,7 @@ struct Daemon {
     wanted: Wanted,
     freeing: Freeing,
     names: Names,
+    shares: Shares,
     watch: Watch,
     orders: Vec<Order>,
     desk: Desk,
@@ -91,6 +93,7 @@ pub fn run(data: &[u8]) {
             wanted: Wanted::new(),
             freeing: Freeing::default(),
             names: Names::default(),
+            shares: Shares::new(),
             watch: Watch::new(registry),
             orders: Vec::new(),
             desk: Desk::private().expect("memory"),
@@ -124,6 +127,7 @@ impl Daemon {
             reserve: &mut self.reserve,
             lines: &mut self.lines,
             wanted: &mut self.wanted,
+            shares: &mut self.shares,
             freeing: &mut self.freeing,
             names_processes: true,
             is_ending: false,
@@ -146,6 +150,7 @@ impl Daemon {
             names: &mut self.names,
             orders: &mut self.orders,
             leases: &mut Vec::new(),
+            shares: &mut self.shares,
             making: turn::making(self.desk.memory()),
             own_seen: Seen::default(),
         };

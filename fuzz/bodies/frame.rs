@@ -90,7 +90,7 @@ fn take_in(pieces: &[Piece<'_>], longest: usize, pause: usize) -> Outcome {
                 }
                 Taken::All => break,
                 Taken::Paused => bytes = &[],
-                Taken::Again => panic!("nothing was asked for again"),
+                Taken::Again | Taken::Waits => panic!("nothing was asked for again"),
             }
         }
         if piece.handover {

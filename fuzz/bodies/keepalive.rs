@@ -29,6 +29,7 @@ use virtlockd::server::flow::Flow;
 use virtlockd::server::hall::Hall;
 use virtlockd::server::reserve::Reserve;
 use virtlockd::server::services::dispatch;
+use virtlockd::server::shares::Shares;
 use virtlockd::server::waiting_room::WaitingRoom;
 use virtlockd::wire::frame::{Header, Kind, LONGEST};
 use virtlockd::wire::keepalive;
@@ -57,6 +58,7 @@ struct Daemon {
     deadlines: Deadlines,
     reserve: Reserve,
     names: Names,
+    shares: Shares,
     clients: Vec<ClientId>,
 }
 
@@ -108,6 +110,7 @@ impl Daemon {
             deadlines: Deadlines::default(),
             reserve: Reserve::default(),
             names: Names::default(),
+            shares: Shares::new(),
             clients: clients.to_vec(),
         }
     }
@@ -129,6 +132,7 @@ impl Daemon {
             names: &mut self.names,
             orders: &mut orders,
             leases: &mut Vec::new(),
+            shares: &mut self.shares,
             making: turn::making(desk.memory()),
             own_seen: Seen::default(),
         };
@@ -208,7 +212,7 @@ fn converse(
                     sent.append(&mut out);
                     bytes = &[];
                 }
-                Taken::Again => panic!("nothing was asked for again"),
+                Taken::Again | Taken::Waits => panic!("nothing was asked for again"),
                 Taken::Close => {
                     assert!(conversation.is_empty());
                     sent.append(&mut out);

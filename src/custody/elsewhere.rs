@@ -48,7 +48,9 @@ impl Custody {
     /// The next of them.
     pub fn next_left(&self) -> Option<&Resource<Lease>> {
         let mut left = self.state.estates().iter();
-        let all = left.by_ref().flat_map(|estate| estate.resources.iter().rev());
+        let all = left
+            .by_ref()
+            .flat_map(|estate| estate.resources.iter().rev());
         all.into_iter()
             .find(|it| !self.elsewhere.contains(&it.lease.descriptor.as_raw_fd()))
     }

@@ -38,9 +38,9 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
 /// Takes over a descriptor that a dead process left open, if it is open and of this file: its number may
 /// have been given to something else since. Each number is to be adopted once.
 pub fn adopt_file(number: RawFd, file: FileIdentity) -> Option<OwnedFd> {
-    // SAFETY: borrowed for this call. It may not be open, which is what fstat(2) is asked.
+    // SAFETY: borrowed for this call. It may not be open, which is what statx(2) is asked.
     let borrowed = (number >= 0).then(|| unsafe { BorrowedFd::borrow_raw(number) })?;
-    (file::identity(borrowed) == Ok(file)).then(|| {
+    (file::known_identity(borrowed) == Ok(file)).then(|| {
         // SAFETY: it is open, and the caller adopts each number once; nobody else knows of it.
         unsafe { OwnedFd::from_raw_fd(number) }
     })
@@ -125,9 +125,9 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     if number < 0 {
         return None;
     }
-    // SAFETY: it is not -1, and fstat(2) says so if it is not open.
+    // SAFETY: it is not -1, and statx(2) says so if it is not open.
     let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
-    super::file::identity(descriptor).ok()
+    super::file::known_identity(descriptor).ok()
 }
 
 /// Whether a number is an open descriptor of a poll (epoll(7)).
@@ -139,8 +139,7 @@ pub fn is_poll(number: RawFd) -> bool {
 /// Whether a descriptor may be of a disk or of a lock file: it is not of a directory, of a socket, or of what
 /// has no file.
 pub fn may_be_of_lock(descriptor: &OwnedFd) -> bool {
-    let kind =
-        nix::sys::stat::fstat(descriptor).map_or(libc::S_IFREG, |it| it.st_mode & libc::S_IFMT);
+    let kind = file::known_kind(descriptor).unwrap_or(libc::S_IFREG);
     ![0, libc::S_IFDIR, libc::S_IFSOCK].contains(&kind)
 }
 

@@ -1,8 +1,8 @@
 //! Files as the lock table needs them: opened without waiting, locked with open-file-description
 //! locks, unlocked before they are closed, told apart by device and inode.
 
-use std::mem::ManuallyDrop;
 use std::ffi::CStr;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::{self, FcntlArg, OFlag, OpenHow, ResolveFlag};
@@ -244,6 +244,16 @@ pub fn known_identity(file: impl AsFd) -> Result<FileIdentity, Errno> {
     }
 }
 
+/// What kind of file a descriptor is of (inode(7), `S_IFMT`), as far as is known here.
+pub fn known_kind(file: impl AsFd) -> Result<libc::mode_t, Errno> {
+    let number = file.as_fd().as_raw_fd();
+    match known_status(number, c"", libc::AT_EMPTY_PATH) {
+        Ok(found) => Ok(libc::mode_t::from(found.stx_mode) & libc::S_IFMT),
+        Err(Errno::ENOSYS | Errno::EPERM) => Ok(stat::fstat(file)?.st_mode & libc::S_IFMT),
+        Err(reason) => Err(reason),
+    }
+}
+
 /// Whether a descriptor is of a block device: asked without fstat(2), which may have failed.
 pub fn is_block_device(file: &impl AsRawFd) -> bool {
     /// BLKGETSIZE64 of linux/fs.h: other files do not know it.
@@ -317,7 +327,7 @@ pub fn known_here(path: &CStr) -> Result<(FileIdentity, bool), Errno> {
     known(libc::AT_FDCWD, path, 0)
 }
 
-fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), Errno> {
+fn known_status(start: RawFd, path: &CStr, flags: i32) -> Result<libc::statx, Errno> {
     let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
     let flags = flags | libc::AT_STATX_DONT_SYNC;
     let wanted = libc::STATX_TYPE | libc::STATX_INO;
@@ -325,7 +335,11 @@ fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), 
     let result = unsafe { libc::statx(start, path.as_ptr(), flags, wanted, found.as_mut_ptr()) };
     Errno::result(result)?;
     // SAFETY: the call succeeded, so it has filled it in.
-    let found = unsafe { found.assume_init() };
+    Ok(unsafe { found.assume_init() })
+}
+
+fn known(start: RawFd, path: &CStr, flags: i32) -> Result<(FileIdentity, bool), Errno> {
+    let found = known_status(start, path, flags)?;
     let kind = libc::mode_t::from(found.stx_mode) & libc::S_IFMT;
     let identity = if kind == libc::S_IFBLK {
         FileIdentity {

@@ -225,9 +225,6 @@ mod tests {
         let helper = Helper::start(|_, _| clone::leave(1)).unwrap();
         helper.ask(b"job", None).unwrap();
         clone::wait_for_end(helper.pid());
-        assert!(matches!(
-            helper.answer(&mut [0; 8]),
-            Err(Errno::EPIPE)
-        ));
+        assert!(matches!(helper.answer(&mut [0; 8]), Err(Errno::EPIPE)));
     }
 }

@@ -87,13 +87,21 @@ pub enum Outcome {
     Failed(Errno),
 }
 
-impl Errand<'_> {
+impl<'a> Errand<'a> {
     /// As a message.
     ///
     /// # Errors
     /// EINVAL for one that cannot be said.
     pub fn to_bytes(&self) -> Result<Vec<u8>, Errno> {
         to_bytes(self)
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// EINVAL if it is none.
+    pub fn of_bytes(message: &'a [u8]) -> Result<Errand<'a>, Errno> {
+        from_bytes(message)
     }
 
     /// Does it. With a lock goes its file.
@@ -139,9 +147,7 @@ impl Errand<'_> {
             Errand::Find(place) => Outcome::Found(Delete { place }.find()),
             Errand::Delete(place) => Outcome::Deleted(Delete { place }.run()),
             Errand::IsDirectory(path) => Outcome::IsDirectory(lockspace::is_directory(path)),
-            Errand::MakeDirectory(path) => {
-                Outcome::MadeDirectory(lockspace::make_directory(path))
-            }
+            Errand::MakeDirectory(path) => Outcome::MadeDirectory(lockspace::make_directory(path)),
         };
         (outcome, None)
     }
@@ -193,7 +199,7 @@ pub fn outcome_of(answer: &[u8]) -> Result<(Outcome, Vec<Said>), Errno> {
 
 /// Does what a message says, in a process that may hang.
 pub fn run(message: &[u8], file: Option<OwnedFd>) -> Done {
-    let ((outcome, locked), said) = log::aside(|| match from_bytes::<Errand<'_>>(message) {
+    let ((outcome, locked), said) = log::aside(|| match Errand::of_bytes(message) {
         Ok(errand) => errand.run(file),
         Err(reason) => (Outcome::Failed(reason), None),
     });
@@ -208,7 +214,7 @@ pub fn run(message: &[u8], file: Option<OwnedFd>) -> Done {
 /// Nobody got the answer to this message: what was locked for it is let go.
 fn undo(message: &[u8], answer: &[u8], file: OwnedFd) {
     let _ = log::aside(|| {
-        let Ok(Errand::Acquire { place, mode, .. }) = from_bytes(message) else {
+        let Ok(Errand::Acquire { place, mode, .. }) = Errand::of_bytes(message) else {
             return;
         };
         if let Ok((Outcome::Locked(identity, created), _)) = outcome_of(answer) {
@@ -234,7 +240,6 @@ fn from_bytes<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Errno> {
     let read = bincode::serde::borrow_decode_from_slice(bytes, configuration());
     read.map(|(what, _)| what).map_err(|_| Errno::EINVAL)
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -71,6 +71,10 @@ const ADMIN_BYTES: u32 = 64 * 1024 * 1024;
 /// After a ledger that could not be written anew, how long until it is tried again, milliseconds.
 const LEDGER_RETRY_MS: u64 = 1000;
 
+/// How long until it is looked again whether files of shares are closed that must be before somebody else goes on,
+/// milliseconds.
+const SHARES_MS: u64 = 20;
+
 /// What a configuration file can change while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -468,8 +472,12 @@ impl Reactor {
         owners.watch_the_unwatched();
         self.carry_out_orders();
         // As long as the call counts as interrupted the next one knows that a file was being made for it.
+        self.shares.goes_on();
         for descriptor in std::mem::take(left) {
-            lease::take_back(descriptor, self.making.as_ref().map(Making::place));
+            match self.shares.of_file(descriptor.as_raw_fd()) {
+                Some(_) => self.shares.let_go_of_unknown(descriptor),
+                None => lease::take_back(descriptor, self.making.as_ref().map(Making::place)),
+            }
         }
         if let Some((id, rest)) = interrupted {
             // From here on the call that a reactor died in is one that waits like others. It goes first:
@@ -707,10 +715,7 @@ impl Reactor {
                 if let Some(connection) = self.connections.get_mut(id.0) {
                     connection.readable |= event.is_readable();
                     connection.hung_up |= event.is_read_closed() || event.is_error();
-                    // Nobody reads the answer that it waits for, which may take for ever.
-                    if connection.waits && event.is_write_closed() {
-                        return self.end_connection(id);
-                    }
+                    connection.gone |= event.is_write_closed();
                     self.lines.enqueue(id, connection);
                 }
             }
@@ -1076,6 +1081,7 @@ impl Reactor {
         self.deadlines.unset(Deadline::Serve(id));
         self.deadlines.unset(Deadline::ClearAway(id));
         self.waiting.forget(id, &mut self.deadlines);
+        self.shares.leaves(id, &self.custody);
         self.watch.remove(id.0);
         if let Some(connection) = self.connections.remove(id.0) {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
@@ -1126,8 +1132,24 @@ impl Reactor {
             return;
         }
         self.settle();
+        if !self.are_shares_settled() {
+            return;
+        }
         let (upgrade, mut going) = self.going();
         upgrade.go_ahead(&mut going);
+    }
+
+    /// Whether everything that is open is somebody's who goes on: it is closed soon, or its lock let go of, what is
+    /// not. What a process closes with the table of descriptors that it shares with this one must be closed
+    /// before.
+    fn are_shares_settled(&mut self) -> bool {
+        self.tend_shares();
+        if self.shares.is_settled() {
+            return true;
+        }
+        let again = Moment::now().plus_ms(SHARES_MS);
+        self.deadlines.set(Deadline::Shares, again);
+        false
     }
 
     /// Connections that are over and owners that are dead need not be handed over.

@@ -668,6 +668,7 @@ impl Going<'_> {
             is_refused || connection.is_quiet()
         };
         state.fences().is_empty()
+            && state.estates().is_empty()
             && self.connections.iter().all(quiet)
             && state.clients().all(|(_, client)| !client.is_over())
     }

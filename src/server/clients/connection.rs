@@ -71,6 +71,8 @@ pub struct Connection {
     pub readable: bool,
     /// The other side has shut its end: read on until there is nothing.
     pub hung_up: bool,
+    /// Nobody has the other end any more.
+    pub gone: bool,
     /// It is in one of the reactor's lists already.
     pub queued: bool,
     /// In which one it will be.

@@ -322,6 +322,7 @@ mod tests {
     use crate::server::hall::Hall;
     use crate::server::reserve::Reserve;
     use crate::server::services::dispatch;
+    use crate::server::shares::Shares;
     use crate::server::waiting_room::WaitingRoom;
     use crate::wire::lock::AUTOCREATE;
 
@@ -397,6 +398,7 @@ mod tests {
                     names: &mut Names::default(),
                     orders: &mut Vec::new(),
                     leases: &mut Vec::new(),
+                    shares: &mut Shares::new(),
                     own_seen: crate::custody::own_connections::Seen::default(),
                     making: step::making(memory),
                 };

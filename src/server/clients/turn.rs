@@ -335,6 +335,10 @@ impl Turn<'_> {
                 }
             }
             if connection.waits {
+                if connection.gone {
+                    // Nobody reads the answer that it waits for, which may take for ever.
+                    return Turned::Over;
+                }
                 return self.wait_to_send(id, connection, false, turned);
             }
             if !connection.paused && !connection.readable {

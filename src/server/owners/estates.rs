@@ -33,8 +33,7 @@ impl Owners<'_> {
                 break;
             };
             freed = true;
-            if self.shares.of_lock(resource).is_none()
-                || !self.shares.let_go_of_left(self.custody)
+            if self.shares.of_lock(resource).is_none() || !self.shares.let_go_of_left(self.custody)
             {
                 self.custody.free_some(1);
             }

@@ -119,7 +119,13 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                         place.path().as_slice(),
                     ]
                     .concat();
-                    return Err(refused(hall.custody, place, refusal, Domain::Lockspace, &what));
+                    return Err(refused(
+                        hall.custody,
+                        place,
+                        refusal,
+                        Domain::Lockspace,
+                        &what,
+                    ));
                 }
             }
         }
@@ -140,7 +146,8 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 Ok(Some(_)) => (),
                 Err(error) => {
                     let (place, message) = (place(target), error.message());
-                    hall.custody.was_refused(owner, place, mode(flags), &message);
+                    hall.custody
+                        .was_refused(owner, place, mode(flags), &message);
                     return Err(error);
                 }
             }
@@ -176,7 +183,7 @@ fn errand(
 }
 
 fn create(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called, Refusal> {
-    let Some(share) = hall.shares.of_path(&place.path()) else {
+    let Some(share) = hall.shares.of_place(place) else {
         hall.custody.create(place)?;
         return Ok(Called::Done);
     };
@@ -190,7 +197,7 @@ fn create(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called,
 }
 
 fn delete(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called, Refusal> {
-    let Some(share) = hall.shares.of_path(&place.path()) else {
+    let Some(share) = hall.shares.of_place(place) else {
         hall.custody.delete(place)?;
         return Ok(Called::Done);
     };
@@ -399,7 +406,7 @@ fn acquire(
         Ok(Decided::Work(acquisition)) => acquisition,
         Err(refusal) => return Err(not_acquired(hall, place, autocreate, refusal, None)),
     };
-    let share = hall.shares.of_path(&place.path());
+    let share = hall.shares.of_place(place);
     let (done, at) = match share {
         None => (acquisition.run(Some(hall.making)), At::Here),
         Some(share) => {
@@ -487,13 +494,15 @@ fn release(
             }
         }),
     };
-    released.map(|()| Called::Done).map_err(|reason| match reason {
-        NotReleased::NotHeld => resource_error(place, b"' is not locked"),
-        NotReleased::NotYours => {
-            let detail = format!("owner {} does not hold the resource lock", owner.pid);
-            Error::new(Code::InternalError, Domain::Lockspace, detail)
-        }
-    })
+    released
+        .map(|()| Called::Done)
+        .map_err(|reason| match reason {
+            NotReleased::NotHeld => resource_error(place, b"' is not locked"),
+            NotReleased::NotYours => {
+                let detail = format!("owner {} does not hold the resource lock", owner.pid);
+                Error::new(Code::InternalError, Domain::Lockspace, detail)
+            }
+        })
 }
 
 /// Where a lock is let go of.
@@ -508,6 +517,9 @@ enum LetGo {
 
 /// What is given back is let go of elsewhere if it is the last holding of a file on a share.
 fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> LetGo {
+    if !hall.shares.has_any() {
+        return LetGo::Here;
+    }
     let Some(resource) = hall.custody.last_of(place, owner) else {
         return LetGo::Here;
     };
@@ -524,7 +536,13 @@ fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Pla
         return LetGo::Waits;
     }
     hall.custody.goes_elsewhere(number);
-    match errand(hall, id, share, ("the release", place, &asked), Some(number)) {
+    match errand(
+        hall,
+        id,
+        share,
+        ("the release", place, &asked),
+        Some(number),
+    ) {
         None => LetGo::Waits,
         Some(_) => LetGo::Done,
     }
@@ -616,6 +634,7 @@ mod tests {
     use crate::host::names::Names;
     use crate::server::deadlines::Deadlines;
     use crate::server::reserve::Reserve;
+    use crate::server::shares::Shares;
     use crate::server::waiting_room::WaitingRoom;
 
     /// A daemon with one client, which may call.
@@ -656,6 +675,7 @@ mod tests {
                 names: &mut Names::default(),
                 orders: &mut Vec::new(),
                 leases: &mut Vec::new(),
+                shares: &mut Shares::new(),
                 making: turn::making(desk.memory()),
                 own_seen: Seen::default(),
             };

@@ -180,6 +180,7 @@ impl Crew {
             Ok((outcome, said)) => {
                 said.iter().for_each(crate::log::Said::repeat);
                 Finding {
+                    asked: errand.bytes,
                     outcome,
                     file: message.descriptors.into_iter().next(),
                 }
@@ -249,8 +250,7 @@ impl Crew {
 
     /// Ends helpers that have had nothing to do for long: their numbers.
     pub(super) fn end_idle(&mut self, now: Moment) -> Vec<usize> {
-        let is_idle =
-            |it: &Member| it.errand.is_none() && now >= it.idle_since.plus_ms(IDLE_MS);
+        let is_idle = |it: &Member| it.errand.is_none() && now >= it.idle_since.plus_ms(IDLE_MS);
         let over = self.members.iter().filter(|it| is_idle(it));
         let over = over.map(|it| it.number).collect();
         self.members.retain(|it| !is_idle(it));

@@ -23,7 +23,7 @@ use crate::locks::errand::{Errand, Outcome};
 use crate::locks::job::End;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::place::Place;
-use crate::locks::table::{Owner, Resource};
+use crate::locks::table::{Mode, Resource};
 use crate::log::Printable;
 
 use crew::{Crew, Finished, Told};
@@ -57,6 +57,8 @@ enum Purpose {
 /// What a call that waits on an errand goes on with.
 #[derive(Debug)]
 pub struct Finding {
+    /// The errand, as a message.
+    asked: Vec<u8>,
     /// What became of the errand.
     pub outcome: Outcome,
     /// The file that was locked.
@@ -112,6 +114,24 @@ impl Shares {
     /// The mounts changed.
     pub fn mounts_changed(&mut self) {
         self.mounts.refresh();
+    }
+
+    /// Whether any share is mounted.
+    pub fn has_any(&self) -> bool {
+        self.mounts.has_shares()
+    }
+
+    /// The share that a resource's file is on, if it is on one.
+    pub fn of_place(&self, place: Place<'_>) -> Option<ShareId> {
+        if !self.has_any() {
+            return None;
+        }
+        let path = place.path();
+        // The kernel takes no longer one.
+        if path.len() >= libc::PATH_MAX as usize {
+            return None;
+        }
+        self.of_path(&path)
     }
 
     /// The share that a path leads to, if it leads to one.
@@ -218,8 +238,20 @@ impl Shares {
     }
 
     fn is_not_wanted(&mut self, finding: Finding) {
-        if let (Outcome::Locked(identity, _), Some(file)) = (finding.outcome, finding.file) {
-            self.let_go_of_unknown(file, identity, None);
+        let Finding {
+            asked,
+            outcome,
+            file: Some(file),
+        } = finding
+        else {
+            return;
+        };
+        match (Errand::of_bytes(&asked), outcome) {
+            (Ok(Errand::Acquire { place, mode, .. }), Outcome::Locked(identity, created)) => {
+                let removes = created.then_some(mode);
+                self.let_go(file, identity, (place, removes));
+            }
+            _ => self.let_go_of_nameless(file),
         }
     }
 
@@ -269,30 +301,32 @@ impl Shares {
     }
 
     /// A reactor that died left a file open, and nobody knows whether it locked it.
-    pub fn let_go_of_unknown(
-        &mut self,
-        file: OwnedFd,
-        identity: FileIdentity,
-        made_at: Option<Place<'_>>,
-    ) {
-        let name = closer::name_of(file.as_raw_fd());
-        let place = made_at.unwrap_or(Place {
-            lockspace: b"",
-            name: &name,
-        });
+    pub fn let_go_of_unknown(&mut self, file: OwnedFd) {
         let number = file.as_raw_fd();
         if let Some(share) = self.of_file(number) {
             self.unknown.entry(share).or_default().insert(number);
         }
-        let removes = made_at.map(|_| crate::locks::table::Mode::Shared);
-        self.let_go(file, identity, (place, removes));
+        self.let_go_of_nameless(file);
+    }
+
+    fn let_go_of_nameless(&mut self, file: OwnedFd) {
+        let name = closer::name_of(file.as_raw_fd());
+        let place = Place {
+            lockspace: b"",
+            name: &name,
+        };
+        let identity = FileIdentity {
+            device: 0,
+            inode: 0,
+        };
+        self.let_go(file, identity, (place, None));
     }
 
     fn let_go(
         &mut self,
         file: OwnedFd,
         identity: FileIdentity,
-        (place, removes): (Place<'_>, Option<crate::locks::table::Mode>),
+        (place, removes): (Place<'_>, Option<Mode>),
     ) {
         let number = file.as_raw_fd();
         let errand = Errand::End {
@@ -332,11 +366,7 @@ impl Shares {
     }
 
     /// Gives out what is to be done. `watch` is told of each helper that is new: its number, and its descriptor.
-    pub fn give_out(
-        &mut self,
-        custody: &mut Custody,
-        mut watch: impl FnMut(usize, RawFd) -> bool,
-    ) {
+    pub fn give_out(&mut self, custody: &mut Custody, mut watch: impl FnMut(usize, RawFd) -> bool) {
         let Shares { crews, helpers, .. } = self;
         let mut finished = Vec::new();
         for (share, crew) in crews.iter_mut() {
@@ -430,8 +460,13 @@ impl Shares {
     }
 
     /// Whether another process closes files of this one at the moment.
-    pub fn is_closing(&self) -> bool {
+    fn is_closing(&self) -> bool {
         !self.closers.is_empty() || !self.to_close.is_empty()
+    }
+
+    /// Whether no file is open that nobody knows of who would go on now.
+    pub fn is_settled(&self) -> bool {
+        !self.is_closing() && self.unwanted.is_empty()
     }
 
     /// Says what takes long, and ends helpers that have nothing to do. Whether it is to be looked again.
@@ -443,7 +478,15 @@ impl Shares {
             told.extend(crew.tell(now).map(|it| (*share, it)));
             over.extend(crew.end_idle(now));
         }
-        for (share, Told { what, seconds, others }) in told {
+        for (
+            share,
+            Told {
+                what,
+                seconds,
+                others,
+            },
+        ) in told
+        {
             let others = match others {
                 0 => String::new(),
                 count => format!(" ({count} more wait for it)"),
@@ -490,6 +533,7 @@ impl Shares {
 impl Finding {
     fn failed(reason: Errno) -> Finding {
         Finding {
+            asked: Vec::new(),
             outcome: Outcome::Failed(reason),
             file: None,
         }

@@ -97,6 +97,7 @@ impl Calls {
         };
         call.next = call.next.saturating_add(1);
         Some(Some(Finding {
+            asked: finding.asked.clone(),
             outcome: finding.outcome.clone(),
             file: finding.file.take(),
         }))
