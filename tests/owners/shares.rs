@@ -419,10 +419,12 @@ fn a_file_that_stays_stale_is_refused_with_path_and_reason_and_leaves_nothing() 
             } else {
                 let text = reply.expect_error(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
                 assert!(text.contains("/run/share/x"), "{text}");
-                assert!(text.ends_with("Stale file handle"), "{text}");
+                assert!(text.contains("Stale file handle"), "{text}");
             }
             scene.share.wait_locks(&[], "refused");
-            assert_eq!(scene.daemon.descriptors(), descriptors);
+            wait_until(DEADLINE, "what was open for it to be closed", || {
+                scene.daemon.descriptors() == descriptors
+            });
             // What was made and could not be locked is not known to be free: it stays, and is told.
             if operation == Operation::Lock && way.flags & AUTOCREATE != 0 {
                 assert_eq!(scene.share.files(), ["x"]);
@@ -647,7 +649,7 @@ fn a_disk_that_may_have_a_posix_lock_is_not_opened_before_it_is_known() {
     let reply = guest.call(&acquire("", &second, 0));
     let text = reply.expect_error(SYSTEM_ERROR, DOMAIN_LOCKSPACE);
     assert!(
-        text.ends_with("/run/share/./x: Input/output error"),
+        text.contains("/run/share/./x: Input/output error"),
         "{text}"
     );
     share.mend(Operation::GetAttributes);

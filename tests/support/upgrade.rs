@@ -386,12 +386,13 @@ impl Disturbed {
     /// With an injection into these system calls, which are counted from now on. It is at work when
     /// this returns.
     pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
-        let processes = [daemon.pid(), daemon.reactor()];
+        let mut processes = vec![daemon.pid(), daemon.reactor()];
+        processes.extend(daemon.helpers());
+        let numbers = processes.iter().map(i32::to_string);
         let strace = Command::new("strace")
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:{injection}")])
-            .args(["-p", &processes[0].to_string()])
-            .args(["-p", &processes[1].to_string()])
+            .args(numbers.flat_map(|number| ["-p".to_owned(), number]))
             .stderr(Stdio::null())
             .spawn()
             .expect("start strace");

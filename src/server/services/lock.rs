@@ -21,7 +21,7 @@ use crate::locks::table::{Mode, NotReleased, Owner, Pid};
 use crate::log::Printable;
 use crate::server::hall::{Hall, Order};
 use crate::server::shares::{Finding, ShareId};
-use crate::wire::error::{Code, Domain, Error};
+use crate::wire::error::{Code, Domain, Error, Shape};
 use crate::wire::lock::{AUTOCREATE, Call, Procedure, SHARED, Target};
 
 /// How a call that is not refused ends.
@@ -464,16 +464,18 @@ fn not_acquired(
     share: Option<ShareId>,
 ) -> Error {
     let verb = if autocreate { "open/create" } else { "open" };
-    let on = share.map_or_else(String::new, |share| {
-        format!(" on {}", hall.shares.text(share))
-    });
     let what = [
         format!("Unable to {verb} resource ").as_bytes(),
         &place.path(),
-        on.as_bytes(),
     ]
     .concat();
-    refused(hall.custody, place, refusal, Domain::Lockspace, &what)
+    let mut error = refused(hall.custody, place, refusal, Domain::Lockspace, &what);
+    // Libvirt's words are in front.
+    if let (Shape::System(_), Some(share)) = (error.shape, share) {
+        let on = format!(" (on {})", hall.shares.text(share));
+        error.detail.extend_from_slice(on.as_bytes());
+    }
+    error
 }
 
 fn release(
