@@ -340,7 +340,8 @@ impl Server {
 const CONFIGURATION: &str = "/run/virtlockd.conf";
 const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
 
-fn root_of(server: i32) -> PathBuf {
+/// The root directory of the server with this pid, from here.
+pub fn root_of(server: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{server}/root"))
 }
 

@@ -452,6 +452,8 @@ fn serve(device: &Arc<File>, control: &Arc<Control>) {
             .and_then(|operation| control.state().trouble_with(operation));
         if matches!(trouble, Some(Trouble::Hangs | Trouble::Takes(_))) {
             let (device, control) = (device.clone(), control.clone());
+            // Each that is kept keeps a stack, and there may be thousands of calls.
+            waiting.retain(|thread: &JoinHandle<()>| !thread.is_finished());
             waiting.push(std::thread::spawn(move || {
                 wait_out(&request, trouble, &control);
                 answer(&device, &request, None, &control);
@@ -480,9 +482,11 @@ fn wait_out(request: &Request, trouble: Option<Trouble>, control: &Control) {
         if is_over || control.is_over() {
             return;
         }
-        let waited = control
-            .changed
-            .wait_timeout(state, Duration::from_millis(5));
+        // What takes its time takes no more than that.
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let look = Duration::from_millis(5);
+        let pause = left.map_or(look, |left| left.min(look));
+        let waited = control.changed.wait_timeout(state, pause);
         state = waited.expect("the share's state").0;
     }
 }
