@@ -225,6 +225,7 @@ fn play(role: &str, arguments: &[String]) -> Outcome<()> {
         "nursery" => nursery::keep(text(0)?, count(1)?, text(2)?, text(3)?),
         "lister" => listing::list(Path::new(text(0)?)),
         "attacker" => attacker::attack(Path::new(text(0)?), text(1)?, text(2)?),
+        "share" => mounts::serve(text(0)?, count(1)?),
         "bystander" => bystander::stand_by(Path::new(text(0)?), text(1)?),
         _ => Err("no such role".into()),
     }

@@ -1,8 +1,8 @@
 //! Disks on a share: what does a bystander with a local disk notice while a share hangs and its guests
 //! wait, and how long do machines take to start whose disks are on a share with a round trip?
 //!
-//! The share is a file system whose server is a thread of the bench, on the bench's CPU; each call to it
-//! hangs, or takes its time, whoever makes it.
+//! The share's server is a helper on the CPU of the bench (`mounts.rs`); each call to it hangs, or takes its
+//! time, whoever makes it.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -14,8 +14,7 @@ use crate::bystander::{Bystander, Waits};
 use crate::client::{Client, acquire, connect_many, register};
 use crate::machines::Machines;
 use crate::measure::{Outcome, microseconds, milliseconds, now_ns};
-use crate::mounts::fuse::{Habits, Operation, Share, Trouble};
-use crate::mounts::namespace::Namespace;
+use crate::mounts::Mounted;
 use crate::options::Options;
 use crate::results::Results;
 use crate::subject::{Placement, Programs, Server, Subject};
@@ -36,21 +35,6 @@ const BEGINNING: Duration = Duration::from_millis(200);
 const SILENCE: Duration = Duration::from_secs(3);
 /// The server has asked the share by then.
 const ASKED_LIMIT: Duration = Duration::from_secs(10);
-
-/// All that a share is asked for.
-const EVERYTHING: [Operation; 11] = [
-    Operation::LookUp,
-    Operation::GetAttributes,
-    Operation::Open,
-    Operation::Create,
-    Operation::Lock,
-    Operation::Unlock,
-    Operation::GetLock,
-    Operation::Unlink,
-    Operation::Flush,
-    Operation::Release,
-    Operation::Write,
-];
 
 pub fn hung_case(guests: u32) -> String {
     format!("hangs, {guests} wait")
@@ -81,56 +65,20 @@ pub fn run(
     }
 }
 
-/// A share of the server with an empty file for each of so many guests. It has to go before the server does:
-/// who waits for it cannot be killed. Nothing where there is no FUSE, which is noted.
-fn mount(server: &Server, guests: u32, results: &mut Results) -> Option<Share> {
-    let share = Share::mount(&Namespace::of(server), "share", Habits::tenacious());
+/// A share of the server. Nothing where there is none, which is noted.
+fn mount(server: &Server, guests: u32, results: &mut Results) -> Outcome<Option<Mounted>> {
+    let share = Mounted::start(server, guests)?;
     if share.is_none() {
         results.note("share: FUSE cannot be used here: it was not measured".into());
     }
-    let share = share?;
-    for guest in 0..guests {
-        share.put(&guest.to_string());
-    }
-    Some(share)
-}
-
-fn disk(share: &Share, guest: u32) -> String {
-    share.path(&guest.to_string())
-}
-
-fn trouble(share: &Share, trouble: Trouble) {
-    for operation in EVERYTHING {
-        share.trouble(operation, trouble, usize::MAX);
-    }
-}
-
-fn mend(share: &Share) {
-    for operation in EVERYTHING {
-        share.mend(operation);
-    }
-}
-
-/// How often the share was asked for anything.
-fn calls(share: &Share) -> usize {
-    let each = EVERYTHING.into_iter().map(|it| share.calls(it));
-    each.sum()
-}
-
-fn check_all_locked(share: &Share, guests: u32) -> Outcome<()> {
-    let locks = share.locks().len();
-    if locks == guests as usize {
-        Ok(())
-    } else {
-        Err(format!("the share has {locks} locks of {guests} guests"))
-    }
+    Ok(share)
 }
 
 /// The share hangs, and so many guests of it wait in an acquire.
 fn hang(programs: &Programs, subject: Subject, guests: u32, results: &mut Results) -> Outcome<()> {
     let mut processes = Machines::ready(guests)?;
     let mut server = Server::start(programs, subject, Placement::Apart)?;
-    let Some(share) = mount(&server, guests, results) else {
+    let Some(mut share) = mount(&server, guests, results)? else {
         return Ok(());
     };
     let owners = processes.start_all(&server, 0..guests)?;
@@ -144,14 +92,14 @@ fn hang(programs: &Programs, subject: Subject, guests: u32, results: &mut Result
     bystander.take()?;
     std::thread::sleep(CALM);
     let calm = bystander.take()?;
-    trouble(&share, Trouble::Hangs);
-    let asked = calls(&share);
+    share.hang()?;
+    let asked = share.calls()?;
     let mut serials = Vec::with_capacity(clients.len());
     for (guest, client) in (0..).zip(&mut clients) {
-        serials.push(client.send(&mut acquire(&disk(&share, guest)))?);
+        serials.push(client.send(&mut acquire(&Mounted::disk(guest)))?);
     }
     let deadline = Instant::now() + ASKED_LIMIT;
-    while calls(&share) == asked {
+    while share.calls()? == asked {
         if Instant::now() > deadline {
             return Err("guests acquire on the share, and it is asked for nothing".into());
         }
@@ -179,13 +127,13 @@ fn hang(programs: &Programs, subject: Subject, guests: u32, results: &mut Result
         ));
     }
     let well_ns = now_ns();
-    mend(&share);
+    share.mend()?;
     for (client, serial) in clients.iter_mut().zip(serials) {
         client.receive(serial)?;
     }
     let served_ns = now_ns() - well_ns;
     server.check_alive()?;
-    check_all_locked(&share, guests)?;
+    share.check_all_locked(guests)?;
     let mut row = results.recorder(NAME, hung_case(guests), subject);
     let time = |nanoseconds: u64| microseconds(nanoseconds as f64);
     row("pair before, p50", "us", time(calm.pair_p50));
@@ -221,17 +169,17 @@ fn start_all(
 ) -> Outcome<()> {
     let mut processes = Machines::ready(machines)?;
     let mut server = Server::start(programs, subject, Placement::Split)?;
-    let Some(share) = mount(&server, machines, results) else {
+    let Some(mut share) = mount(&server, machines, results)? else {
         return Ok(());
     };
-    trouble(&share, Trouble::Takes(ROUND_TRIP));
-    let disk_of = |machine, number| (number == 0).then(|| disk(&share, machine));
+    share.slow_down(ROUND_TRIP)?;
+    let disk_of = |machine, number| (number == 0).then(|| Mounted::disk(machine));
     let start = Instant::now();
     boot_with(&server, &mut processes, machines, disk_of)?;
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-    let calls = calls(&share);
+    let calls = share.calls()?;
     server.check_alive()?;
-    check_all_locked(&share, machines)?;
+    share.check_all_locked(machines)?;
     let mut row = results.recorder(NAME, boot_case(machines), subject);
     row(TIME, "ms", milliseconds);
     row(
