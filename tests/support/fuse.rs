@@ -424,6 +424,9 @@ const BATCH_FORGET: u32 = 42;
 
 /// FUSE_POSIX_LOCKS: locks are the server's.
 const KEEPS_LOCKS: u32 = 1 << 1;
+/// FUSE_PARALLEL_DIROPS: names of one directory are looked up at the same time. Without it the kernel asks
+/// for one after the other, as no network file system does.
+const TAKES_LOOK_UPS_AT_ONCE: u32 = 1 << 18;
 /// The largest request is a write of a page, and the kernel wants room for this.
 const BUFFER: usize = 64 * 1024;
 
@@ -517,7 +520,7 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
             7,
             31,
             0,
-            KEEPS_LOCKS,
+            KEEPS_LOCKS | TAKES_LOOK_UPS_AT_ONCE,
             (16 << 16) | 12,
             4096,
             1,
