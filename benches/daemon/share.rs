@@ -111,7 +111,7 @@ fn hang(programs: &Programs, subject: Subject, guests: u32, results: &mut Result
         Err(_) if subject != Subject::Ours => {
             let title = subject.title();
             results.note(format!(
-                "share: while a share hangs, the {title} does not answer anybody"
+                "share: while a share hangs, the {title} does not answer a bystander"
             ));
             return Ok(());
         }
