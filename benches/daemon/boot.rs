@@ -82,8 +82,23 @@ pub fn check_all_locked(server: &Server, machines: u32) -> Outcome<()> {
     Ok(())
 }
 
-/// Starts the machines. The disks exist already.
+/// Starts the machines, each with two disks of the server's own. The disks exist already.
 pub fn boot(server: &Server, processes: &mut Machines, machines: u32) -> Outcome<()> {
+    let disk_of = |machine, disk| {
+        let is_one = disk < DISKS_PER_MACHINE;
+        is_one.then(|| server.disk(machine * DISKS_PER_MACHINE + disk))
+    };
+    boot_with(server, processes, machines, disk_of)
+}
+
+/// The same with other disks: `disk_of` says where the disk with this number of a machine is, or that the
+/// machine has no more of them. Each has at least one.
+pub fn boot_with(
+    server: &Server,
+    processes: &mut Machines,
+    machines: u32,
+    disk_of: impl Fn(u32, u32) -> Option<String>,
+) -> Outcome<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
     let event = EpollEvent::new(EpollFlags::EPOLLIN, MACHINES as u64);
     epoll
@@ -118,7 +133,7 @@ pub fn boot(server: &Server, processes: &mut Machines, machines: u32) -> Outcome
             let Some(worker) = workers[slot].as_mut() else {
                 continue;
             };
-            if worker.advance(server)? {
+            if worker.advance(&disk_of)? {
                 // Its connection closes before the next machine begins.
                 workers[slot] = None;
                 if let Some(machine) = waiting.next() {
@@ -149,8 +164,7 @@ impl Worker {
     }
 
     /// Reads the answer and sends the next call; says whether the machine runs.
-    fn advance(&mut self, server: &Server) -> Outcome<bool> {
-        let acquire = |disk| acquire(&server.disk(self.machine * DISKS_PER_MACHINE + disk));
+    fn advance(&mut self, disk_of: impl Fn(u32, u32) -> Option<String>) -> Outcome<bool> {
         let (mut libvirtd, answered, next) = match std::mem::replace(&mut self.step, Step::Machine)
         {
             Step::Machine => return Err("an answer to nobody".into()),
@@ -160,10 +174,10 @@ impl Worker {
         libvirtd
             .receive_at_once(answered)
             .map_err(|e| format!("machine {}: {e}", self.machine))?;
-        if next == DISKS_PER_MACHINE {
+        let Some(path) = disk_of(self.machine, next) else {
             return Ok(true);
-        }
-        libvirtd.send(&mut acquire(next))?;
+        };
+        libvirtd.send(&mut acquire(&path))?;
         let disk = next;
         self.step = Step::Acquire { libvirtd, disk };
         Ok(false)

@@ -65,8 +65,14 @@ impl Bystander {
 
     /// What was seen since the last time, or since the start.
     pub fn take(&mut self) -> Outcome<Waits> {
+        self.take_within(ANSWER_LIMIT)
+    }
+
+    /// The same where the server may answer nobody: an error if the bystander still waits for an answer
+    /// after this time.
+    pub fn take_within(&mut self, limit: Duration) -> Outcome<Waits> {
         self.helper.say("take")?;
-        let numbers = self.helper.hear_numbers("waits", ANSWER_LIMIT)?;
+        let numbers = self.helper.hear_numbers("waits", limit)?;
         match numbers.as_slice() {
             &[worst, calls, pair_p50, pair_p99] if calls > 0 => Ok(Waits {
                 worst,

@@ -6,7 +6,9 @@ use crate::nursery::Funeral;
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::Subject;
-use crate::{boot, crash, fan, fence, hostile, idle, listing, pipeline, reexec, rtt, stop, storm};
+use crate::{
+    boot, crash, fan, fence, hostile, idle, listing, pipeline, reexec, rtt, share, stop, storm,
+};
 
 /// Which side of the limit is good.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -191,6 +193,30 @@ pub fn goals(results: &Results, sizes: &Sizes) -> Vec<Goal> {
             let case = listing::case(machines);
             results.median(listing::NAME, &case, listing::RATIO, of)
         },
+    );
+    let hung = share::hung_case(sizes.share_waiting);
+    let metrics = [
+        ("bystander's p99", share::RATIO, 1.5, "x before"),
+        (share::WORST, share::WORST, 5.0, "ms"),
+    ];
+    for (what, metric, limit, unit) in metrics {
+        goal(
+            format!("share {hung}: {what}"),
+            Good::AtMost,
+            limit,
+            unit,
+            &|of| results.median(share::NAME, &hung, metric, of),
+        );
+    }
+    // There is nothing to say of it where the C daemon was not measured.
+    let booted = share::boot_case(most(&sizes.share_boot));
+    let time = |of| results.median(share::NAME, &booted, share::TIME, of);
+    goal(
+        format!("share {booted}: faster"),
+        Good::AtLeast,
+        5.0,
+        "x C daemon",
+        &|of| ratio(time(Subject::C), time(of)),
     );
     let silent = idle::case(sizes.silent);
     let metrics = [

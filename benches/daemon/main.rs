@@ -25,6 +25,7 @@
 //! * `nursery.rs`: owners that are real processes, and their parent, who kills and reaps them.
 //! * `bystander.rs`: a helper that makes two calls a millisecond and notes how long it waited.
 //! * `watch.rs`: a client that is busy while something happens to the daemon.
+//! * `mounts.rs`: a share for a server, shared with the tests.
 //! * `attacker.rs`: a helper that does one of fourteen hostile things as fast as it can.
 //!
 //! The scenarios, in the order in which they run:
@@ -39,6 +40,7 @@
 //! * `crash.rs`: it is killed under thousands of guests.
 //! * `stop.rs`: the daemon stops and starts under thousands of guests.
 //! * `listing.rs`: somebody lists all that is held, again and again.
+//! * `share.rs`: disks on a share that hangs, or that takes its time.
 //! * `idle.rs`: guests that do nothing, and what they cost.
 //! * `hostile.rs`: what a bystander notices of each attacker.
 //!
@@ -68,6 +70,7 @@ mod idle;
 mod listing;
 mod machines;
 mod measure;
+mod mounts;
 mod nursery;
 mod options;
 mod picture;
@@ -82,6 +85,7 @@ mod reexec;
 mod report;
 mod results;
 mod rtt;
+mod share;
 mod stop;
 mod storm;
 mod subject;
@@ -106,7 +110,7 @@ struct Scenario {
     has_floor: bool,
 }
 
-const SCENARIOS: [Scenario; 12] = [
+const SCENARIOS: [Scenario; 13] = [
     Scenario {
         name: rtt::NAME,
         run: rtt::run,
@@ -155,6 +159,11 @@ const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: listing::NAME,
         run: listing::run,
+        has_floor: false,
+    },
+    Scenario {
+        name: share::NAME,
+        run: share::run,
         has_floor: false,
     },
     Scenario {
@@ -216,6 +225,7 @@ fn play(role: &str, arguments: &[String]) -> Outcome<()> {
         "nursery" => nursery::keep(text(0)?, count(1)?, text(2)?, text(3)?),
         "lister" => listing::list(Path::new(text(0)?)),
         "attacker" => attacker::attack(Path::new(text(0)?), text(1)?, text(2)?),
+        "share" => mounts::serve(text(0)?, count(1)?),
         "bystander" => bystander::stand_by(Path::new(text(0)?), text(1)?),
         _ => Err("no such role".into()),
     }

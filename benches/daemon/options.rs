@@ -9,12 +9,13 @@ pub const HELP: &str = "\
 cargo bench --bench daemon -- [options]     (as root: it needs mount namespaces)
   --quick             small sizes and one run: does it work, what is the shape
   --runs N            runs of each scenario, interleaved between subjects (default 3; quick 1)
-  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,crash,stop,listing,idle,
-                      hostile
+  --only A,B          of rtt,pipeline,fan,boot,storm,fence,reexec,crash,stop,listing,share,
+                      idle,hostile
   --subjects A,B      of c,ours,before,floor
   --idle A,B          idle connections of rtt
   --busy A,B          clients of fan
-  --machines A,B      machines of boot, reexec, crash, stop and listing
+  --machines A,B      machines of boot, reexec, crash, stop and listing, and those that share starts
+  --waiting N         guests of share that wait while it hangs
   --hostile WORDS     of hostile, only the cases with these words in their name
   --c-most-idle N     no more idle connections than this for the C daemon, which takes minutes
   --daemon PATH       our daemon (default: the one just built)
@@ -33,6 +34,8 @@ pub struct Sizes {
     pub reexec: Vec<u32>,
     pub crash: Vec<u32>,
     pub listed: Vec<u32>,
+    pub share_boot: Vec<u32>,
+    pub share_waiting: u32,
     pub silent: u32,
     pub silent_seconds: u64,
 }
@@ -48,6 +51,8 @@ impl Sizes {
             reexec: vec![100, 1000, 6000],
             crash: vec![100, 1000, 6000],
             listed: vec![6000],
+            share_boot: vec![1000],
+            share_waiting: 200,
             silent: 10_000,
             silent_seconds: 10,
         }
@@ -63,6 +68,8 @@ impl Sizes {
             reexec: vec![100],
             crash: vec![100],
             listed: vec![100],
+            share_boot: vec![100],
+            share_waiting: 20,
             silent: 1000,
             silent_seconds: 3,
         }
@@ -168,6 +175,12 @@ pub fn parse(scenarios: &[&str]) -> Outcome<Request> {
         sizes.reexec = sizes.boot.clone();
         sizes.crash = sizes.boot.clone();
         sizes.listed = sizes.boot.clone();
+        sizes.share_boot = sizes.boot.clone();
+    }
+    if let Some(waiting) = text("--waiting")? {
+        sizes.share_waiting = waiting
+            .parse()
+            .map_err(|e| format!("--waiting {waiting}: {e}"))?;
     }
     let hostile = text("--hostile")?;
     let c_most_idle = match text("--c-most-idle")? {

@@ -1,12 +1,12 @@
-//! The pictures, as SVG written by hand: round trips against idle guests, and bars for booting and
-//! for storms. All scales are logarithmic.
+//! The pictures, as SVG written by hand: round trips against idle guests, and bars for booting,
+//! from local disks and from a share, and for storms. All scales are logarithmic.
 
 use std::fmt::Write as _;
 
 use crate::options::Sizes;
 use crate::results::Results;
 use crate::subject::{SUBJECTS, Subject};
-use crate::{boot, rtt, storm};
+use crate::{boot, rtt, share, storm};
 
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 90.0;
@@ -198,6 +198,7 @@ pub fn latency(results: &Results, sizes: &Sizes, place: &str) -> Option<String> 
 pub fn bars(results: &Results, place: &str) -> Option<String> {
     let wanted = |scenario: &str, metric: &str| {
         (scenario == boot::NAME && metric == boot::TIME)
+            || (scenario == share::NAME && metric == share::TIME)
             || (scenario == storm::NAME && (metric == storm::FREE || metric == storm::WORST))
     };
     let rows: Vec<_> = results

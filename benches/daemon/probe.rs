@@ -56,7 +56,7 @@ fn read(path: &str) -> Outcome<String> {
 }
 
 /// The process and everything it has started: a daemon may serve from a child of its own.
-fn family(pid: i32) -> Vec<i32> {
+pub fn family(pid: i32) -> Vec<i32> {
     let mut found = vec![pid];
     let mut next = 0;
     while let Some(&pid) = found.get(next) {

@@ -340,7 +340,8 @@ impl Server {
 const CONFIGURATION: &str = "/run/virtlockd.conf";
 const IN_NAMESPACE_SOCKET: &str = "/run/libvirt/virtlockd-sock";
 
-fn root_of(server: i32) -> PathBuf {
+/// The root directory of the server with this pid, from here.
+pub fn root_of(server: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{server}/root"))
 }
 
@@ -383,17 +384,18 @@ impl Server {
 
     fn end(&mut self) {
         // Not SIGTERM: a regular end would fence owners, and nothing here is worth saving. Stopped, a
-        // guardian makes no other process that serves.
+        // guardian makes no other process that serves; which of the rest serves and which helps is all the same.
         let signal = |pid, signal| _ = kill(Pid::from_raw(pid), signal);
         signal(self.pid, Signal::SIGSTOP);
-        let serving = probe::youngest_child(self.pid).ok().flatten();
-        if let Some(child) = serving {
-            signal(child, Signal::SIGKILL);
+        let mut rest = probe::family(self.pid);
+        rest.retain(|&pid| pid != self.pid);
+        for &pid in &rest {
+            signal(pid, Signal::SIGKILL);
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
         // Until the last of them is gone, its socket answers and its locks are held.
-        while serving.is_some_and(probe::is_alive) {
+        while rest.iter().any(|&pid| probe::is_alive(pid)) {
             std::thread::sleep(Duration::from_micros(100));
         }
     }

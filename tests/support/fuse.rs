@@ -424,6 +424,9 @@ const BATCH_FORGET: u32 = 42;
 
 /// FUSE_POSIX_LOCKS: locks are the server's.
 const KEEPS_LOCKS: u32 = 1 << 1;
+/// FUSE_PARALLEL_DIROPS: names of one directory are looked up at the same time. Without it the kernel asks
+/// for one after the other, as no network file system does.
+const TAKES_LOOK_UPS_AT_ONCE: u32 = 1 << 18;
 /// The largest request is a write of a page, and the kernel wants room for this.
 const BUFFER: usize = 64 * 1024;
 
@@ -452,6 +455,8 @@ fn serve(device: &Arc<File>, control: &Arc<Control>) {
             .and_then(|operation| control.state().trouble_with(operation));
         if matches!(trouble, Some(Trouble::Hangs | Trouble::Takes(_))) {
             let (device, control) = (device.clone(), control.clone());
+            // Each that is kept keeps a stack, and there may be thousands of calls.
+            waiting.retain(|thread: &JoinHandle<()>| !thread.is_finished());
             waiting.push(std::thread::spawn(move || {
                 wait_out(&request, trouble, &control);
                 answer(&device, &request, None, &control);
@@ -480,9 +485,11 @@ fn wait_out(request: &Request, trouble: Option<Trouble>, control: &Control) {
         if is_over || control.is_over() {
             return;
         }
-        let waited = control
-            .changed
-            .wait_timeout(state, Duration::from_millis(5));
+        // What takes its time takes no more than that.
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let look = Duration::from_millis(5);
+        let pause = left.map_or(look, |left| left.min(look));
+        let waited = control.changed.wait_timeout(state, pause);
         state = waited.expect("the share's state").0;
     }
 }
@@ -513,7 +520,7 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
             7,
             31,
             0,
-            KEEPS_LOCKS,
+            KEEPS_LOCKS | TAKES_LOOK_UPS_AT_ONCE,
             (16 << 16) | 12,
             4096,
             1,
