@@ -354,12 +354,30 @@ pub fn children_of(pid: i32) -> Vec<i32> {
     numbers.filter_map(|it| it.parse().ok()).collect()
 }
 
-/// The process that serves for the daemon with this number: its youngest child, if it has any but one that
-/// only writes notes.
+/// The process that serves for the daemon with this number: its youngest child, if it has any but those that
+/// only do something for it ([`helps`]).
 pub fn reactor_of(pid: i32) -> i32 {
     let children = children_of(pid);
-    let serves = children.iter().rfind(|child| !writes_notes(**child));
+    let serves = children.iter().rfind(|child| !helps(**child));
     serves.copied().unwrap_or(pid)
+}
+
+/// Whether a process is one that a daemon made to do something that may take long, under a name of its own.
+pub fn helps(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name.starts_with("virtlockd-"))
+}
+
+/// The processes that do something on shares for the daemon with this number: all that help but the one that
+/// writes notes. They are its children, or those of the process that serves.
+pub fn helpers_of(pid: i32) -> Vec<i32> {
+    let serves = reactor_of(pid);
+    let mut all = children_of(pid);
+    if serves != pid {
+        all.extend(children_of(serves));
+    }
+    all.retain(|it| helps(*it) && !writes_notes(*it));
+    all
 }
 
 /// Whether a process is one that writes notes into lease files, for the one that made it.

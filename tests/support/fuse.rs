@@ -1,8 +1,9 @@
 //! A share: a file system whose server is a thread of the test and speaks the kernel's FUSE protocol
 //! (linux/fuse.h) itself. It keeps the locks, as the server of a cluster does, and shows them; it lets
 //! go of one when it is told to, and perhaps when a file is closed ([`Habits`]); and each kind of call
-//! can be made to fail, to take its time or to hang ([`Trouble`]). It is mounted in the daemon's mount
-//! namespace.
+//! can be made to fail, to take its time or to hang ([`Trouble`]), for all files or for one. It tells what is
+//! asked of it at this moment and which files are open. It is mounted in the daemon's mount namespace, where
+//! there may be several.
 //!
 //! There is one directory of flat files. What is written to one at its beginning is kept.
 
@@ -53,7 +54,7 @@ impl Habits {
     }
 }
 
-/// What a share is asked to do.
+/// What a share is asked to do. Nobody waits for [`Operation::Release`]: the kernel asks for it on the side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
     LookUp,
@@ -69,6 +70,23 @@ pub enum Operation {
     Write,
 }
 
+impl Operation {
+    /// All of them.
+    pub const ALL: [Operation; 11] = [
+        Operation::LookUp,
+        Operation::GetAttributes,
+        Operation::Open,
+        Operation::Create,
+        Operation::Lock,
+        Operation::Unlock,
+        Operation::GetLock,
+        Operation::Unlink,
+        Operation::Flush,
+        Operation::Release,
+        Operation::Write,
+    ];
+}
+
 /// What goes wrong with an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
@@ -78,7 +96,7 @@ pub enum Trouble {
     IsDoneAndFails(Errno),
     /// It takes this long.
     Takes(Duration),
-    /// It is not begun until the trouble is over ([`Share::mend`]).
+    /// It is not begun until the trouble is over ([`Share::mend`]) or another one, which it has then.
     Hangs,
 }
 
@@ -106,7 +124,7 @@ impl Share {
             .command("mount")
             .args(["-i", "-t", "fuse", "-o"])
             .arg("fd=0,rootmode=40000,user_id=0,group_id=0,allow_other")
-            .args(["share", &inside])
+            .args([&server_of(name), &inside])
             .stdin(Stdio::from(device.try_clone().expect("copy /dev/fuse")))
             .output()
             .expect("run mount");
@@ -131,6 +149,12 @@ impl Share {
             inside,
             outside,
         })
+    }
+
+    /// What it is mounted from, as the kernel lists it.
+    pub fn server(&self) -> String {
+        let name = self.inside.rsplit('/').next();
+        server_of(name.expect("a share has a name"))
     }
 
     /// A file's path in the namespace.
@@ -229,13 +253,85 @@ impl Share {
     /// From now on this happens to so many of these operations.
     pub fn trouble(&self, operation: Operation, trouble: Trouble, times: usize) {
         let mut state = self.control.state();
-        state.troubles.insert(operation, (trouble, times));
+        state.troubles.insert((operation, None), (trouble, times));
+    }
+
+    /// The same with one file alone, which is meant by the name that it has or had when it was made.
+    pub fn trouble_with(&self, name: &str, operation: Operation, trouble: Trouble, times: usize) {
+        let mut state = self.control.state();
+        let key = (operation, Some(name.to_owned()));
+        state.troubles.insert(key, (trouble, times));
+    }
+
+    /// From now on these operations hang, until they are mended.
+    pub fn hang(&self, operation: Operation) {
+        self.trouble(operation, Trouble::Hangs, usize::MAX);
+    }
+
+    /// From now on everything hangs.
+    pub fn hang_all(&self) {
+        Operation::ALL.iter().for_each(|it| self.hang(*it));
+    }
+
+    /// From now on everything takes so long.
+    pub fn slow_down(&self, time: Duration) {
+        let slow = |it: &Operation| self.trouble(*it, Trouble::Takes(time), usize::MAX);
+        Operation::ALL.iter().for_each(slow);
     }
 
     /// The trouble with these operations is over, and what hangs goes on.
     pub fn mend(&self, operation: Operation) {
-        self.control.state().troubles.remove(&operation);
+        let is_other = |key: &Key| key.0 != operation;
+        self.control.state().troubles.retain(|key, _| is_other(key));
         self.control.changed.notify_all();
+    }
+
+    /// All trouble is over.
+    pub fn mend_all(&self) {
+        self.control.state().troubles.clear();
+        self.control.changed.notify_all();
+    }
+
+    /// How many of these operations wait for the trouble to be over.
+    pub fn hanging(&self, operation: Operation) -> usize {
+        let state = self.control.state();
+        state.waiting.get(&operation).copied().unwrap_or(0)
+    }
+
+    /// Waits until one of these hangs.
+    #[track_caller]
+    pub fn wait_hanging(&self, operation: Operation) {
+        wait_until(DEADLINE, &format!("{operation:?} to hang"), || {
+            self.hanging(operation) > 0
+        });
+    }
+
+    /// How many operations were slow or hung at the same time, at most. (Not those for which nobody waits.)
+    pub fn most_at_once(&self) -> usize {
+        self.control.state().most_at_once
+    }
+
+    /// The files that somebody has open, each once for each time that it is.
+    pub fn open_files(&self) -> Vec<String> {
+        let state = self.control.state();
+        let name = |node: &u64| state.called.get(node).cloned().unwrap_or("?".into());
+        let mut files: Vec<String> = state.open.values().map(name).collect();
+        files.sort();
+        files
+    }
+
+    /// Waits until nobody has any file open.
+    #[track_caller]
+    pub fn wait_closed(&self, when: &str) {
+        let end = Instant::now() + Duration::from_secs(5);
+        while !self.open_files().is_empty() {
+            assert!(
+                Instant::now() < end,
+                "{when}: {:?} open still",
+                self.open_files()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// How often this was asked for.
@@ -283,14 +379,29 @@ impl Control {
 /// The number of the root directory.
 const ROOT: u64 = 1;
 
+/// What a trouble is with: an operation, on any file or on this one.
+type Key = (Operation, Option<String>);
+
+/// How the mount of a share of this name is listed.
+fn server_of(name: &str) -> String {
+    format!("server:/{name}")
+}
+
 #[derive(Default)]
 struct State {
     names: HashMap<String, u64>,
     sizes: HashMap<u64, u64>,
     contents: HashMap<u64, Vec<u8>>,
     locks: Vec<Held>,
-    troubles: HashMap<Operation, (Trouble, usize)>,
+    /// What is open: the number of the open file, and the node.
+    open: HashMap<u64, u64>,
+    /// The name that each node has, or had when it was made.
+    called: HashMap<u64, String>,
+    troubles: HashMap<Key, (Trouble, usize)>,
     calls: HashMap<Operation, usize>,
+    /// How many are made to wait.
+    waiting: HashMap<Operation, usize>,
+    most_at_once: usize,
     /// How long names may be remembered.
     remembered: Duration,
     /// How many nodes and open files there have been.
@@ -315,6 +426,7 @@ impl State {
     fn create(&mut self, name: &str) -> u64 {
         let node = self.number();
         self.names.insert(name.to_owned(), node);
+        self.called.insert(node, name.to_owned());
         node
     }
 
@@ -328,16 +440,43 @@ impl State {
             .find(|held| held.node == node && held.owner != owner && (exclusive || held.exclusive))
     }
 
-    /// The trouble that an operation has now, one time less than before.
-    fn trouble_with(&mut self, operation: Operation) -> Option<Trouble> {
-        *self.calls.entry(operation).or_insert(0) += 1;
-        let (trouble, times) = self.troubles.get_mut(&operation)?;
+    /// The trouble that a request has now, one time less than before. That of its file comes first.
+    fn take_trouble(&mut self, request: &Request) -> Option<Trouble> {
+        let key = self.key_of(request)?;
+        let (trouble, times) = self.troubles.get_mut(&key)?;
         let trouble = *trouble;
         *times = times.saturating_sub(1);
         if *times == 0 && trouble != Trouble::Hangs {
-            self.troubles.remove(&operation);
+            self.troubles.remove(&key);
         }
         Some(trouble)
+    }
+
+    /// Under which key there is a trouble with a request.
+    fn key_of(&self, request: &Request) -> Option<Key> {
+        let operation = request.operation()?;
+        let its = (operation, request.file(self));
+        let keys = [its, (operation, None)];
+        keys.into_iter().find(|key| self.troubles.contains_key(key))
+    }
+
+    fn hangs(&self, request: &Request) -> bool {
+        let key = self.key_of(request);
+        let trouble = key.and_then(|key| self.troubles.get(&key));
+        matches!(trouble, Some((Trouble::Hangs, _)))
+    }
+
+    fn begins_to_wait(&mut self, operation: Operation) {
+        *self.waiting.entry(operation).or_insert(0) += 1;
+        let are_waited_for = self.waiting.iter().filter(|it| *it.0 != Operation::Release);
+        let now = are_waited_for.map(|(_, count)| count).sum();
+        self.most_at_once = self.most_at_once.max(now);
+    }
+
+    fn has_waited(&mut self, operation: Operation) {
+        if let Some(count) = self.waiting.get_mut(&operation) {
+            *count -= 1;
+        }
     }
 }
 
@@ -378,6 +517,15 @@ impl Request {
     fn name(&self, at: usize) -> String {
         let name = self.body[at..].split(|byte| *byte == 0).next();
         String::from_utf8_lossy(name.unwrap_or_default()).into_owned()
+    }
+
+    /// The name of the file that it is about.
+    fn file(&self, state: &State) -> Option<String> {
+        match self.opcode {
+            LOOKUP | UNLINK => Some(self.name(0)),
+            CREATE => Some(self.name(16)),
+            _ => state.called.get(&self.node).cloned(),
+        }
     }
 
     fn operation(&self) -> Option<Operation> {
@@ -450,16 +598,20 @@ fn serve(device: &Arc<File>, control: &Arc<Control>) {
         if matches!(request.opcode, FORGET | BATCH_FORGET | INTERRUPT) {
             continue;
         }
-        let trouble = request
-            .operation()
-            .and_then(|operation| control.state().trouble_with(operation));
+        let trouble = {
+            let mut state = control.state();
+            if let Some(operation) = request.operation() {
+                *state.calls.entry(operation).or_insert(0) += 1;
+            }
+            state.take_trouble(&request)
+        };
         if matches!(trouble, Some(Trouble::Hangs | Trouble::Takes(_))) {
             let (device, control) = (device.clone(), control.clone());
             // Each that is kept keeps a stack, and there may be thousands of calls.
             waiting.retain(|thread: &JoinHandle<()>| !thread.is_finished());
             waiting.push(std::thread::spawn(move || {
-                wait_out(&request, trouble, &control);
-                answer(&device, &request, None, &control);
+                let trouble = wait_out(&request, trouble, &control);
+                answer(&device, &request, trouble, &control);
             }));
         } else {
             answer(device, &request, trouble, control);
@@ -470,34 +622,46 @@ fn serve(device: &Arc<File>, control: &Arc<Control>) {
     }
 }
 
-/// Waits until a request may be worked on.
-fn wait_out(request: &Request, trouble: Option<Trouble>, control: &Control) {
+/// Waits until a request may be worked on; the trouble that it has then.
+fn wait_out(request: &Request, trouble: Option<Trouble>, control: &Control) -> Option<Trouble> {
+    let operation = request.operation()?;
     let end = match trouble {
         Some(Trouble::Takes(time)) => Some(Instant::now() + time),
         _ => None,
     };
     let mut state = control.state();
+    state.begins_to_wait(operation);
     loop {
-        let hangs = request.operation().is_some_and(|operation| {
-            matches!(state.troubles.get(&operation), Some((Trouble::Hangs, _)))
-        });
-        let is_over = end.map_or(!hangs, |end| Instant::now() >= end);
+        let now = Instant::now();
+        let is_over = end.map_or(!state.hangs(request), |end| now >= end);
         if is_over || control.is_over() {
-            return;
+            break;
         }
-        // What takes its time takes no more than that.
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let look = Duration::from_millis(5);
-        let pause = left.map_or(look, |left| left.min(look));
+        let most = Duration::from_millis(5);
+        let pause = end.map_or(most, |end| most.min(end - now));
         let waited = control.changed.wait_timeout(state, pause);
         state = waited.expect("the share's state").0;
+    }
+    state.has_waited(operation);
+    match trouble {
+        Some(Trouble::Hangs) => state.take_trouble(request),
+        _ => None,
     }
 }
 
 fn answer(device: &File, request: &Request, trouble: Option<Trouble>, control: &Control) {
     let result = match trouble {
         Some(Trouble::Fails(errno)) => Err(errno),
-        Some(Trouble::IsDoneAndFails(errno)) => carry_out(request, control).and(Err(errno)),
+        Some(Trouble::IsDoneAndFails(errno)) => {
+            let done = carry_out(request, control);
+            if let (OPEN | CREATE, Ok(body)) = (request.opcode, &done) {
+                // Nobody will ever close it.
+                let at = body.len() - opened(0).len();
+                let file = body[at..at + 8].try_into().expect("eight bytes");
+                control.state().open.remove(&u64::from_ne_bytes(file));
+            }
+            done.and(Err(errno))
+        }
         _ => carry_out(request, control),
     };
     let (error, body) = match result {
@@ -545,7 +709,12 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
             }
             Ok(attributes_reply(&state, request.node))
         }
-        OPEN | OPENDIR => Ok(opened(state.number())),
+        OPENDIR => Ok(opened(state.number())),
+        OPEN => {
+            let file = state.number();
+            state.open.insert(file, request.node);
+            Ok(opened(file))
+        }
         CREATE => {
             let name = request.name(16);
             let exclusive = request.u32(0) & libc::O_EXCL as u32 != 0;
@@ -555,6 +724,7 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
                 None => state.create(&name),
             };
             let file = state.number();
+            state.open.insert(file, node);
             Ok([entry(&state, node), opened(file)].concat())
         }
         UNLINK if state.unlink(&request.name(0)) => Ok(Vec::new()),
@@ -569,6 +739,7 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
         }
         RELEASE => {
             let file = request.u64(0);
+            state.open.remove(&file);
             if control.habits.drops_on_release {
                 state.locks.retain(|held| held.file != file);
             }

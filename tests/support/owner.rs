@@ -163,6 +163,31 @@ impl Owner {
         self.reply_to(&message)
     }
 
+    /// Sends a call, and reads nothing: the connection may be closed before the reply comes.
+    pub fn post(&mut self, call: &Call) {
+        let message = self.next_frame(call);
+        self.order(&format!("send {}", to_hex(&message)));
+        assert_eq!(self.answer(), "sent");
+        self.begun = message;
+    }
+
+    /// The reply to the call that was posted.
+    #[track_caller]
+    pub fn receive(&mut self) -> Reply {
+        self.order("receive");
+        self.reply()
+    }
+
+    /// The same, where there may be none: then why.
+    pub fn try_receive(&mut self) -> Result<Reply, String> {
+        self.order("receive");
+        let answer = self.answer_or_end().unwrap_or_else(|| "it ended".into());
+        match answer.strip_prefix("reply ") {
+            Some(hex) => Ok(reply_to(&self.begun, hex)),
+            None => Err(answer),
+        }
+    }
+
     fn send(&mut self, message: &[u8]) {
         self.order(&format!("call {}", to_hex(message)));
     }
@@ -406,6 +431,19 @@ fn the_owner_process() {
                     Err(error) => answer(&format!("no reply: {error}")),
                 }
             }
+            "send" => {
+                let stream = stream.as_mut().expect("the connection is open");
+                let sent = stream.write_all(&from_hex(argument));
+                sent.expect("send a call");
+                answer("sent");
+            }
+            "receive" => {
+                let stream = stream.as_mut().expect("the connection is open");
+                match receive(stream) {
+                    Ok(reply) => answer(&format!("reply {}", to_hex(&reply))),
+                    Err(error) => answer(&format!("no reply: {error}")),
+                }
+            }
             "spoil" => {
                 let mut stream = stream.take().expect("the connection is open");
                 // The daemon may end it before everything is sent, and with bytes unread.
@@ -420,8 +458,13 @@ fn the_owner_process() {
 
 /// Sends a call and reads its reply.
 fn exchange(stream: &mut UnixStream, call: &[u8]) -> std::io::Result<Vec<u8>> {
-    stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(call)?;
+    receive(stream)
+}
+
+/// Reads a reply.
+fn receive(stream: &mut UnixStream) -> std::io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(DEADLINE))?;
     let mut reply = vec![0; 4];
     stream.read_exact(&mut reply)?;
     reply.resize(word(&reply, at::LENGTH) as usize, 0);
