@@ -2,7 +2,7 @@
 //! replace itself (SIGUSR1). Seen from outside: what the kernel says of the process and its locks.
 
 use super::client::{Client, register_as};
-use super::daemon::{self, Daemon, helpers_of};
+use super::daemon::{self, Daemon};
 use super::namespace::Namespace;
 use super::owner::{OnTerm, Owner, from_hex, to_hex};
 use super::{DEADLINE, lock_probe, wait_until};
@@ -387,7 +387,7 @@ impl Disturbed {
     /// this returns.
     pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
         let mut processes = vec![daemon.pid(), daemon.reactor()];
-        processes.extend(helpers_of(daemon.pid()));
+        processes.extend(daemon::helpers_of(daemon.pid()));
         let numbers = processes.iter().map(i32::to_string);
         let strace = Command::new("strace")
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
