@@ -139,6 +139,19 @@ pub fn is_child(pid: i32) -> bool {
     }
 }
 
+/// How a child ended, as waitpid(2) says it; it is forgotten with that. `None` if it has not.
+pub fn raw_end(pid: i32) -> Option<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the pointer is to a number of ours, which the call fills in.
+        let result = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+        match Errno::result(result) {
+            Err(Errno::EINTR) => (),
+            result => return (result == Ok(pid)).then_some(status),
+        }
+    }
+}
+
 /// Waits for the end of a child that has been killed.
 pub fn wait_for_end(pid: i32) {
     ended(pid, 0);

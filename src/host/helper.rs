@@ -6,16 +6,17 @@
 //! disk or of the ledger stays open in it, and nothing stays mapped that others share. It is never waited for.
 //! Whoever has the other end may be gone when it has done its job: then it undoes what it did, and ends.
 
-use std::ffi::CStr;
+use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use super::clone::{self, Which};
+use super::apart::{self, Apart};
+use super::clone;
 use super::errno::Errno;
 use super::passing::{self, Message};
-use super::scribe::{give_up_descriptors, give_up_shared_memory};
+use super::scribe::give_up_shared_memory;
 
 /// The process's name, at most 15 characters.
-const NAME: &CStr = c"virtlockd-share";
+pub const NAME: &[u8] = b"virtlockd-share";
 
 /// The longest message, bytes: two paths of the longest kind, and what is said with them.
 pub const LONGEST: usize = 64 * 1024;
@@ -51,11 +52,10 @@ impl Helper {
     /// # Errors
     /// What the host refuses.
     pub fn start(work: Work) -> Result<Helper, Errno> {
-        let (ours, theirs) = passing::pair()?;
-        match clone::with_own_descriptors()? {
-            Which::Original(pid) => Ok(Helper { socket: ours, pid }),
-            Which::Copy => {
-                let _ = live(theirs.as_raw_fd(), work);
+        match apart::copy()? {
+            Apart::Original(pid, socket) => Ok(Helper { socket, pid }),
+            Apart::Copy => {
+                let _ = live(work);
                 clone::leave(0)
             }
         }
@@ -99,16 +99,15 @@ impl AsRawFd for Helper {
 }
 
 /// The copy's life.
-fn live(socket: RawFd, work: Work) -> Result<(), Errno> {
+fn live(work: Work) -> Result<(), Errno> {
     // A name of its own in a list of processes. Where it cannot be had it does without.
-    let _ = nix::sys::prctl::set_name(NAME);
+    let name = CString::new(NAME).unwrap_or_default();
+    let _ = nix::sys::prctl::set_name(&name);
     clone::end_at_once_on_panic();
     // Whatever ends with the daemon does not end this: it undoes what it did, first.
     clone::follow_parent(None)?;
-    give_up_descriptors(socket)?;
     give_up_shared_memory()?;
-    // SAFETY: F_SETFL takes an integer and touches no memory of ours. The other end does not wait for all that.
-    Errno::result(unsafe { libc::fcntl(socket, libc::F_SETFL, 0) })?;
+    let socket = libc::STDIN_FILENO;
     let mut buffer = vec![0; LONGEST];
     let mut last: Option<(Vec<u8>, Done)> = None;
     loop {

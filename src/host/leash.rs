@@ -15,7 +15,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::fcntl::OFlag;
 
-use super::descriptors;
 use super::errno::Errno;
 
 /// <fcntl.h>; the libc crate does not have it.
@@ -36,13 +35,17 @@ pub struct Collar {
 }
 
 impl Collar {
-    /// Of nobody yet. The next program that is started gets it.
+    /// Of nobody yet. The program that is started next is to be given it.
     pub fn new() -> Result<Collar, Errno> {
         let (theirs, ours) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
         set(&theirs, F_SETSIG, libc::SIGKILL)?;
         set(&theirs, libc::F_SETFL, libc::O_ASYNC)?;
-        descriptors::keep_on_exec(theirs.as_raw_fd(), true)?;
         Ok(Collar { ours, theirs })
+    }
+
+    /// The number of the end that the group is to have open.
+    pub fn theirs(&self) -> std::os::fd::RawFd {
+        self.theirs.as_raw_fd()
     }
 
     /// Ties the process group with this number, which has been started since.

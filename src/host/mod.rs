@@ -2,6 +2,7 @@
 //! The only place in the crate that may use `unsafe`.
 #![allow(unsafe_code)]
 
+pub mod apart;
 pub mod child;
 pub mod clock;
 pub mod clone;

@@ -1,17 +1,16 @@
 //! A process that does what may take for ever, so that this one does not: writing into files of shares that do
 //! not answer. It is told by messages, does one after the other, and is never waited for.
 //!
-//! It is a copy of this process that has given up all that this one has: no descriptor of a client, of a disk
-//! or of the ledger stays open in it, and nothing stays mapped that others share. Wherever it hangs, it keeps
-//! nobody from going on, and no lock: whoever lets go of one unlocks before closing. (To give up a file of a FUSE
-//! file system asks its server, which may hang at that moment: then what was not given up yet stays open here
-//! until it answers.) It ends with the process that made it.
+//! It is a copy of this process that has nothing of what this one has: no descriptor of a client, of a disk
+//! or of the ledger is open in it, and nothing stays mapped that others share. Wherever it hangs, it keeps
+//! nobody from going on, and no lock. It ends with the process that made it.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::signal::Signal;
 
-use super::clone::{self, Which};
+use super::apart::{self, Apart};
+use super::clone;
 use super::errno::Errno;
 use super::{passing, process};
 
@@ -34,12 +33,11 @@ impl Scribe {
     /// # Errors
     /// What the host refuses.
     pub fn start(work: fn(&[u8])) -> Result<Scribe, Errno> {
-        let (ours, theirs) = passing::pair()?;
         let parent = process::own_number();
-        match clone::with_own_descriptors()? {
-            Which::Original(pid) => Ok(Scribe { socket: ours, pid }),
-            Which::Copy => {
-                let _ = live(theirs.as_raw_fd(), parent, work);
+        match apart::copy()? {
+            Apart::Original(pid, socket) => Ok(Scribe { socket, pid }),
+            Apart::Copy => {
+                let _ = live(parent, work);
                 clone::leave(0)
             }
         }
@@ -71,7 +69,7 @@ impl Dismissed {
 }
 
 /// The copy's life.
-fn live(socket: RawFd, parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
+fn live(parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
     // A name of its own in a list of processes. Where it cannot be had it does without.
     let _ = nix::sys::prctl::set_name(NAME);
     clone::end_at_once_on_panic();
@@ -79,10 +77,8 @@ fn live(socket: RawFd, parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
     if clone::parent() != parent {
         return Ok(());
     }
-    give_up_descriptors(socket)?;
     give_up_shared_memory()?;
-    // SAFETY: F_SETFL takes an integer and touches no memory of ours. The other end does not wait for all that.
-    Errno::result(unsafe { libc::fcntl(socket, libc::F_SETFL, 0) })?;
+    let socket = libc::STDIN_FILENO;
     let mut message = [0; LONGEST];
     loop {
         // SAFETY: the buffer is as long as stated.
@@ -97,25 +93,6 @@ fn live(socket: RawFd, parent: i32, work: fn(&[u8])) -> Result<(), Errno> {
             Err(reason) => return Err(reason),
         }
     }
-}
-
-/// Closes all but standard input, output and error, and this one. A POSIX lock belongs to the table of
-/// descriptors that it was taken in, which is the parent's: none is lost.
-pub(super) fn give_up_descriptors(but: RawFd) -> Result<(), Errno> {
-    let but = u32::try_from(but).map_err(|_| Errno::EBADF)?;
-    let first = libc::STDERR_FILENO.cast_unsigned().saturating_add(1);
-    for (from, to) in [
-        (first, but.saturating_sub(1)),
-        (but.saturating_add(1), u32::MAX),
-    ] {
-        if from > to {
-            continue;
-        }
-        // SAFETY: this copy owns nothing of what it closes that it would use: it goes on with `but` alone, and
-        // ends without running any destructor.
-        Errno::result(unsafe { libc::syscall(libc::SYS_close_range, from, to, 0u32) })?;
-    }
-    Ok(())
 }
 
 /// What is mapped keeps its file open, and the lock on it: the ledger would be somebody's for whoever starts

@@ -15,7 +15,8 @@ use super::table::Mode;
 use crate::host::clone;
 use crate::host::errno::Errno;
 use crate::host::file::{FileIdentity, Lockable};
-use crate::host::helper::Done;
+use crate::host::helper::{self, Done};
+use crate::host::process;
 use crate::log::{self, Said};
 
 /// How long a file that somebody on this host has locked is tried again, where that may be a process whose
@@ -164,14 +165,19 @@ fn acquire(
     };
     let mut result = acquisition.run(None);
     for _ in 0..tries {
-        let is_taken_here = matches!(
-            &result,
+        // Some servers do not say who it is, or say a number of another host's.
+        let may_be_a_helper = match &result {
             Err(NotLocked {
-                reason: Refused::Taken(Stranger::ThisHost | Stranger::Elsewhere(None)),
+                reason: Refused::Taken(stranger),
                 ..
-            })
-        );
-        if !is_taken_here {
+            }) => match stranger {
+                Stranger::ThisHost | Stranger::Elsewhere(None) => true,
+                Stranger::Process(pid) => process::name(*pid).is_none_or(|it| it == helper::NAME),
+                Stranger::Elsewhere(Some(_)) => false,
+            },
+            _ => false,
+        };
+        if !may_be_a_helper {
             break;
         }
         clone::pause(PAUSE);

@@ -7,10 +7,9 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 
+use crate::host::apart::{self, Files};
 use crate::host::leash::{Collar, Leash};
 use crate::host::process::Process;
 use crate::host::program::Program;
@@ -163,7 +162,10 @@ impl CommandLine {
 /// A successor that is being looked at.
 #[derive(Debug)]
 pub struct Check {
-    child: Child,
+    child: apart::Program,
+    /// What it says, and what it complains of.
+    said: OwnedFd,
+    complained: OwnedFd,
     process: Process,
     /// It is not shown the ledger, because of this: only a successor that needs none may take over.
     without_ledger: Option<Refusal>,
@@ -208,43 +210,50 @@ impl Check {
             format!("{} might outlive this daemon: {reason}", path.display())
         };
         let collar = Collar::new().map_err(untied)?;
-        let (name, words) = match command_line.words.split_first() {
-            Some((name, words)) => (name.as_os_str(), words),
+        let (name, rest) = match command_line.words.split_first() {
+            Some((name, rest)) => (name.as_os_str(), rest),
             None => (OsStr::new("virtlockd"), [].as_slice()),
         };
-        let child = Command::new(&path)
-            .arg0(name)
-            .arg("--version")
-            .args(words)
-            .envs(ledger.is_ok().then_some((CHECK_VARIABLE, "1")))
-            .env_remove("NOTIFY_SOCKET")
-            .stdin(Stdio::from(shown))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .map_err(|error| {
-                let reason = errno::text(errno::of(&error));
-                format!("{} cannot be started: {reason}", path.display())
-            })?;
-        let pid = i32::try_from(child.id()).map_err(|_| "its process id is too great")?;
-        let leash = match collar.tie(pid) {
+        let unstarted = |reason| {
+            let reason = errno::text(reason);
+            format!("{} cannot be started: {reason}", path.display())
+        };
+        let (said, output) = apart::pipe().map_err(unstarted)?;
+        let (complained, error) = apart::pipe().map_err(unstarted)?;
+        let words = [name, OsStr::new("--version")].into_iter();
+        let words = words.chain(rest.iter().map(OsString::as_os_str));
+        let words: Result<Vec<CString>, String> = words.map(|word| text(word.as_bytes())).collect();
+        let environment = std::env::vars_os()
+            .filter(|(name, _)| name != "NOTIFY_SOCKET" && name != CHECK_VARIABLE)
+            .chain(ledger.is_ok().then(|| (CHECK_VARIABLE.into(), "1".into())));
+        let environment: Result<Vec<CString>, String> = environment
+            .map(|(name, value)| variable(&name, &value))
+            .collect();
+        let program = text(path.as_os_str().as_bytes())?;
+        let files = Files {
+            standard: [&shown, &output, &error],
+            other: collar.theirs(),
+        };
+        let child = apart::start(&program, &words?, &environment?, &files).map_err(unstarted)?;
+        let leash = match collar.tie(child.pid()) {
             Ok(leash) => Some(leash),
             Err(reason) => {
-                end(child);
+                end(&child);
                 return Err(untied(reason));
             }
         };
         drop(room);
-        match Process::open_any(pid) {
+        match Process::open_any(child.pid()) {
             Ok(process) => Ok(Check {
                 child,
+                said,
+                complained,
                 process,
                 without_ledger: ledger.err(),
                 leash,
             }),
             Err(reason) => {
-                end(child);
+                end(&child);
                 Err(format!(
                     "{} cannot be watched: {}",
                     path.display(),
@@ -265,17 +274,17 @@ impl Check {
     }
 
     /// What became of it, once it is over.
-    pub fn verdict(mut self) -> Result<Successor, Unfit> {
-        let status = match self.child.try_wait() {
-            Ok(Some(status)) => status,
-            _ => {
-                end(self.child);
+    pub fn verdict(self) -> Result<Successor, Unfit> {
+        let status = match self.child.ended() {
+            Some(status) => status,
+            None => {
+                end(&self.child);
                 return Err(Unfit::Ever("it does not end".into()));
             }
         };
         // It has ended, so what it said is in the pipes; a child of its own may keep them open.
-        let said = said(self.child.stdout.as_ref());
-        let complained = said_text(self.child.stderr.as_ref());
+        let said = said(&self.said);
+        let complained = said_text(&self.complained);
         let complaint = complained.lines().next_back().unwrap_or_default();
         let said = String::from_utf8_lossy(&said).into_owned();
         if !status.success() {
@@ -314,12 +323,12 @@ impl Check {
     pub fn kill(&mut self) {
         self.leash = None;
         // It may have closed all that it does not know.
-        let _ = self.child.kill();
+        self.child.kill();
     }
 
     /// Forgets a successor that is over. Without this it stays in the list of processes.
-    pub fn reap(mut self) {
-        let _ = self.child.try_wait();
+    pub fn reap(self) {
+        let _ = self.child.ended();
     }
 }
 
@@ -330,21 +339,21 @@ fn last_format(complaint: &str) -> Option<u32> {
     digits.parse().ok()
 }
 
-fn end(mut child: Child) {
+fn end(child: &apart::Program) {
     // Killed, it is over at once unless it is stuck in the kernel: then it is not waited for.
-    let _ = child.kill();
-    let _ = child.try_wait();
+    child.kill();
+    let _ = child.ended();
 }
 
 /// What is in a pipe now, at most 4 KiB.
-fn said(pipe: Option<&impl AsRawFd>) -> Vec<u8> {
+fn said(pipe: &OwnedFd) -> Vec<u8> {
     let mut text = vec![0; 4096];
-    let count = pipe.map_or(0, |pipe| file::read_now(pipe.as_raw_fd(), &mut text));
+    let count = file::read_now(pipe.as_raw_fd(), &mut text);
     text.truncate(count);
     text
 }
 
-fn said_text(pipe: Option<&impl AsRawFd>) -> String {
+fn said_text(pipe: &OwnedFd) -> String {
     String::from_utf8_lossy(&said(pipe)).into_owned()
 }
 
