@@ -5,8 +5,9 @@
 use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 
 use super::clone::{self, Which};
+use super::descriptors;
 use super::errno::Errno;
-use super::process;
+use super::process::{self, Process};
 
 /// The process's name, at most 15 characters.
 const NAME: &std::ffi::CStr = c"virtlockd-close";
@@ -50,4 +51,32 @@ pub fn name_of(number: RawFd) -> Vec<u8> {
     use std::os::unix::ffi::OsStringExt;
     let link = format!("/proc/{}/fd/{number}", process::own_number());
     std::fs::read_link(link).map_or_else(|_| Vec::new(), |path| path.into_os_string().into_vec())
+}
+
+/// The name of a process that stays behind, at most 15 characters.
+const LEFT: &std::ffi::CStr = c"virtlockd-left";
+
+/// A process that is about to end closes what it has open, and hangs if one of these files is on a share that does
+/// not answer. So another one has them as well, which closes them last and behind the end of `daemon`, and
+/// everything else before.
+///
+/// # Errors
+/// What the host refuses.
+pub fn stay_behind(files: &[RawFd], daemon: i32) -> Result<(), Errno> {
+    match clone::sharing_descriptors()? {
+        Which::Original(_) => Ok(()),
+        Which::Copy => {
+            let _ = nix::sys::prctl::set_name(LEFT);
+            clone::end_at_once_on_panic();
+            if let Ok(process) = Process::open_any(daemon) {
+                process.wait_for_end();
+            }
+            let others = descriptors::open_numbers();
+            let others = others.into_iter().filter(|it| !files.contains(it));
+            for number in others.chain(files.iter().copied()) {
+                drop(descriptors::adopt(number));
+            }
+            clone::leave(0)
+        }
+    }
 }

@@ -232,6 +232,16 @@ impl Process {
         Ok(Process { pidfd })
     }
 
+    /// Waits until the process has ended.
+    pub fn wait_for_end(&self) {
+        while !self.is_dead() {
+            let mut asked = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut asked, PollTimeout::NONE).is_err() {
+                super::clone::pause(std::time::Duration::from_millis(10));
+            }
+        }
+    }
+
     /// Whether the process has ended: see [`is_dead`].
     pub fn is_dead(&self) -> bool {
         is_dead(&self.pidfd)

@@ -88,7 +88,33 @@ pub enum Outcome {
     Failed(Errno),
 }
 
+/// The kinds of errands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "they are those of errands")]
+pub enum Kind {
+    Acquire,
+    End,
+    Create,
+    Find,
+    Delete,
+    IsDirectory,
+    MakeDirectory,
+}
+
 impl<'a> Errand<'a> {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Errand::Acquire { .. } => Kind::Acquire,
+            Errand::End { .. } => Kind::End,
+            Errand::Create(_) => Kind::Create,
+            Errand::Find(_) => Kind::Find,
+            Errand::Delete(_) => Kind::Delete,
+            Errand::IsDirectory(_) => Kind::IsDirectory,
+            Errand::MakeDirectory(_) => Kind::MakeDirectory,
+        }
+    }
+
     /// As a message.
     ///
     /// # Errors

@@ -56,7 +56,7 @@ use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
 use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
-use crate::host::{descriptors, heap, notify, passing};
+use crate::host::{clone, closer, descriptors, heap, notify, passing};
 use crate::locks::lease;
 use crate::locks::table::{Pid, ResourceId};
 use crate::log::{self, Printable};
@@ -170,6 +170,8 @@ pub struct Reactor {
     leases: Vec<ResourceId>,
     notes: Notes,
     shares: Shares,
+    /// At the end, until when what is under way there is waited for.
+    shares_until: Option<Moment>,
     /// What all admin clients together take of [`ADMIN_BYTES`].
     admin_bytes: u32,
     /// What is shared with the guardian, if there is one.
@@ -283,6 +285,7 @@ impl Reactor {
             leases: Vec::new(),
             notes: Notes::default(),
             shares: Shares::new(),
+            shares_until: None,
             admin_bytes: 0,
             guard,
             is_orphaned: false,
@@ -623,6 +626,9 @@ impl Reactor {
         self.finish();
         while !matches!(self.doing, Doing::Ended | Doing::Kept) {
             if let Some(ended) = self.is_over_before_the_daemon() {
+                if ended == Ended::Left {
+                    self.leave_shares_behind();
+                }
                 return Ok(ended);
             }
             self.watch_idleness();
@@ -658,6 +664,7 @@ impl Reactor {
             self.pack_if_settled();
             self.finish();
         }
+        self.leave_shares_behind();
         Ok(match self.doing {
             Doing::Kept => Ended::Kept,
             _ => Ended::Stopped,
@@ -1424,11 +1431,56 @@ impl Reactor {
         }
     }
 
+    /// Whether nothing is to be waited for that is under way on shares: it is done, or has had its time, and is left
+    /// as it is.
+    fn are_shares_over(&mut self) -> bool {
+        self.tend_shares();
+        let now = Moment::now();
+        let end = *self
+            .shares_until
+            .get_or_insert_with(|| now.plus_ms(stop::SHARES_MS));
+        if self.shares.is_settled() && self.custody.state().estates().is_empty() {
+            return true;
+        }
+        if now < end {
+            let again = now.plus_ms(SHARES_MS);
+            self.deadlines.set(Deadline::Shares, again);
+            return false;
+        }
+        for what in self.shares.under_way() {
+            tracing::error!(
+                target: "locking.lockspace",
+                "The daemon ends without {what}, whose server does not answer: it keeps the lock until it does, or \
+                 takes it away by itself"
+            );
+        }
+        true
+    }
+
+    /// The end of the daemon does not wait until files on shares are closed.
+    fn leave_shares_behind(&self) {
+        let files = self.shares.open_files(self.custody.state());
+        if files.is_empty() {
+            return;
+        }
+        let daemon = match self.guard {
+            Some(_) => clone::parent(),
+            None => process::own_number(),
+        };
+        // Otherwise it waits for them, as every process does at its end.
+        let _ = closer::stay_behind(&files, daemon);
+    }
+
     /// The last step of the end, when there is nobody left to fence.
     fn finish(&mut self) {
-        if self.doing == Doing::Ending && self.owners().is_over() {
+        if self.doing != Doing::Ending || !self.owners().is_over() {
+            return;
+        }
+        if self.shares_until.is_none() {
             debug_assert!(self.custody.state().own_connections().is_empty());
             self.owners().end_all();
+        }
+        if self.are_shares_over() {
             self.doing = Doing::Ended;
         }
     }

@@ -16,6 +16,9 @@ use crate::server::watch::Watch;
 /// How long the daemon waits at its end for owners to die, milliseconds.
 pub const STOP_MS: u64 = 30_000;
 
+/// How long it waits there for what is under way on shares, milliseconds.
+pub const SHARES_MS: u64 = 1_000;
+
 /// Nobody is let in any more: the sockets are closed, and the daemon's own removed.
 pub fn close_listeners(custody: &mut Custody, watch: &Watch) {
     let listeners = custody.stops_listening();
@@ -43,7 +46,7 @@ impl Owners<'_> {
         state.client_count() == 0
             && state.fences().is_empty()
             && self.lines.dead.is_empty()
-            && state.estates().is_empty()
+            && !self.custody.has_left()
     }
 
     /// The last step of the end: locks of owners that had no connection of their own go too, and with

@@ -129,7 +129,6 @@ fn lock_call(
         log_refused(hall, id, &format!("{procedure:?}"), &error);
         return Err(error);
     };
-    hall.shares.call_begins(id);
     let result = lock_service::call(hall, id, &call);
     if !matches!(result, Ok(Called::Again | Called::Waits)) {
         hall.shares.call_ends(id);

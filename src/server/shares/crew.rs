@@ -194,23 +194,33 @@ impl Crew {
         (Some(finished), false)
     }
 
-    /// A client is gone: what its errand is for from now on. One that was not begun with is left.
-    pub(super) fn leaves(&mut self, id: ClientId, now: impl Fn(Option<RawFd>) -> Purpose) {
+    /// A client is gone: what its errand is for from now on. One that was not begun with is left, unless it lets go
+    /// of a lock. What one is for that is there yet.
+    pub(super) fn leaves(
+        &mut self,
+        id: ClientId,
+        now: impl Fn(Option<RawFd>) -> Purpose,
+    ) -> Option<Purpose> {
+        let mut is_there = None;
         self.queue.retain_mut(|errand| {
             if errand.purpose != Purpose::Call(id) {
                 return true;
             }
             errand.purpose = now(errand.file);
-            errand.purpose != Purpose::Nobody
+            let stays = !matches!(errand.purpose, Purpose::Nobody(_));
+            if stays {
+                is_there = Some(errand.purpose.clone());
+            }
+            stays
         });
-        let mut at_it = self.members.iter_mut();
-        if let Some(errand) = at_it
-            .by_ref()
-            .filter_map(|it| it.errand.as_mut())
-            .find(|errand| errand.purpose == Purpose::Call(id))
-        {
-            errand.purpose = now(errand.file);
+        let at_it = self.members.iter_mut();
+        for errand in at_it.filter_map(|it| it.errand.as_mut()) {
+            if errand.purpose == Purpose::Call(id) {
+                errand.purpose = now(errand.file);
+                is_there = Some(errand.purpose.clone());
+            }
         }
+        is_there
     }
 
     /// Whether it is known not to answer.

@@ -12,7 +12,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
+use crate::custody::descriptor::{Number, Open};
 use crate::custody::elsewhere::Unwanted;
+use crate::custody::state::State;
 use crate::host::clock::Moment;
 use crate::host::closer::{self, Closer};
 use crate::host::errno::Errno;
@@ -27,7 +29,7 @@ use crate::locks::table::{Mode, Resource};
 use crate::log::Printable;
 
 use crew::{Crew, Finished, Told};
-use under_way::Calls;
+use under_way::{Calls, Who};
 
 /// How often it is looked whether anything takes long, or nothing is to be done any more, milliseconds.
 pub const LOOK_MS: u64 = 1000;
@@ -50,8 +52,8 @@ enum Purpose {
     Left(RawFd),
     /// Nobody wants what is open under this number.
     Unwanted(RawFd),
-    /// Nobody waits for it any more: what it locks is let go of again.
-    Nobody,
+    /// Nobody waits for it any more: what it locks is let go of again. Its serial number.
+    Nobody(u64),
 }
 
 /// What a call that waits on an errand goes on with.
@@ -84,6 +86,8 @@ pub struct Shares {
     /// Clients that are to have a turn.
     woken: Vec<ClientId>,
     patient_until: Moment,
+    /// The number of the next errand that is nobody's any more.
+    next_serial: u64,
     /// An errand was asked for since it was last looked for long ones.
     is_busy: bool,
 }
@@ -102,6 +106,7 @@ impl Shares {
             unwanted: BTreeMap::new(),
             woken: Vec::new(),
             patient_until: Moment(0),
+            next_serial: 0,
             is_busy: false,
         }
     }
@@ -165,11 +170,6 @@ impl Shares {
 
     // ---- calls ----
 
-    /// A call begins to be worked on, perhaps once more.
-    pub fn call_begins(&mut self, id: ClientId) {
-        self.calls.begins(id);
-    }
-
     /// Whether a call on this resource has to wait for what is under way with it: then it is woken.
     pub fn has_to_wait(&mut self, id: ClientId, place: Place<'_>) -> bool {
         self.calls.has_to_wait(id, place)
@@ -198,7 +198,7 @@ impl Shares {
         file: Option<RawFd>,
         what: impl FnOnce() -> String,
     ) -> Option<Finding> {
-        if let Some(step) = self.calls.next_step(id) {
+        if let Some(step) = self.calls.step(id, errand.kind()) {
             return step;
         }
         if self.unknown.contains_key(&share) {
@@ -209,7 +209,7 @@ impl Shares {
             Ok(bytes) => bytes,
             Err(reason) => return Some(Finding::failed(reason)),
         };
-        self.calls.asks(id, place);
+        self.calls.asks(id, errand.kind(), place);
         self.ask(share, Purpose::Call(id), bytes, file, what());
         None
     }
@@ -221,20 +221,35 @@ impl Shares {
 
     /// A call has been answered: what it asked for and did not take is let go of, and others that waited for it go on.
     pub fn call_ends(&mut self, id: ClientId) {
-        for finding in self.calls.ends(id, &mut self.woken) {
+        self.end_call(id, None);
+    }
+
+    fn end_call(&mut self, id: ClientId, then: Option<Who>) {
+        for finding in self.calls.ends(id, then) {
             self.is_not_wanted(finding);
         }
+        self.calls.wake_all(&mut self.woken);
     }
 
     /// A client is gone, perhaps in the middle of a call.
     pub fn leaves(&mut self, id: ClientId, custody: &Custody) {
+        let serial = self.next_serial;
+        let mut then = None;
         for crew in self.crews.values_mut() {
-            crew.leaves(id, |number| match number {
+            let purpose = crew.leaves(id, |number| match number {
                 Some(number) if custody.is_elsewhere(number) => Purpose::Release(number),
-                _ => Purpose::Nobody,
+                _ => Purpose::Nobody(serial),
             });
+            match purpose {
+                Some(Purpose::Release(number)) => then = Some(Who::LetGo(number)),
+                Some(_) => {
+                    then = Some(Who::Nobody(serial));
+                    self.next_serial = serial.wrapping_add(1);
+                }
+                None => (),
+            }
         }
-        self.call_ends(id);
+        self.end_call(id, then);
     }
 
     fn is_not_wanted(&mut self, finding: Finding) {
@@ -283,7 +298,7 @@ impl Shares {
         };
         let number = resource.lease.descriptor.as_raw_fd();
         let what = format!("the lock on {} of a dead owner", Printable(&place.path()));
-        self.calls.left_begins(number, share, place);
+        self.calls.let_go_begins(number, place, Some(share));
         self.ask(share, Purpose::Left(number), bytes, Some(number), what);
         custody.goes_elsewhere(number);
         true
@@ -339,6 +354,7 @@ impl Shares {
             Ok(bytes) => {
                 let what = format!("a lock on {} that nobody wants", Printable(&place.path()));
                 self.unwanted.insert(number, file);
+                self.calls.let_go_begins(number, place, None);
                 self.ask(share, Purpose::Unwanted(number), bytes, Some(number), what);
             }
             Err(_) => self.close(file),
@@ -422,24 +438,26 @@ impl Shares {
                     self.is_not_wanted(unwanted);
                 }
                 self.woken.push(id);
+                return;
             }
             Purpose::Left(number) | Purpose::Release(number) => {
-                self.calls.left_ends(number, &mut self.woken);
+                self.calls.let_go_ends(number);
                 self.to_close.extend(custody.was_let_go(number));
             }
             Purpose::Unwanted(number) => {
                 self.to_close.extend(self.unwanted.remove(&number));
+                self.calls.let_go_ends(number);
                 for files in self.unknown.values_mut() {
                     files.remove(&number);
                 }
-                let before = self.unknown.len();
                 self.unknown.retain(|_, files| !files.is_empty());
-                if self.unknown.len() < before {
-                    self.calls.wake_all(&mut self.woken);
-                }
             }
-            Purpose::Nobody => self.is_not_wanted(finding),
+            Purpose::Nobody(serial) => {
+                self.calls.nobodys_ends(serial);
+                self.is_not_wanted(finding);
+            }
         }
+        self.calls.wake_all(&mut self.woken);
     }
 
     /// Clients whose calls can go on.
@@ -514,6 +532,19 @@ impl Shares {
     /// Whether it is to be looked what takes long.
     pub fn is_busy(&self) -> bool {
         self.is_busy || self.is_closing()
+    }
+
+    /// The files on shares that are open, by their numbers.
+    pub fn open_files(&self, state: &State<Open>) -> Vec<RawFd> {
+        if !self.has_any() {
+            return Vec::new();
+        }
+        let own = self.to_close.iter().chain(self.unwanted.values());
+        let own = own.map(AsRawFd::as_raw_fd);
+        let locked = state.descriptors().map(|Number(number)| number);
+        let all = own.chain(locked);
+        all.filter(|number| self.of_file(*number).is_some())
+            .collect()
     }
 
     /// What is under way, as an operator reads it.

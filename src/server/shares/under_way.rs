@@ -1,75 +1,62 @@
-//! Calls under way: how far each has come, which resource it is about, and who waits for its outcome.
+//! Calls under way: what became of the errands of each, which resource it is about, and who waits for its outcome.
+//! A resource is busy with a call until that is answered; if its client is gone, until what was begun is undone.
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 
 use super::{Finding, ShareId};
 use crate::custody::clients::ClientId;
-use crate::locks::errand::Outcome;
+use crate::locks::errand::{Kind, Outcome};
 use crate::locks::place::Place;
 
-/// A resource, by the text of its lockspace and name.
-pub(super) type Key = (Vec<u8>, Vec<u8>);
+/// A resource, by its lockspace and name.
+type Key = (Vec<u8>, Vec<u8>);
 
 fn key(place: Place<'_>) -> Key {
     (place.lockspace.to_vec(), place.name.to_vec())
 }
 
-/// An errand of a call.
+/// An errand of a call: what became of it, if it is done. A call has one of each kind at most, and may not come to
+/// one again that it came to before.
 #[derive(Debug)]
-enum Step {
-    Asked,
-    Done(Finding),
+struct Step {
+    kind: Kind,
+    finding: Option<Finding>,
 }
 
-/// A call.
-#[derive(Debug, Default)]
-struct Call {
-    /// Its errands, in their order.
-    steps: Vec<Step>,
-    /// The next of them, since it was begun with.
-    next: usize,
-    key: Option<Key>,
-}
-
-/// Who has something under way with a resource.
+/// What is under way with a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
+pub(super) enum Who {
+    /// A client's call.
     Client(ClientId),
-    /// Nobody any more: a dead owner left it open under this number, on this share.
+    /// An errand whose client is gone, by its serial number.
+    Nobody(u64),
+    /// A lock is let go of, on the file that is open under this number.
+    LetGo(RawFd),
+    /// The same, of a dead owner, on this share.
     Left(RawFd, ShareId),
 }
 
 /// All of them.
 #[derive(Debug, Default)]
 pub(super) struct Calls {
-    calls: BTreeMap<ClientId, Call>,
+    calls: BTreeMap<ClientId, Vec<Step>>,
     resources: BTreeMap<Key, Who>,
     waiting: Vec<ClientId>,
 }
 
 impl Calls {
-    pub(super) fn begins(&mut self, id: ClientId) {
-        if self.calls.is_empty() {
-            return;
-        }
-        if let Some(call) = self.calls.get_mut(&id) {
-            call.next = 0;
-        }
-    }
-
+    /// Whether a call on a resource has to wait for something else that is under way with it.
     pub(super) fn has_to_wait(&mut self, id: ClientId, place: Place<'_>) -> bool {
         if self.resources.is_empty() {
             return false;
         }
-        match self.resources.get(&key(place)) {
-            None => false,
-            Some(who) if *who == Who::Client(id) => false,
-            Some(_) => {
-                self.waits(id);
-                true
-            }
+        let who = self.resources.get(&key(place));
+        let waits = who.is_some_and(|who| *who != Who::Client(id));
+        if waits {
+            self.waits(id);
         }
+        waits
     }
 
     pub(super) fn waits(&mut self, id: ClientId) {
@@ -88,77 +75,83 @@ impl Calls {
         }
     }
 
-    /// The step that a call comes to next, if it was there before: what became of it, or that it is not done.
-    pub(super) fn next_step(&mut self, id: ClientId) -> Option<Option<Finding>> {
-        let call = self.calls.get_mut(&id)?;
-        let step = call.steps.get_mut(call.next)?;
-        let Step::Done(finding) = step else {
-            return Some(None);
-        };
-        call.next = call.next.saturating_add(1);
-        Some(Some(Finding {
+    /// What became of an errand of a call; that it is not done; or that it was not asked for.
+    pub(super) fn step(&mut self, id: ClientId, kind: Kind) -> Option<Option<Finding>> {
+        let steps = self.calls.get_mut(&id)?;
+        let step = steps.iter_mut().find(|step| step.kind == kind)?;
+        Some(step.finding.as_mut().map(|finding| Finding {
             asked: finding.asked.clone(),
             outcome: finding.outcome.clone(),
             file: finding.file.take(),
         }))
     }
 
-    pub(super) fn asks(&mut self, id: ClientId, place: Place<'_>) {
-        let call = self.calls.entry(id).or_default();
-        call.steps.push(Step::Asked);
-        if call.key.is_none() {
-            let key = key(place);
-            self.resources.insert(key.clone(), Who::Client(id));
-            call.key = Some(key);
-        }
+    pub(super) fn asks(&mut self, id: ClientId, kind: Kind, place: Place<'_>) {
+        let step = Step {
+            kind,
+            finding: None,
+        };
+        self.calls.entry(id).or_default().push(step);
+        self.resources.entry(key(place)).or_insert(Who::Client(id));
     }
 
     /// What a call waits for is done; given back if there is no such call.
     pub(super) fn is_done(&mut self, id: ClientId, finding: Finding) -> Option<Finding> {
-        let Some(Call { steps, .. }) = self.calls.get_mut(&id) else {
-            return Some(finding);
-        };
-        match steps.last_mut() {
-            Some(step @ Step::Asked) => {
-                *step = Step::Done(finding);
+        let steps = self.calls.get_mut(&id);
+        match steps.and_then(|steps| steps.last_mut()) {
+            Some(step) if step.finding.is_none() => {
+                step.finding = Some(finding);
                 None
             }
             _ => Some(finding),
         }
     }
 
-    /// A call is over: what it did not take, and who is to go on.
-    pub(super) fn ends(&mut self, id: ClientId, woken: &mut Vec<ClientId>) -> Vec<Finding> {
+    /// A call is over. What it did not take; `then` is what is under way with its resource from now on.
+    pub(super) fn ends(&mut self, id: ClientId, then: Option<Who>) -> Vec<Finding> {
         if self.calls.is_empty() {
             return Vec::new();
         }
-        let Some(call) = self.calls.remove(&id) else {
+        let Some(steps) = self.calls.remove(&id) else {
             return Vec::new();
         };
-        if let Some(key) = call.key {
-            self.resources.remove(&key);
-            woken.append(&mut self.waiting);
+        match then {
+            None => self.resources.retain(|_, who| *who != Who::Client(id)),
+            Some(then) => {
+                let all = self.resources.values_mut();
+                all.filter(|who| **who == Who::Client(id))
+                    .for_each(|who| *who = then);
+            }
         }
-        let done = call.steps.into_iter().filter_map(|step| match step {
-            Step::Done(finding) => Some(finding),
-            Step::Asked => None,
-        });
+        let done = steps.into_iter().filter_map(|step| step.finding);
         done.filter(|it| matches!(it.outcome, Outcome::Locked(..)) && it.file.is_some())
             .collect()
     }
 
-    pub(super) fn left_begins(&mut self, number: RawFd, share: ShareId, place: Place<'_>) {
-        self.resources
-            .entry(key(place))
-            .or_insert(Who::Left(number, share));
+    /// An errand is over whose client is gone.
+    pub(super) fn nobodys_ends(&mut self, serial: u64) {
+        self.resources.retain(|_, who| *who != Who::Nobody(serial));
     }
 
-    pub(super) fn left_ends(&mut self, number: RawFd, woken: &mut Vec<ClientId>) {
-        self.resources
-            .retain(|_, who| !matches!(who, Who::Left(left, _) if *left == number));
-        woken.append(&mut self.waiting);
+    /// The lock on the file that is open under this number is let go of; of what a dead owner left, on this share.
+    pub(super) fn let_go_begins(
+        &mut self,
+        number: RawFd,
+        place: Place<'_>,
+        left_on: Option<ShareId>,
+    ) {
+        let who = left_on.map_or(Who::LetGo(number), |share| Who::Left(number, share));
+        self.resources.entry(key(place)).or_insert(who);
     }
 
+    pub(super) fn let_go_ends(&mut self, number: RawFd) {
+        self.resources.retain(|_, who| match who {
+            Who::LetGo(other) | Who::Left(other, _) => *other != number,
+            Who::Client(_) | Who::Nobody(_) => true,
+        });
+    }
+
+    /// Whoever waits looks again.
     pub(super) fn wake_all(&mut self, woken: &mut Vec<ClientId>) {
         woken.append(&mut self.waiting);
     }
