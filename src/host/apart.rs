@@ -3,9 +3,12 @@
 //! made with the same table of descriptors, and takes one of its own from it with the first three alone
 //! (close_range(2), CLOSE_RANGE_UNSHARE). Its way to this process is in the place of standard input for that
 //! moment.
+//!
+//! The kernel copies the numbers of a whole word of its bits (`dup_fd` in fs/file.c), and closes those again that are
+//! too many: files that may hang are to have no such number, for which others take their places ([`Fillers`]).
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
@@ -229,4 +232,39 @@ impl Program {
 /// What the host refuses.
 pub fn pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
+}
+
+/// The first number that the kernel does not copy with those of the first three.
+const FIRST_NOT_COPIED: RawFd = 64;
+
+/// What takes the places of low numbers.
+#[derive(Debug, Default)]
+pub struct Fillers(Vec<OwnedFd>);
+
+impl Fillers {
+    /// What is opened next gets a number that no copy gets, unless the host refuses so many.
+    pub fn fill(&mut self) {
+        if self.0.is_empty() {
+            let Ok((one, _)) = passing::pair() else {
+                return;
+            };
+            self.0.push(one);
+        }
+        let Some(first) = self.0.first().map(AsRawFd::as_raw_fd) else {
+            return;
+        };
+        loop {
+            // SAFETY: only copies a descriptor; the copy's number is nobody else's.
+            let number = unsafe { libc::fcntl(first, libc::F_DUPFD_CLOEXEC, 3) };
+            let Ok(number) = Errno::result(number) else {
+                return;
+            };
+            // SAFETY: as above.
+            let filler = unsafe { OwnedFd::from_raw_fd(number) };
+            if number >= FIRST_NOT_COPIED {
+                return;
+            }
+            self.0.push(filler);
+        }
+    }
 }

@@ -1439,10 +1439,8 @@ impl Reactor {
         let end = *self
             .shares_until
             .get_or_insert_with(|| now.plus_ms(stop::SHARES_MS));
-        if self.shares.is_settled() && self.custody.state().estates().is_empty() {
-            return true;
-        }
-        if now < end {
+        let is_settled = self.shares.is_settled() && self.custody.state().estates().is_empty();
+        if !is_settled && now < end {
             let again = now.plus_ms(SHARES_MS);
             self.deadlines.set(Deadline::Shares, again);
             return false;
@@ -1450,8 +1448,8 @@ impl Reactor {
         for what in self.shares.under_way() {
             tracing::error!(
                 target: "locking.lockspace",
-                "The daemon ends without {what}, whose server does not answer: it keeps the lock until it does, or \
-                 takes it away by itself"
+                "The daemon ends while {what} waits for a server that does not answer. What may be locked there is \
+                 let go of when it does"
             );
         }
         true

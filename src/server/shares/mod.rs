@@ -15,6 +15,7 @@ use crate::custody::clients::ClientId;
 use crate::custody::descriptor::{Number, Open};
 use crate::custody::elsewhere::Unwanted;
 use crate::custody::state::State;
+use crate::host::apart::Fillers;
 use crate::host::clock::Moment;
 use crate::host::closer::{self, Closer};
 use crate::host::errno::Errno;
@@ -83,6 +84,8 @@ pub struct Shares {
     unknown: BTreeMap<ShareId, BTreeSet<RawFd>>,
     /// Files that nobody wants, until their locks are let go of.
     unwanted: BTreeMap<RawFd, OwnedFd>,
+    /// What keeps files of shares from having low numbers.
+    fillers: Fillers,
     /// Clients that are to have a turn.
     woken: Vec<ClientId>,
     patient_until: Moment,
@@ -104,6 +107,7 @@ impl Shares {
             closers: Vec::new(),
             unknown: BTreeMap::new(),
             unwanted: BTreeMap::new(),
+            fillers: Fillers::default(),
             woken: Vec::new(),
             patient_until: Moment(0),
             next_serial: 0,
@@ -413,6 +417,7 @@ impl Shares {
         let Some(crew) = self.crews.get_mut(&share) else {
             return;
         };
+        self.fillers.fill();
         let (finished, is_over) = crew.hear(number);
         if is_over && let Some(place) = self.helpers.get_mut(number) {
             *place = None;
