@@ -14,6 +14,7 @@ use crate::desk::Desk;
 use crate::desk::control::{Failure, Order};
 use crate::host::clock::Moment;
 use crate::host::clone::{self, Which};
+use crate::host::closer;
 use crate::host::errno::{self, Errno};
 use crate::host::process::{self, Process};
 use crate::host::signals::{self, POKE};
@@ -192,7 +193,7 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledgers: &Ledgers) -> Fa
         }
         // Somebody else may be in its place, or nobody needs it.
         if is_dismissed || desk.understudy() != Some(own) {
-            clone::leave(0);
+            closer::leave_quickly(0);
         }
         if is_dead {
             return if is_late {
@@ -216,7 +217,7 @@ fn wait(desk: &Desk, order: Order, successor: &Process, ledgers: &Ledgers) -> Fa
             if desk.ordered() == Some(order) {
                 remove_file(desk);
             }
-            clone::leave(0);
+            closer::leave_quickly(0);
         }
         if waited >= SERVES && !is_late {
             is_late = true;
