@@ -81,6 +81,7 @@ fn a_stop_while_a_call_hangs_does_not_wait_for_the_share() {
         assert_eq!(scene.daemon.ended().and_then(|it| it.code()), Some(0));
     };
     let after = |scene: &mut Scene, step: &Step| {
+        scene.share.wait_quiet();
         scene.nothing_is_left(step, "the daemon was stopped");
         // Who had a lock was fenced. Who had none has got an answer, or the end of its connection.
         let answer = scene.guest.try_receive();

@@ -5,5 +5,11 @@
 mod support;
 
 mod bystanders;
+mod calls;
+mod errors;
 mod events;
+mod helpers;
+mod leased;
 mod scene;
+mod told;
+mod variants;

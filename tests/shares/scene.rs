@@ -269,6 +269,11 @@ impl Scene {
         self.share.wait_locks(&["x write"], "another one's");
         answer(&mut self.bystander, &step.give(&self.share)).expect_ok();
         self.nothing_is_left(step, "another one gave it back");
+        // Nor does anything come late.
+        self.share.wait_quiet();
+        assert_eq!(self.share.locks(), [""; 0]);
+        assert_eq!(self.share.files(), step.files_at_rest());
+        assert_eq!(self.share.open_files(), [""; 0]);
     }
 }
 

@@ -320,6 +320,17 @@ impl Share {
         files
     }
 
+    /// Waits until nothing was asked for a while, and nothing hangs: who works on the share has come to an end.
+    #[track_caller]
+    pub fn wait_quiet(&self) {
+        let a_while = Duration::from_millis(100);
+        wait_until(DEADLINE, "the share to be left alone", || {
+            let state = self.control.state();
+            let is_idle = state.waiting.values().all(|count| *count == 0);
+            is_idle && state.last_asked.is_none_or(|last| last.elapsed() > a_while)
+        });
+    }
+
     /// Waits until nobody has any file open.
     #[track_caller]
     pub fn wait_closed(&self, when: &str) {
@@ -402,6 +413,7 @@ struct State {
     /// How many are made to wait.
     waiting: HashMap<Operation, usize>,
     most_at_once: usize,
+    last_asked: Option<Instant>,
     /// How long names may be remembered.
     remembered: Duration,
     /// How many nodes and open files there have been.
@@ -600,6 +612,7 @@ fn serve(device: &Arc<File>, control: &Arc<Control>) {
         }
         let trouble = {
             let mut state = control.state();
+            state.last_asked = Some(Instant::now());
             if let Some(operation) = request.operation() {
                 *state.calls.entry(operation).or_insert(0) += 1;
             }
@@ -643,6 +656,7 @@ fn wait_out(request: &Request, trouble: Option<Trouble>, control: &Control) -> O
         state = waited.expect("the share's state").0;
     }
     state.has_waited(operation);
+    state.last_asked = Some(Instant::now());
     match trouble {
         Some(Trouble::Hangs) => state.take_trouble(request),
         _ => None,
