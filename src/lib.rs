@@ -68,6 +68,7 @@
 //!   reserve.rs            descriptors for the time when there are no others
 //!   waiting_room.rs       clients that there is no room for
 //!   flow.rs               whether a connection goes on after a frame
+//!   ground.rs             what is said of the mounts and directories that locks are on
 //!   stop.rs               the end of the daemon
 //!   keep.rs               the end for which everything is kept until the next start
 //!   upgrade.rs            SIGUSR1: the successor is checked, then everything is handed to it

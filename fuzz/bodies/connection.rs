@@ -24,6 +24,7 @@ use virtlockd::custody::own_connections::Seen;
 use virtlockd::custody::servers::{Server, Service};
 use virtlockd::desk::{Desk, turn};
 use virtlockd::host::file::{self, Conflict, LockType, Start};
+use virtlockd::host::mount_table::Mounts;
 use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::{Mode, Owner, OwnerKey};
@@ -31,6 +32,7 @@ use virtlockd::server::clients::connection::Connection;
 use virtlockd::server::clients::conversation::Taken;
 use virtlockd::server::deadlines::Deadlines;
 use virtlockd::server::flow::Flow;
+use virtlockd::server::ground::Ground;
 use virtlockd::server::hall::{Hall, Order};
 use virtlockd::server::lines::Lines;
 use virtlockd::server::owners::fence::Left;
@@ -63,6 +65,8 @@ struct Daemon {
     wanted: Wanted,
     freeing: Freeing,
     names: Names,
+    mounts: Mounts,
+    ground: Ground,
     watch: Watch,
     orders: Vec<Order>,
     desk: Desk,
@@ -91,6 +95,8 @@ pub fn run(data: &[u8]) {
             wanted: Wanted::new(),
             freeing: Freeing::default(),
             names: Names::default(),
+            mounts: Mounts::open(),
+            ground: Ground::default(),
             watch: Watch::new(registry),
             orders: Vec::new(),
             desk: Desk::private().expect("memory"),
@@ -144,6 +150,8 @@ impl Daemon {
             deadlines: &mut self.deadlines,
             reserve: &self.reserve,
             names: &mut self.names,
+            mounts: &mut self.mounts,
+            ground: &mut self.ground,
             orders: &mut self.orders,
             leases: &mut Vec::new(),
             making: turn::making(self.desk.memory()),

@@ -20,12 +20,14 @@ use virtlockd::custody::ledger::Ledger;
 use virtlockd::custody::own_connections::Seen;
 use virtlockd::custody::servers::Service;
 use virtlockd::desk::{Desk, turn};
+use virtlockd::host::mount_table::Mounts;
 use virtlockd::host::names::Names;
 use virtlockd::host::stream::Peer;
 use virtlockd::locks::table::Owner;
 use virtlockd::server::clients::conversation::{Conversation, Taken};
 use virtlockd::server::deadlines::Deadlines;
 use virtlockd::server::flow::Flow;
+use virtlockd::server::ground::Ground;
 use virtlockd::server::hall::Hall;
 use virtlockd::server::reserve::Reserve;
 use virtlockd::server::services::dispatch;
@@ -57,6 +59,8 @@ struct Daemon {
     deadlines: Deadlines,
     reserve: Reserve,
     names: Names,
+    mounts: Mounts,
+    ground: Ground,
     clients: Vec<ClientId>,
 }
 
@@ -108,6 +112,8 @@ impl Daemon {
             deadlines: Deadlines::default(),
             reserve: Reserve::default(),
             names: Names::default(),
+            mounts: Mounts::open(),
+            ground: Ground::default(),
             clients: clients.to_vec(),
         }
     }
@@ -127,6 +133,8 @@ impl Daemon {
             deadlines: &mut self.deadlines,
             reserve: &self.reserve,
             names: &mut self.names,
+            mounts: &mut self.mounts,
+            ground: &mut self.ground,
             orders: &mut orders,
             leases: &mut Vec::new(),
             making: turn::making(desk.memory()),

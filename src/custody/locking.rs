@@ -75,17 +75,17 @@ impl From<Unreachable> for Refusal {
 }
 
 impl Custody {
-    /// Makes a lockspace and, if it is missing, its directory.
+    /// Makes a lockspace and, if it is missing, its directory. Whether that was missing.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<bool, NotMade> {
         if self.state.lockspaces().count() >= MOST_LOCKSPACES {
             return Err(NotMade::TooMany);
         }
-        lockspace::make_directory(directory)?;
+        let is_new = lockspace::make_directory(directory)?;
         self.record(Event::Lockspace(directory), Given::default());
-        Ok(())
+        Ok(is_new)
     }
 
     /// An acquire in an unknown lockspace opens it: libvirt makes its lockspaces only once, when

@@ -1,9 +1,12 @@
 //! The list of mounts, kept as it is now: the kernel says when it changes (a priority event on mountinfo, proc(5)),
 //! and it is read again when somebody looks at it next. Neither the one nor the other asks a file system.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -90,6 +93,11 @@ impl Mounts {
     /// A mount by its number.
     pub fn get(&self, id: MountId) -> Option<&Mount> {
         self.mounts.iter().find(|mount| mount.id == id)
+    }
+
+    /// The mount that a path without symbolic links is on.
+    pub fn of(&self, path: &[u8]) -> Option<&Mount> {
+        mounts::of(&self.mounts, Path::new(OsStr::from_bytes(path)))
     }
 
     /// Changes whenever the mounts may have.

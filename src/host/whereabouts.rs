@@ -9,7 +9,6 @@
 //! A path says what is so now. Where it leads over a share to this host's files, which the kernel remembered, the
 //! share may be asked the next time.
 
-use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 
@@ -18,6 +17,7 @@ use nix::sys::stat::Mode;
 
 use super::errno::Errno;
 use super::fdinfo;
+use super::file::FileIdentity;
 use super::mount_table::Mounts;
 use super::mounts::{Mount, MountId};
 
@@ -85,23 +85,34 @@ fn mount_of<'a>(mounts: &'a mut Mounts, file: BorrowedFd<'_>) -> Option<&'a Moun
 
 /// The number of the mount by statx(2), which Linux before 5.8 does not say.
 fn asked_mount_id(file: BorrowedFd<'_>) -> Option<MountId> {
-    const NOTHING: &CStr = c"";
+    let found = asked(file, libc::STATX_MNT_ID)?;
+    Some(MountId(found.stx_mnt_id))
+}
+
+/// What the kernel remembers of a file's attributes, if it has these.
+fn asked(file: BorrowedFd<'_>, wanted: libc::c_uint) -> Option<libc::statx> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
     let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+    let place = found.as_mut_ptr();
     // SAFETY: the path is a text with a zero byte, and the pointer to room for what the call fills in.
-    let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            NOTHING.as_ptr(),
-            flags,
-            libc::STATX_MNT_ID,
-            found.as_mut_ptr(),
-        )
-    };
+    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, wanted, place) };
     Errno::result(result).ok()?;
     // SAFETY: the call succeeded, so it has filled it in.
     let found = unsafe { found.assume_init() };
-    (found.stx_mask & libc::STATX_MNT_ID != 0).then_some(MountId(found.stx_mnt_id))
+    (found.stx_mask & wanted == wanted).then_some(found)
+}
+
+/// Which directory a path leads to, if the kernel knows that without asking anybody.
+pub fn known_directory(mounts: &Mounts, path: &[u8]) -> Option<FileIdentity> {
+    let directory = remembered(fcntl::AT_FDCWD, path, HANDLE).ok()?;
+    if !mounts.remembers_attributes() {
+        return None;
+    }
+    let found = asked(directory.as_fd(), libc::STATX_INO)?;
+    Some(FileIdentity {
+        device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+        inode: found.stx_ino,
+    })
 }
 
 /// A handle on what a path leads to, if the kernel knows that without asking anybody; EAGAIN if it does not.

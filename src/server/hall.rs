@@ -2,12 +2,14 @@
 //! reactor.
 
 use super::deadlines::Deadlines;
+use super::ground::Ground;
 use super::reserve::Reserve;
 use super::waiting_room::WaitingRoom;
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
 use crate::custody::own_connections::Seen;
 use crate::custody::servers::Service;
+use crate::host::mount_table::Mounts;
 use crate::host::names::Names;
 use crate::host::shared::Word;
 use crate::locks::table::{Pid, ResourceId};
@@ -26,6 +28,10 @@ pub struct Hall<'a> {
     pub reserve: &'a Reserve,
     /// The names of users and groups.
     pub names: &'a mut Names,
+    /// What is mounted where.
+    pub mounts: &'a mut Mounts,
+    /// What locks stand on, as far as it was said.
+    pub ground: &'a mut Ground,
     /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
     /// Leases that were granted, whose files are to say so some time.

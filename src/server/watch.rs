@@ -29,6 +29,8 @@ pub enum Source {
     Watched(Pid),
     /// Whether the service manager has something to keep everything in.
     Store,
+    /// Something was mounted or unmounted.
+    Mounts,
 }
 
 const KINDS: usize = 8;
@@ -47,6 +49,8 @@ impl Source {
             Source::Successor => (5, 0),
             Source::Watched(pid) => (6, number(pid)),
             Source::Store => (7, 0),
+            // The other things of this kind are one.
+            Source::Mounts => (7, 1),
         };
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
     }
@@ -63,7 +67,8 @@ impl Source {
             4 => Some(Source::Fence(number)),
             5 => Some(Source::Successor),
             6 => Some(Source::Watched(number)),
-            7 => Some(Source::Store),
+            7 if place == 0 => Some(Source::Store),
+            7 => Some(Source::Mounts),
             _ => None,
         }
     }
@@ -87,13 +92,28 @@ impl Watch {
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn add(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
-        let (token, interest) = (source.token(), Interest::READABLE);
-        match self
-            .registry
-            .register(&mut SourceFd(&descriptor), token, interest)
-        {
+        self.add_for(source, descriptor, Interest::READABLE)
+    }
+
+    /// Asks to be woken when something unusual is to be heard from a descriptor, which mountinfo says of every
+    /// change (proc(5)).
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn add_unusual(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
+        self.add_for(source, descriptor, Interest::PRIORITY)
+    }
+
+    fn add_for(
+        &self,
+        source: Source,
+        descriptor: RawFd,
+        interest: Interest,
+    ) -> std::io::Result<()> {
+        let (token, mut file) = (source.token(), SourceFd(&descriptor));
+        match self.registry.register(&mut file, token, interest) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                self.change(source, descriptor, false)
+                self.registry.reregister(&mut file, token, interest)
             }
             result => result,
         }
@@ -153,6 +173,8 @@ mod tests {
             Source::Fence(4_194_303),
             Source::Successor,
             Source::Watched(4_194_303),
+            Source::Store,
+            Source::Mounts,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

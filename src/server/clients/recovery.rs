@@ -315,10 +315,12 @@ mod tests {
     use crate::custody::clients::Arrival;
     use crate::custody::ledger::Ledger;
     use crate::desk::{self, Desk};
+    use crate::host::mount_table::Mounts;
     use crate::host::names::Names;
     use crate::server::clients::turn::whose;
     use crate::server::deadlines::Deadlines;
     use crate::server::flow::Flow;
+    use crate::server::ground::Ground;
     use crate::server::hall::Hall;
     use crate::server::reserve::Reserve;
     use crate::server::services::dispatch;
@@ -395,6 +397,8 @@ mod tests {
                     deadlines: &mut Deadlines::default(),
                     reserve: &Reserve::default(),
                     names: &mut Names::default(),
+                    mounts: &mut Mounts::open(),
+                    ground: &mut Ground::default(),
                     orders: &mut Vec::new(),
                     leases: &mut Vec::new(),
                     own_seen: crate::custody::own_connections::Seen::default(),

@@ -82,11 +82,15 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
         }
         Call::New { path, .. } => {
             registered(owner.as_ref())?;
-            new_lockspace(custody, path)?;
+            let is_new = new_lockspace(custody, path)?;
+            hall.ground
+                .is_opened(hall.mounts, custody.state(), path, is_new);
         }
         Call::CreateLockspace { path } => {
-            if !custody.state().has_lockspace(path) {
-                make_lockspace(custody, path)?;
+            let is_new = !custody.state().has_lockspace(path) && make_lockspace(custody, path)?;
+            if !path.is_empty() {
+                hall.ground
+                    .is_opened(hall.mounts, custody.state(), path, is_new);
             }
         }
         Call::CreateResource { target, .. } => {
@@ -115,10 +119,31 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
                 hall.orders.push(Order::Settle(owner.pid));
                 return Ok(Called::Again);
             }
+            let is_lease = flags & AUTOCREATE != 0 && !place(target).is_default();
+            if custody.open_lockspace(target.lockspace) {
+                tracing::info!(
+                    target: "locking.lock_daemon",
+                    "Lockspace {} is opened on its first use: it was not made on this daemon",
+                    Printable(target.lockspace)
+                );
+                hall.ground
+                    .is_opened(hall.mounts, custody.state(), target.lockspace, false);
+            }
             match acquire(owner, custody, place(target), flags, hall.making) {
-                Ok(Acquired::Granted) if flags & AUTOCREATE != 0 && !place(target).is_default() => {
-                    let id = custody.find(target.lockspace, target.name);
-                    hall.leases.extend(id);
+                Ok(Acquired::Granted)
+                    if !place(target).is_default() || hall.mounts.has_shares() =>
+                {
+                    if let Some(id) = custody.find(target.lockspace, target.name) {
+                        if is_lease {
+                            hall.leases.push(id);
+                        }
+                        if let Some(resource) = custody.state().table().get(id) {
+                            let what = (place(target), resource.identity);
+                            let file = &resource.lease.descriptor;
+                            hall.ground
+                                .is_locked(hall.mounts, custody.state(), what, file);
+                        }
+                    }
                 }
                 Ok(_) => (),
                 Err(error) => {
@@ -206,7 +231,7 @@ fn not_registered() -> Error {
     Error::new(Code::OperationInvalid, Domain::Rpc, detail)
 }
 
-fn new_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
+fn new_lockspace(custody: &mut Custody, path: &[u8]) -> Result<bool, Error> {
     if path.is_empty() {
         let detail = "the default lockspace already exists";
         return Err(Error::new(Code::OperationInvalid, Domain::Rpc, detail));
@@ -218,7 +243,8 @@ fn new_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
     make_lockspace(custody, path)
 }
 
-fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<(), Error> {
+/// Whether its directory was missing.
+fn make_lockspace(custody: &mut Custody, path: &[u8]) -> Result<bool, Error> {
     custody.make_lockspace(path).map_err(|reason| match reason {
         NotMade::NotADirectory => {
             let detail = [
@@ -257,13 +283,6 @@ fn acquire(
 ) -> Result<Acquired, Error> {
     let mode = mode(flags);
     let autocreate = flags & AUTOCREATE != 0;
-    if custody.open_lockspace(place.lockspace) {
-        tracing::info!(
-            target: "locking.lock_daemon",
-            "Lockspace {} is opened on its first use: it was not made on this daemon",
-            Printable(place.lockspace)
-        );
-    }
     let decided = custody.decide(owner, place, mode, autocreate);
     let done = match decided {
         Ok(Decided::Done) => return Ok(Acquired::Joined),
@@ -384,8 +403,10 @@ mod tests {
     use crate::custody::servers::Service;
     use crate::desk::{Desk, turn};
     use crate::host::memory::Memory;
+    use crate::host::mount_table::Mounts;
     use crate::host::names::Names;
     use crate::server::deadlines::Deadlines;
+    use crate::server::ground::Ground;
     use crate::server::reserve::Reserve;
     use crate::server::waiting_room::WaitingRoom;
 
@@ -425,6 +446,8 @@ mod tests {
                 deadlines: &mut Deadlines::default(),
                 reserve: &Reserve::default(),
                 names: &mut Names::default(),
+                mounts: &mut Mounts::open(),
+                ground: &mut Ground::default(),
                 orders: &mut Vec::new(),
                 leases: &mut Vec::new(),
                 making: turn::making(desk.memory()),
