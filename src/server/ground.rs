@@ -54,7 +54,7 @@ impl Ground {
         if let Whereabouts::Share(Some(id)) = whereabouts::of_descriptor(mounts, file)
             && let Some(mount) = mounts.get(id)
         {
-            self.is_used(mount, place.is_default(), Some(file));
+            self.is_used(mounts, mount, place.is_default(), Some(file));
         }
         if !place.is_default() && self.is_to_be_looked_at(place.lockspace, mounts, identity) {
             self.look_at(mounts, state, place, Some(identity));
@@ -84,7 +84,7 @@ impl Ground {
         if let Whereabouts::Share(Some(id)) = found
             && let Some(mount) = mounts.get(id)
         {
-            self.is_used::<std::fs::File>(mount, false, None);
+            self.is_used::<std::fs::File>(mounts, mount, false, None);
         }
         let name = b"";
         self.look_at(mounts, state, Place { lockspace, name }, None);
@@ -92,7 +92,13 @@ impl Ground {
 
     /// A lock is wanted on a file of this mount; of a disk, or in a lockspace, and this one, if it is there
     /// already.
-    fn is_used<F: AsRawFd>(&mut self, mount: &Mount, is_disk: bool, lock: Option<&F>) {
+    fn is_used<F: AsRawFd>(
+        &mut self,
+        mounts: &Mounts,
+        mount: &Mount,
+        is_disk: bool,
+        lock: Option<&F>,
+    ) {
         let key = (mount.id, mount.device);
         if self.done_with.contains(&key) {
             return;
@@ -111,6 +117,10 @@ impl Ground {
                 Printable(mount.text().as_bytes()), flaw.why, flaw.advice
             ),
         }
+        let is_there = |(id, device): &(MountId, u64)| {
+            mounts.get(*id).is_some_and(|mount| mount.device == *device)
+        };
+        self.done_with.retain(is_there);
         self.done_with.insert(key);
     }
 
@@ -197,4 +207,34 @@ fn text_of(mounts: &Mounts, path: &[u8], found: Whereabouts) -> String {
         Whereabouts::Local => mounts.of(path),
     };
     mount.map_or_else(|| "a mount that is not known".into(), Mount::text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::mounts;
+
+    #[test]
+    fn what_is_said_of_a_mount_depends_on_what_is_locked_there() {
+        let nothing = (false, false);
+        let (of_both, of_disks) = ((true, true), (false, true));
+        for (mount, keeps_lock, said) in [
+            ("xfs /dev/sda rw", None, nothing),
+            ("nfs4 host:/ rw,local_lock=none", Some(true), nothing),
+            ("nfs host:/ rw,nolock", None, of_both),
+            ("cifs //host/x rw,nobrl", None, of_both),
+            ("cifs //host/x rw", None, of_disks),
+            ("ocfs2 /dev/sda rw", None, of_both),
+            ("9p x rw", None, of_both),
+            ("virtiofs x rw", Some(true), of_both),
+            ("virtiofs x rw", Some(false), nothing),
+            ("fuse.x x rw", None, nothing),
+        ] {
+            let line = format!("7 1 0:50 / /srv rw - {mount}");
+            let mount = mounts::parse(line.as_bytes()).pop().unwrap();
+            let is_said =
+                |is_disk| matches!(word_on(&mount, is_disk, || keeps_lock), Known::Bad(_));
+            assert_eq!((is_said(false), is_said(true)), said, "{line}");
+        }
+    }
 }
