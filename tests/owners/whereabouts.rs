@@ -280,17 +280,26 @@ fn an_automount_whose_daemon_does_not_answer_is_not_waited_for() {
         return skip("needs a kernel with autofs");
     }
     let namespace = Namespace::new();
-    for directory in ["/run/direct", "/run/indirect"] {
+    for directory in ["/run/direct", "/run/indirect", "/run/expiring"] {
         std::fs::create_dir(namespace.path(directory)).expect("a directory");
     }
-    let script = "import os, subprocess, sys, time
+    // One of them has something mounted on it, and asks its daemon whether that may be unmounted.
+    let script = "import fcntl, os, subprocess, sys, threading
 reader, writer = os.pipe()
 os.setpgid(0, 0)
-for kind in ['direct', 'indirect']:
-    options = f'fd={writer},pgrp={os.getpgrp()},minproto=5,maxproto=5,{kind}'
-    subprocess.run(['mount', '-i', '-t', 'autofs', '-o', options, 'nobody', '/run/' + kind], check=True, pass_fds=[writer])
+for kind in ['direct', 'indirect', 'expiring']:
+    options = f'fd={writer},pgrp={os.getpgrp()},minproto=5,maxproto=5,'
+    options += 'indirect' if kind == 'indirect' else 'direct'
+    command = ['mount', '-i', '-t', 'autofs', '-o', options, 'nobody', '/run/' + kind]
+    subprocess.run(command, check=True, pass_fds=[writer])
+trigger = os.open('/run/expiring', os.O_RDONLY)
+subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', '/run/expiring'], check=True)
+expire = lambda: fcntl.ioctl(trigger, 0x40049366, (1).to_bytes(4, sys.byteorder))
+threading.Thread(target=expire, daemon=True).start()
+assert os.read(reader, 4096)
 print('mounted', flush=True)
 sys.stdin.read()
+os._exit(0)
 ";
     let mut automounter = namespace
         .command("python3")
@@ -310,6 +319,8 @@ sys.stdin.read()
         ("/run/direct/", "/run/direct"),
         ("/run/indirect/x/y", "/run/indirect"),
         ("/run/indirect/x", "/run/indirect"),
+        ("/run/expiring/x", "/run/expiring"),
+        ("/run/expiring", "/run/expiring"),
     ] {
         assert_eq!(guide.of_path(path), on(place), "{path}");
     }
