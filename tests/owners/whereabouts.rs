@@ -46,11 +46,17 @@ fn on(place: &str) -> Found {
 
 impl Guide {
     fn of(namespace: &Namespace) -> Guide {
+        Guide::without(namespace, Vec::new())
+    }
+
+    /// One to whom these system calls are refused, each with this error.
+    fn without(namespace: &Namespace, calls: Vec<(i64, i32)>) -> Guide {
         let (paths, asked) = mpsc::channel::<String>();
         let (answer, answers) = mpsc::channel();
         let holder = namespace.holder();
         std::thread::spawn(move || {
             enter(holder);
+            calls.into_iter().for_each(refuse);
             let mut mounts = Mounts::open();
             for path in asked {
                 let found = whereabouts::of_path(&mut mounts, path.as_bytes());
@@ -87,6 +93,34 @@ fn enter(holder: i32) {
     let namespace = std::fs::File::open(format!("/proc/{holder}/ns/mnt")).expect("the namespace");
     unshare(CloneFlags::CLONE_FS).expect("a root of this thread's own");
     setns(namespace, CloneFlags::CLONE_NEWNS).expect("enter the namespace");
+}
+
+/// From now on this system call is refused to this thread.
+#[allow(unsafe_code)]
+fn refuse((number, errno): (i64, i32)) {
+    let statement = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let number = u32::try_from(number).expect("the number of a call");
+    let refusal = libc::SECCOMP_RET_ERRNO | errno as u32;
+    let mut filter = [
+        statement(0x20, 0, 0, 0),
+        statement(0x15, 0, 1, number),
+        statement(0x06, 0, 0, refusal),
+        statement(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: the calls read the program, which lives over them.
+    let result = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            | libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program,
+            )
+    };
+    assert_eq!(result, 0, "set a filter");
 }
 
 struct Scene {
@@ -199,6 +233,38 @@ fn links_and_bind_mounts_lead_to_where_they_lead_while_a_share_hangs() {
         // To open it asks the share whether it is there still.
         ("/run/share/x", on("/run/share")),
     ]);
+}
+
+/// As on Linux before 5.6, or under a security policy.
+#[test]
+fn without_the_calls_that_ask_for_what_is_remembered_the_share_is_not_asked_either() {
+    let Some(mut scene) = Scene::new() else {
+        return;
+    };
+    scene.link("/run/share", "/run/to-share");
+    std::fs::create_dir(scene.namespace.path("/run/bound")).expect("a directory");
+    scene.run("mount", &["--bind", "/run/share", "/run/bound"]);
+    scene.hang();
+    let (openat2, statx) = (libc::SYS_openat2, libc::SYS_statx);
+    for refused in [
+        vec![(openat2, libc::ENOSYS)],
+        vec![(openat2, libc::EPERM), (statx, libc::EPERM)],
+        vec![(openat2, libc::EACCES), (statx, libc::ENOSYS)],
+        // What it does not know yet: RESOLVE_CACHED.
+        vec![(openat2, libc::EINVAL)],
+    ] {
+        scene.guide = Guide::without(&scene.namespace, refused);
+        scene.check(&[
+            ("/run/own/there", Found::Here),
+            ("/run/own/missing/deep", Found::Here),
+            ("/run/share/../own", on("/run/share")),
+            ("/run/share/there", on("/run/share")),
+            ("/run/to-share/there", on("/run/share")),
+            ("run/to-share", on("/run/share")),
+            ("/run/bound/there", on("/run/bound")),
+            ("/dev/null", Found::Here),
+        ]);
+    }
 }
 
 #[test]
