@@ -34,7 +34,6 @@
 //!   patience.rs           the process that looks, and how long it is waited for
 //!   kernel.rs             what the kernel knows of locks
 //!   guests.rs             the guests that run, and what they have open
-//!   mounts.rs             what is mounted where
 //!   leases.rs             libvirt's names for the leases of disks
 //!   sha256.rs             the sum that they are
 //!   show.rs               tables and JSON
@@ -69,6 +68,7 @@
 //!   reserve.rs            descriptors for the time when there are no others
 //!   waiting_room.rs       clients that there is no room for
 //!   flow.rs               whether a connection goes on after a frame
+//!   ground.rs             what is said of the mounts and directories that locks are on
 //!   stop.rs               the end of the daemon
 //!   keep.rs               the end for which everything is kept until the next start
 //!   upgrade.rs            SIGUSR1: the successor is checked, then everything is handed to it
@@ -167,6 +167,10 @@
 //!   refusal.rs            what the host refused, as words
 //!   patience.rs           tries again what may succeed a moment later
 //!   file.rs               files and their locks
+//!   fdinfo.rs             what the kernel itself says of an open file
+//!   mounts.rs             what is mounted where, and what locks there are worth
+//!   mount_table.rs        the list of mounts, kept as it is now
+//!   whereabouts.rs        whether a file is on this host, without asking a share
 //!   whole_file.rs         a file read whole without waiting
 //!   paths.rs              libvirt's default paths
 //!   pid_file.rs           the pid file and its lock

@@ -31,6 +31,7 @@ use virtlockd::server::clients::connection::Connection;
 use virtlockd::server::clients::conversation::Taken;
 use virtlockd::server::deadlines::Deadlines;
 use virtlockd::server::flow::Flow;
+use virtlockd::server::ground::Ground;
 use virtlockd::server::hall::{Hall, Order};
 use virtlockd::server::lines::Lines;
 use virtlockd::server::owners::fence::Left;
@@ -65,6 +66,7 @@ struct Daemon {
     freeing: Freeing,
     names: Names,
     shares: Shares,
+    ground: Ground,
     watch: Watch,
     orders: Vec<Order>,
     desk: Desk,
@@ -94,6 +96,7 @@ pub fn run(data: &[u8]) {
             freeing: Freeing::default(),
             names: Names::default(),
             shares: Shares::new(),
+            ground: Ground::default(),
             watch: Watch::new(registry),
             orders: Vec::new(),
             desk: Desk::private().expect("memory"),
@@ -148,6 +151,7 @@ impl Daemon {
             deadlines: &mut self.deadlines,
             reserve: &self.reserve,
             names: &mut self.names,
+            ground: &mut self.ground,
             orders: &mut self.orders,
             leases: &mut Vec::new(),
             shares: &mut self.shares,

@@ -26,6 +26,7 @@ use virtlockd::locks::table::Owner;
 use virtlockd::server::clients::conversation::{Conversation, Taken};
 use virtlockd::server::deadlines::Deadlines;
 use virtlockd::server::flow::Flow;
+use virtlockd::server::ground::Ground;
 use virtlockd::server::hall::Hall;
 use virtlockd::server::reserve::Reserve;
 use virtlockd::server::services::dispatch;
@@ -59,6 +60,7 @@ struct Daemon {
     reserve: Reserve,
     names: Names,
     shares: Shares,
+    ground: Ground,
     clients: Vec<ClientId>,
 }
 
@@ -111,6 +113,7 @@ impl Daemon {
             reserve: Reserve::default(),
             names: Names::default(),
             shares: Shares::new(),
+            ground: Ground::default(),
             clients: clients.to_vec(),
         }
     }
@@ -130,6 +133,7 @@ impl Daemon {
             deadlines: &mut self.deadlines,
             reserve: &self.reserve,
             names: &mut self.names,
+            ground: &mut self.ground,
             orders: &mut orders,
             leases: &mut Vec::new(),
             shares: &mut self.shares,

@@ -10,12 +10,12 @@ use serde_json::{Map, Value, json};
 use super::ask::{Link, Trouble};
 use super::exit::Exit;
 use super::kernel;
-use super::mounts::{self, Mount};
 use super::options::Common;
 use super::show::{self, Out};
 use super::text::{count, safe};
 use super::view::{self, View};
 use crate::config::Other;
+use crate::host::mounts::{self, Locks, Mount};
 
 /// How something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -203,7 +203,7 @@ fn directories(
             continue;
         };
         // A share that hangs is not asked.
-        if !mount.is_remote() && !path.is_dir() {
+        if mount.is_local() && !path.is_dir() {
             findings.push(finding(
                 Level::Bad,
                 format!("The lockspace of {of}, {shown}, is no directory"),
@@ -211,21 +211,32 @@ fn directories(
             ));
             continue;
         }
-        findings.push(if mount.is_remote() {
-            ok(format!(
-                "The lockspace of {of}, {shown}, is on {}: other hosts see its locks",
-                safe(&mount.kind)
-            ))
-        } else {
-            finding(
+        let kind = safe(&mount.kind);
+        findings.push(match mount.locks() {
+            Locks::Own => finding(
                 Level::Warn,
                 format!(
-                    "The lockspace of {of}, {shown}, is on {}, which is this host's alone: its locks keep no \
-                     other host from a disk",
-                    safe(&mount.kind)
+                    "The lockspace of {of}, {shown}, is on {kind}, which is this host's alone: its locks keep no \
+                     other host from a disk"
                 ),
                 "Mount a shared file system there, or lock the disks themselves",
-            )
+            ),
+            Locks::Unseen(flaw) => finding(
+                Level::Bad,
+                format!(
+                    "The lockspace of {of}, {shown}, {}: its locks keep no other host from a disk",
+                    flaw.why
+                ),
+                flaw.advice,
+            ),
+            Locks::Untold => ok(format!(
+                "The lockspace of {of}, {shown}, is on {kind}: whether other hosts see its locks the daemon says \
+                 when it has the first one there"
+            )),
+            // Nobody writes to a lease but its owner.
+            Locks::Seen | Locks::Hindering(_) => ok(format!(
+                "The lockspace of {of}, {shown}, is on {kind}: other hosts see its locks"
+            )),
         });
     }
 }
@@ -367,41 +378,49 @@ fn sockets(common: &Common, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Options of network file systems under which locks are not what they seem.
+/// Shares on which locks are not what they seem.
 fn shares(view: Option<&View>, mounts: &[Mount], findings: &mut Vec<Finding>) {
     let held: Vec<PathBuf> = view
         .into_iter()
         .flat_map(|view| &view.resources)
         .map(|it| PathBuf::from(std::ffi::OsStr::from_bytes(&it.path())))
         .collect();
-    for mount in mounts.iter().filter(|mount| mount.kind.starts_with(b"nfs")) {
+    for mount in mounts.iter().filter(|mount| !mount.is_local()) {
+        let is_nfs = [&b"nfs"[..], b"nfs4"].contains(&&*mount.kind);
         let shown = safe(mount.place.as_os_str().as_bytes());
         let mine =
             |path: &&PathBuf| mounts::of(mounts, path).is_some_and(|it| it.place == mount.place);
         let count = held.iter().filter(mine).count();
-        let options = |wanted: &[&str]| {
-            let all = mount.options.split(|byte| *byte == b',');
-            let mut all = all.filter_map(|option| std::str::from_utf8(option).ok());
-            all.find(|option| wanted.contains(option))
-                .map(str::to_owned)
-        };
-        let local = ["nolock", "local_lock=all", "local_lock=posix"];
-        if let Some(option) = options(&local) {
-            findings.push(finding(
+        match mount.locks() {
+            Locks::Unseen(flaw) => findings.push(finding(
                 Level::Bad,
-                format!("{shown} is mounted with {option}: its locks keep no other host away ({count} are held)"),
-                "Mount it without that option when no guest uses it",
-            ));
-        } else if let Some(option) = options(&["soft", "softerr"]) {
-            findings.push(finding(
+                format!(
+                    "{shown} {}: its locks keep no other host away ({count} are held)",
+                    flaw.why
+                ),
+                flaw.advice,
+            )),
+            Locks::Hindering(flaw) => findings.push(finding(
                 Level::Warn,
-                format!("{shown} is mounted with {option}: a short outage gives guests errors ({count} locks)"),
-                "Mount it hard",
-            ));
-        } else {
-            findings.push(ok(format!(
-                "{shown} ({count} locks) is mounted so that locks reach its server"
-            )));
+                format!("{shown} {} ({count} locks)", flaw.why),
+                flaw.advice,
+            )),
+            Locks::Seen if is_nfs => {
+                findings.push(if let Some(option) = mount.option(&["soft", "softerr"]) {
+                    finding(
+                        Level::Warn,
+                        format!(
+                            "{shown} is mounted with {option}: a short outage gives guests errors ({count} locks)"
+                        ),
+                        "Mount it hard",
+                    )
+                } else {
+                    ok(format!(
+                        "{shown} ({count} locks) is mounted so that locks reach its server"
+                    ))
+                });
+            }
+            Locks::Own | Locks::Seen | Locks::Untold => (),
         }
     }
 }
@@ -412,21 +431,22 @@ mod tests {
 
     #[test]
     fn a_share_whose_options_hide_losses_is_named_with_what_to_do() {
-        let mount = |options: &str| Mount {
-            place: "/srv".into(),
-            kind: b"nfs4".to_vec(),
-            options: options.into(),
+        let mount = |kind: &str, options: &str| {
+            mounts::parse(format!("2 1 0:50 / /srv rw - {kind} host:/srv {options}").as_bytes())
         };
-        for (options, level, word) in [
-            ("rw,hard,vers=4.2", Level::Ok, "reach its server"),
-            ("rw,soft", Level::Warn, "soft"),
-            ("rw,softerr,vers=4.2", Level::Warn, "softerr"),
-            ("rw,nolock,soft", Level::Bad, "nolock"),
-            ("rw,local_lock=all", Level::Bad, "local_lock=all"),
-            ("rw,local_lock=none", Level::Ok, "reach its server"),
+        for (kind, options, level, word) in [
+            ("nfs4", "rw,hard,vers=4.2", Level::Ok, "reach its server"),
+            ("nfs4", "rw,soft", Level::Warn, "soft"),
+            ("nfs4", "rw,softerr,vers=4.2", Level::Warn, "softerr"),
+            ("nfs4", "rw,nolock,soft", Level::Bad, "nolock"),
+            ("nfs4", "rw,local_lock=all", Level::Bad, "local_lock=all"),
+            ("nfs4", "rw,local_lock=none", Level::Ok, "reach its server"),
+            ("cifs", "rw,nobrl", Level::Bad, "nobrl"),
+            ("cifs", "rw", Level::Warn, "nobody write"),
+            ("9p", "rw", Level::Bad, "grants every lock"),
         ] {
             let mut findings = Vec::new();
-            shares(None, &[mount(options)], &mut findings);
+            shares(None, &mount(kind, options), &mut findings);
             let [found] = findings.as_slice() else {
                 panic!("{options}: one finding");
             };
@@ -437,9 +457,8 @@ mod tests {
             assert_eq!(found.advice.is_empty(), level == Level::Ok, "{options}");
         }
         let mut findings = Vec::new();
-        let mut local = mount("rw,soft");
-        local.kind = b"xfs".to_vec();
-        shares(None, &[local], &mut findings);
+        shares(None, &mount("xfs", "rw,soft"), &mut findings);
+        shares(None, &mount("ceph", "rw"), &mut findings);
         assert!(findings.is_empty());
     }
 }

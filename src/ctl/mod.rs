@@ -17,7 +17,6 @@ mod kernel;
 mod leases;
 mod look;
 mod metrics;
-mod mounts;
 mod options;
 mod patience;
 mod sha256;

@@ -84,15 +84,15 @@ impl From<Unreachable> for Refusal {
 }
 
 impl Custody {
-    /// Makes a lockspace and, if it is missing, its directory.
+    /// Makes a lockspace and, if it is missing, its directory. Whether that was missing.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<(), NotMade> {
+    pub fn make_lockspace(&mut self, directory: &[u8]) -> Result<bool, NotMade> {
         self.may_make_lockspace()?;
-        lockspace::make_directory(directory)?;
+        let is_new = lockspace::make_directory(directory)?;
         self.has_directory(directory);
-        Ok(())
+        Ok(is_new)
     }
 
     /// Whether there may be one more lockspace.

@@ -9,7 +9,7 @@ use super::descriptors;
 use super::errno::Errno;
 use super::mount_table::Mounts;
 use super::process::{self, Process};
-use super::whereabouts::{self, Whereabouts};
+use super::whereabouts::Whereabouts;
 
 /// The process's name, at most 15 characters.
 const NAME: &std::ffi::CStr = c"virtlockd-close";
@@ -85,14 +85,17 @@ pub fn stay_behind(files: &[RawFd], daemon: i32) -> Result<(), Errno> {
 
 /// The numbers of the open files that are on shares.
 pub fn on_shares() -> Vec<RawFd> {
-    let mounts = Mounts::open();
+    let mut mounts = Mounts::open();
     if !mounts.has_shares() {
         return Vec::new();
     }
-    let is_on_share =
-        |number: &RawFd| whereabouts::of_descriptor(&mounts, *number) != Whereabouts::Local;
     let mut open = descriptors::open_numbers();
-    open.retain(is_on_share);
+    open.retain(|number| {
+        matches!(
+            descriptors::whereabouts(&mut mounts, *number),
+            Whereabouts::Share(Some(_))
+        )
+    });
     open
 }
 

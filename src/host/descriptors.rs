@@ -4,6 +4,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use super::errno::Errno;
 use super::file::{self, FileIdentity};
+use super::mount_table::Mounts;
+use super::whereabouts::{self, Whereabouts};
 
 /// How many descriptors are looked at with one call. poll(2) refuses more than the limit of open files: below
 /// this one each is asked for by itself.
@@ -128,6 +130,16 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     // SAFETY: it is not -1, and statx(2) says so if it is not open.
     let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
     super::file::known_identity(descriptor).ok()
+}
+
+/// Where the file is that is open under this number.
+pub fn whereabouts(mounts: &mut Mounts, number: RawFd) -> Whereabouts {
+    if number < 0 {
+        return Whereabouts::Share(None);
+    }
+    // SAFETY: it is not -1; what is not open is nowhere that is known.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+    whereabouts::of_descriptor(mounts, descriptor)
 }
 
 /// Whether a number is an open descriptor of a poll (epoll(7)).

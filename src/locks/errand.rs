@@ -82,8 +82,8 @@ pub enum Outcome {
     Deleted(Result<(), Unreachable>),
     /// Whether there is a directory.
     IsDirectory(bool),
-    /// There is one now.
-    MadeDirectory(Result<(), NotMade>),
+    /// There is one now; whether it was missing.
+    MadeDirectory(Result<bool, NotMade>),
     /// It could not be begun.
     Failed(Errno),
 }

@@ -25,11 +25,11 @@ pub fn is_directory(path: &[u8]) -> bool {
 }
 
 /// Makes sure that there is a directory: one that exists is used as it is, a missing one is made
-/// with its parents, mode 0700.
-pub fn make_directory(path: &[u8]) -> Result<(), NotMade> {
+/// with its parents, mode 0700. Whether it was.
+pub fn make_directory(path: &[u8]) -> Result<bool, NotMade> {
     let path = Path::new(OsStr::from_bytes(path));
     if paths::is_directory(path) {
-        return Ok(());
+        return Ok(false);
     }
     if nix::sys::stat::stat(path).is_ok() {
         return Err(NotMade::NotADirectory);
@@ -38,5 +38,6 @@ pub fn make_directory(path: &[u8]) -> Result<(), NotMade> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .map_err(|error| NotMade::System(errno::of(&error)))
+        .map_err(|error| NotMade::System(errno::of(&error)))?;
+    Ok(true)
 }

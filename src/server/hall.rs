@@ -2,6 +2,7 @@
 //! reactor.
 
 use super::deadlines::Deadlines;
+use super::ground::Ground;
 use super::reserve::Reserve;
 use super::shares::Shares;
 use super::waiting_room::WaitingRoom;
@@ -27,6 +28,8 @@ pub struct Hall<'a> {
     pub reserve: &'a Reserve,
     /// The names of users and groups.
     pub names: &'a mut Names,
+    /// What locks stand on, as far as it was said.
+    pub ground: &'a mut Ground,
     /// What is to be done before the answers go out.
     pub orders: &'a mut Vec<Order>,
     /// Leases that were granted, whose files are to say so some time.

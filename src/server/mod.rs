@@ -11,6 +11,7 @@
 pub mod clients;
 pub mod deadlines;
 pub mod flow;
+pub mod ground;
 pub mod hall;
 pub mod keep;
 pub mod lines;

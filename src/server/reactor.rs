@@ -1,7 +1,8 @@
 //! The loop.
 //!
-//! Seven things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
-//! owner that is being fenced or watched, and the end of a successor that is being looked at. The kernel
+//! Eight things can wake it: a signal, a deadline, a listening socket, a connection, the death of an
+//! owner that is being fenced or watched, the end of a successor that is being looked at, and a change of what is
+//! mounted. The kernel
 //! reports each change once (edge-triggered), so what it said is kept in lists of things to do.
 //! Connections on which something happened have a turn first; what needs longer waits in line behind
 //! them and is worked off in short pieces, with a poll after each few: whoever comes with one call never
@@ -23,6 +24,7 @@ use super::clients::connection::{Appetite, Connection};
 use super::clients::recovery::{self, Making};
 use super::clients::turn::{Buffers, Pace, Turn, Turned, whose};
 use super::deadlines::{Deadline, Deadlines, RETRY_MS};
+use super::ground::Ground;
 use super::hall::{Hall, Order};
 use super::keep;
 use super::lines::{Line, Lines, ROTATION};
@@ -160,6 +162,7 @@ pub struct Reactor {
     wanted: Wanted,
     freeing: Freeing,
     names: Names,
+    ground: Ground,
     upgrade: Upgrade,
     desk: &'static Desk,
     buffers: Buffers,
@@ -277,6 +280,7 @@ impl Reactor {
             wanted: Wanted::new(),
             freeing: Freeing::default(),
             names: Names::default(),
+            ground: Ground::default(),
             upgrade: Upgrade::default(),
             buffers: Buffers::new(desk),
             desk,
@@ -620,6 +624,7 @@ impl Reactor {
         let mut events = Events::with_capacity(EVENTS);
         // Not heard of, it is found out by a stop.
         let _ = add(&self.watch, Source::Store, self.guard.and_then(Desk::mouth));
+        self.watch_mounts();
         self.do_what_was_asked();
         // Somebody may have died at the end who left nothing to do.
         self.pack_if_settled();
@@ -669,6 +674,15 @@ impl Reactor {
             Doing::Kept => Ended::Kept,
             _ => Ended::Stopped,
         })
+    }
+
+    /// Has the kernel tell of mounts. Where it does not it is asked each time that somebody wants to know.
+    fn watch_mounts(&mut self) {
+        if let Some(list) = self.shares.mounts().descriptor()
+            && self.watch.add_unusual(Source::Mounts, list).is_ok()
+        {
+            self.shares.mounts().is_told_of_changes();
+        }
     }
 
     /// What whoever goes on must know before anything else, should this be the last that is heard of this
@@ -740,6 +754,7 @@ impl Reactor {
                 self.shares.hear(number, &mut self.custody);
                 self.owners().tell_who_is_freed();
             }
+            Some(Source::Mounts) => self.shares.mounts().changed(),
             None => (),
         }
     }
@@ -916,6 +931,7 @@ impl Reactor {
                 deadlines: &mut self.deadlines,
                 reserve: &self.reserve,
                 names: &mut self.names,
+                ground: &mut self.ground,
                 orders: &mut self.orders,
                 leases: &mut self.leases,
                 shares: &mut self.shares,
@@ -1456,7 +1472,7 @@ impl Reactor {
     }
 
     /// The end of the daemon does not wait until files on shares are closed.
-    fn leave_shares_behind(&self) {
+    fn leave_shares_behind(&mut self) {
         let files = self.shares.open_files(self.custody.state());
         if files.is_empty() {
             return;

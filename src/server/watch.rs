@@ -31,6 +31,8 @@ pub enum Source {
     Store,
     /// A process that works on files of a share.
     Helper(usize),
+    /// Something was mounted or unmounted.
+    Mounts,
 }
 
 const KINDS: usize = 8;
@@ -51,6 +53,8 @@ impl Source {
             Source::Store => (7, 0),
             // There is one source of the first kind.
             Source::Helper(number) => (0, number.wrapping_add(1)),
+            // The other things of this kind are one.
+            Source::Mounts => (7, 1),
         };
         Token(number.wrapping_mul(KINDS).wrapping_add(kind))
     }
@@ -70,7 +74,8 @@ impl Source {
             4 => Some(Source::Fence(number)),
             5 => Some(Source::Successor),
             6 => Some(Source::Watched(number)),
-            7 => Some(Source::Store),
+            7 if place == 0 => Some(Source::Store),
+            7 => Some(Source::Mounts),
             _ => None,
         }
     }
@@ -94,13 +99,28 @@ impl Watch {
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn add(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
-        let (token, interest) = (source.token(), Interest::READABLE);
-        match self
-            .registry
-            .register(&mut SourceFd(&descriptor), token, interest)
-        {
+        self.add_for(source, descriptor, Interest::READABLE)
+    }
+
+    /// Asks to be woken when something unusual is to be heard from a descriptor, which mountinfo says of every
+    /// change (proc(5)).
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn add_unusual(&self, source: Source, descriptor: RawFd) -> std::io::Result<()> {
+        self.add_for(source, descriptor, Interest::PRIORITY)
+    }
+
+    fn add_for(
+        &self,
+        source: Source,
+        descriptor: RawFd,
+        interest: Interest,
+    ) -> std::io::Result<()> {
+        let (token, mut file) = (source.token(), SourceFd(&descriptor));
+        match self.registry.register(&mut file, token, interest) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                self.change(source, descriptor, false)
+                self.registry.reregister(&mut file, token, interest)
             }
             result => result,
         }
@@ -162,6 +182,8 @@ mod tests {
             Source::Watched(4_194_303),
             Source::Helper(0),
             Source::Helper(7),
+            Source::Store,
+            Source::Mounts,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

@@ -217,7 +217,7 @@ impl World {
         symlink("../disk", root.join("one/out")).unwrap();
         let mut custody = Custody::new(Ledger::new().unwrap());
         let known = custody.make_lockspace(root.join(ONE).as_os_str().as_bytes());
-        assert_eq!(known, Ok(()));
+        assert_eq!(known.map(drop), Ok(()));
         let mut names = BTreeSet::new();
         list(root, &mut names);
         World {
@@ -497,7 +497,7 @@ impl World {
         let made = self
             .custody
             .make_lockspace(directory.as_os_str().as_bytes());
-        assert_eq!(made, Ok(()));
+        assert_eq!(made.map(drop), Ok(()));
         self.lockspaces.insert(name);
         self.names.insert(directory);
     }

@@ -5,8 +5,10 @@
 mod support;
 
 mod domains;
+mod ground;
 mod notes;
 mod owners_end;
 mod rule_disk_untouched;
 mod shares;
 mod watched_owners;
+mod whereabouts;

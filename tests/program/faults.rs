@@ -469,6 +469,7 @@ const DONE_WITHOUT: [(&str, &str); 3] = [
 ];
 const SIGNALS: &str = "anon_inode:[signalfd]";
 const TIMER: &str = "anon_inode:[timerfd]";
+const MOUNTS: &str = "/mountinfo";
 /// Two that listen, the guest's, the helper's.
 const SOCKETS: usize = 4;
 /// Held by the guest and the helper together.
@@ -944,7 +945,7 @@ impl Play<'_> {
             let stderr = std::fs::read_link(format!("/proc/{}/fd/2", self.pid));
             let is_stderr = stderr.is_ok_and(|path| path.as_os_str() == of.as_str());
             if !self.inherited.contains(&number) && !is_stderr && of != "/dev/urandom" {
-                let mut kind = ["socket:", LEDGER_FILE].into_iter();
+                let mut kind = ["socket:", LEDGER_FILE, MOUNTS].into_iter();
                 let kind = kind.find(|kind| of.contains(kind));
                 let kind = kind.map_or(of.as_str(), |kind| kind.trim_end_matches(':'));
                 *kinds.entry(kind.to_owned()).or_default() += 1;
@@ -970,6 +971,10 @@ impl Play<'_> {
         // The reserve: up to sixteen, and fewer if there were none to be had.
         if kinds.get("/").is_some_and(|count| *count <= 16) {
             kinds.remove("/");
+        }
+        // What is mounted, if that could be opened.
+        if kinds.get(MOUNTS).is_some_and(|count| *count == 1) {
+            kinds.remove(MOUNTS);
         }
         // What the host refused, which is not a lack of something, the daemon does without, and says so.
         let log = self.daemon.stderr();

@@ -536,7 +536,11 @@ fn open_files(daemon: &Daemon) -> Vec<(PathBuf, String)> {
         .into_iter()
         .filter_map(|number| {
             let process = format!("/proc/{}", daemon.pid());
-            let what = std::fs::read_link(format!("{process}/fd/{number}")).ok()?;
+            let mut what = std::fs::read_link(format!("{process}/fd/{number}")).ok()?;
+            // Each process that serves reads its own list of mounts.
+            if what.ends_with("mountinfo") {
+                what = "mountinfo".into();
+            }
             let text = std::fs::read_to_string(format!("{process}/fdinfo/{number}")).ok()?;
             let flags = text.lines().find(|line| line.starts_with("flags:"))?;
             Some((what, flags.to_owned()))

@@ -111,6 +111,20 @@ pub struct Share {
 impl Share {
     /// Mounts one at `/run/NAME` of the namespace. `None`, said aloud, where there is no FUSE.
     pub fn mount(namespace: &Namespace, name: &str, habits: Habits) -> Option<Share> {
+        Share::mount_with(namespace, name, habits, KEEPS_LOCKS)
+    }
+
+    /// One whose server is not asked for locks: the kernel keeps them.
+    pub fn mount_lockless(namespace: &Namespace, name: &str) -> Option<Share> {
+        Share::mount_with(namespace, name, Habits::tenacious(), 0)
+    }
+
+    fn mount_with(
+        namespace: &Namespace,
+        name: &str,
+        habits: Habits,
+        abilities: u32,
+    ) -> Option<Share> {
         let open = File::options().read(true).write(true).open("/dev/fuse");
         let Ok(device) = open else {
             skip("needs /dev/fuse");
@@ -135,6 +149,7 @@ impl Share {
         }
         let control = Arc::new(Control {
             habits,
+            abilities,
             state: Mutex::default(),
             changed: Condvar::new(),
             is_over: AtomicBool::new(false),
@@ -372,6 +387,8 @@ impl Drop for Share {
 /// What the test and the server share.
 struct Control {
     habits: Habits,
+    /// What the kernel is told at the beginning that the server can do.
+    abilities: u32,
     state: Mutex<State>,
     changed: Condvar,
     is_over: AtomicBool,
@@ -698,7 +715,7 @@ fn carry_out(request: &Request, control: &Control) -> Result<Vec<u8>, Errno> {
             7,
             31,
             0,
-            KEEPS_LOCKS | TAKES_LOOK_UPS_AT_ONCE,
+            control.abilities | TAKES_LOOK_UPS_AT_ONCE,
             (16 << 16) | 12,
             4096,
             1,

@@ -319,6 +319,7 @@ mod tests {
     use crate::server::clients::turn::whose;
     use crate::server::deadlines::Deadlines;
     use crate::server::flow::Flow;
+    use crate::server::ground::Ground;
     use crate::server::hall::Hall;
     use crate::server::reserve::Reserve;
     use crate::server::services::dispatch;
@@ -396,6 +397,7 @@ mod tests {
                     deadlines: &mut Deadlines::default(),
                     reserve: &Reserve::default(),
                     names: &mut Names::default(),
+                    ground: &mut Ground::default(),
                     orders: &mut Vec::new(),
                     leases: &mut Vec::new(),
                     shares: &mut Shares::new(),

@@ -96,6 +96,9 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
             if !custody.state().has_lockspace(path) {
                 return make_lockspace(hall, id, path);
             }
+            if !path.is_empty() {
+                is_opened(hall, path, false);
+            }
         }
         Call::CreateResource { target, .. } => {
             registered(owner.as_ref())?;
@@ -137,12 +140,7 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
             }
             match acquire(owner, hall, id, place(target), flags) {
                 Ok(None) => return Ok(Called::Waits),
-                Ok(Some(Acquired::Granted))
-                    if flags & AUTOCREATE != 0 && !place(target).is_default() =>
-                {
-                    let id = hall.custody.find(target.lockspace, target.name);
-                    hall.leases.extend(id);
-                }
+                Ok(Some(Acquired::Granted)) => is_granted(hall, place(target), flags),
                 Ok(Some(_)) => (),
                 Err(error) => {
                     let (place, message) = (place(target), error.message());
@@ -160,6 +158,26 @@ pub fn call(hall: &mut Hall<'_>, id: ClientId, call: &Call<'_>) -> Result<Called
         }
     }
     Ok(Called::Done)
+}
+
+/// A file was locked.
+fn is_granted(hall: &mut Hall<'_>, place: Place<'_>, flags: u32) {
+    if place.is_default() && !hall.shares.has_any() {
+        return;
+    }
+    let Some(id) = hall.custody.find(place.lockspace, place.name) else {
+        return;
+    };
+    if flags & AUTOCREATE != 0 && !place.is_default() {
+        hall.leases.push(id);
+    }
+    let state = hall.custody.state();
+    if let Some(resource) = state.table().get(id) {
+        let what = (place, resource.identity);
+        let file = &resource.lease.descriptor;
+        hall.ground
+            .is_locked(hall.shares.mounts(), state, what, file);
+    }
 }
 
 /// What a call does on a share, as an operator reads it.
@@ -305,6 +323,13 @@ fn new_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Calle
     make_lockspace(hall, id, path)
 }
 
+/// A lockspace was made or opened, perhaps once more.
+fn is_opened(hall: &mut Hall<'_>, path: &[u8], is_new: bool) {
+    let state = hall.custody.state();
+    hall.ground
+        .is_opened(hall.shares.mounts(), state, path, is_new);
+}
+
 /// A lockspace's directory, as the place of an errand.
 fn directory(path: &[u8]) -> Place<'_> {
     Place {
@@ -323,9 +348,9 @@ fn make_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Call
                 let work = ("the making", directory(path), &asked);
                 match errand(hall, id, share, work, None).map(|it| it.outcome) {
                     None => return Ok(Called::Waits),
-                    Some(Outcome::MadeDirectory(Ok(()))) => {
+                    Some(Outcome::MadeDirectory(Ok(is_new))) => {
                         hall.custody.has_directory(path);
-                        Ok(())
+                        Ok(is_new)
                     }
                     Some(Outcome::MadeDirectory(made)) => made,
                     Some(other) => Err(NotMade::System(reason_of(&other))),
@@ -333,7 +358,12 @@ fn make_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Call
             }
         },
     };
-    made.map(|()| Called::Done).map_err(|reason| match reason {
+    if let Ok(is_new) = made
+        && !path.is_empty()
+    {
+        is_opened(hall, path, is_new);
+    }
+    made.map(|_| Called::Done).map_err(|reason| match reason {
         NotMade::NotADirectory => {
             let detail = [
                 b"Lockspace location ",
@@ -383,6 +413,7 @@ fn acquire(
                     "Lockspace {} is opened on its first use: it was not made on this daemon",
                     Printable(place.lockspace)
                 );
+                is_opened(hall, place.lockspace, false);
             }
         }
     }
@@ -635,6 +666,7 @@ mod tests {
     use crate::host::memory::Memory;
     use crate::host::names::Names;
     use crate::server::deadlines::Deadlines;
+    use crate::server::ground::Ground;
     use crate::server::reserve::Reserve;
     use crate::server::shares::Shares;
     use crate::server::waiting_room::WaitingRoom;
@@ -675,6 +707,7 @@ mod tests {
                 deadlines: &mut Deadlines::default(),
                 reserve: &Reserve::default(),
                 names: &mut Names::default(),
+                ground: &mut Ground::default(),
                 orders: &mut Vec::new(),
                 leases: &mut Vec::new(),
                 shares: &mut Shares::new(),

@@ -18,10 +18,12 @@ use crate::custody::state::State;
 use crate::host::apart::Fillers;
 use crate::host::clock::Moment;
 use crate::host::closer::{self, Closer};
+use crate::host::descriptors;
 use crate::host::errno::Errno;
 use crate::host::file::FileIdentity;
 use crate::host::mount_table::Mounts;
-use crate::host::whereabouts::{self, MountId, Whereabouts};
+use crate::host::mounts::{Mount, MountId};
+use crate::host::whereabouts::{self, Whereabouts};
 use crate::locks::errand::{Errand, Outcome};
 use crate::locks::job::End;
 use crate::locks::lease::{Lease, LockKind};
@@ -120,18 +122,18 @@ impl Shares {
         self.patient_until = Moment::now().plus_ms(AFTERMATH_MS);
     }
 
-    /// The mounts changed.
-    pub fn mounts_changed(&mut self) {
-        self.mounts.refresh();
+    /// What is mounted.
+    pub fn mounts(&mut self) -> &mut Mounts {
+        &mut self.mounts
     }
 
     /// Whether any share is mounted.
-    pub fn has_any(&self) -> bool {
+    pub fn has_any(&mut self) -> bool {
         self.mounts.has_shares()
     }
 
     /// The share that a resource's file is on, if it is on one.
-    pub fn of_place(&self, place: Place<'_>) -> Option<ShareId> {
+    pub fn of_place(&mut self, place: Place<'_>) -> Option<ShareId> {
         if !self.has_any() {
             return None;
         }
@@ -144,20 +146,20 @@ impl Shares {
     }
 
     /// The share that a path leads to, if it leads to one.
-    pub fn of_path(&self, path: &[u8]) -> Option<ShareId> {
-        share(whereabouts::of_path(&self.mounts, path))
+    pub fn of_path(&mut self, path: &[u8]) -> Option<ShareId> {
+        share(whereabouts::of_path(&mut self.mounts, path))
     }
 
     /// The share that an open file is on, if it is on one.
-    pub fn of_file(&self, number: RawFd) -> Option<ShareId> {
+    pub fn of_file(&mut self, number: RawFd) -> Option<ShareId> {
         if !self.mounts.has_shares() {
             return None;
         }
-        share(whereabouts::of_descriptor(&self.mounts, number))
+        share(descriptors::whereabouts(&mut self.mounts, number))
     }
 
     /// The share that a resource's file is on whose lock may be let go of elsewhere.
-    pub fn of_lock(&self, resource: &Resource<Lease>) -> Option<ShareId> {
+    pub fn of_lock(&mut self, resource: &Resource<Lease>) -> Option<ShareId> {
         let is_open_file = matches!(resource.lease.kind, LockKind::OpenFile);
         let number = resource.lease.descriptor.as_raw_fd();
         self.of_file(number).filter(|_| is_open_file)
@@ -165,11 +167,8 @@ impl Shares {
 
     /// A share as an operator reads it.
     pub fn text(&self, share: ShareId) -> String {
-        let text = share.map(|id| self.mounts.text(id)).unwrap_or_default();
-        if text.is_empty() {
-            return "a file system that is not known".to_owned();
-        }
-        text
+        let mount = share.and_then(|id| self.mounts.get(id));
+        mount.map_or_else(|| "a mount that is not known".to_owned(), Mount::text)
     }
 
     // ---- calls ----
@@ -540,16 +539,17 @@ impl Shares {
     }
 
     /// The files on shares that are open, by their numbers.
-    pub fn open_files(&self, state: &State<Open>) -> Vec<RawFd> {
+    pub fn open_files(&mut self, state: &State<Open>) -> Vec<RawFd> {
         if !self.has_any() {
             return Vec::new();
         }
         let own = self.to_close.iter().chain(self.unwanted.values());
         let own = own.map(AsRawFd::as_raw_fd);
         let locked = state.descriptors().map(|Number(number)| number);
-        let all = own.chain(locked);
-        all.filter(|number| self.of_file(*number).is_some())
-            .collect()
+        let mut all: Vec<RawFd> = own.chain(locked).collect();
+        // Sockets are on no mount.
+        all.retain(|number| matches!(self.of_file(*number), Some(Some(_))));
+        all
     }
 
     /// What is under way, as an operator reads it.
