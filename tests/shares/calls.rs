@@ -160,6 +160,8 @@ fn who_wants_what_another_one_fails_to_have_has_it() {
         } else {
             scene.guest.kill();
             scene.guest.wait_end();
+            // By then the daemon knows that, too.
+            scene.others_are_served();
             scene.share.mend_all();
         }
         reply(&mut second).expect_ok();
