@@ -17,14 +17,19 @@ use std::io::Write;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, Failed, StartError};
-use virtlockd::host::{errno, process, signals};
+use virtlockd::host::{errno, helper, process, signals};
 use virtlockd::life::{rehearsal, start};
+use virtlockd::locks::errand;
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
 fn main() -> std::process::ExitCode {
     // Before anything else: a signal must find either nobody or the reactor.
     let blocked = signals::block();
     process::set_started();
+    if std::env::var_os(helper::VARIABLE).is_some() {
+        let ended = helper::serve(errand::run);
+        return u8::from(ended.is_err()).into();
+    }
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let outcome = cli::parse(&arguments, nix::unistd::geteuid().is_root());
     if let Outcome::Exit {

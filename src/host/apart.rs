@@ -118,11 +118,11 @@ pub struct Program {
 
 /// What a program has open: in the places of standard input, output and error, and one more.
 #[derive(Debug)]
-pub struct Files<'a> {
+pub struct Files {
     /// Standard input, output and error.
-    pub standard: [&'a OwnedFd; 3],
+    pub standard: [RawFd; 3],
     /// Open under any number.
-    pub other: RawFd,
+    pub other: Option<RawFd>,
 }
 
 /// Starts a program in a process group of its own, with these files open and no others. It has begun when this
@@ -134,7 +134,7 @@ pub fn start(
     path: &CString,
     words: &[CString],
     environment: &[CString],
-    files: &Files<'_>,
+    files: &Files,
 ) -> Result<Program, Errno> {
     match copy()? {
         Apart::Copy => {
@@ -145,8 +145,7 @@ pub fn start(
         }
         Apart::Original(pid, way) => {
             let program = Program { pid };
-            let [input, output, error] = files.standard.map(AsRawFd::as_raw_fd);
-            let given = [input, output, error, files.other];
+            let given: Vec<RawFd> = files.standard.into_iter().chain(files.other).collect();
             let answer = passing::send(way.as_raw_fd(), b"f", &given).and_then(|()| {
                 wait(&way, STARTED_MS)?;
                 let mut number = [0; 4];

@@ -2,24 +2,29 @@
 //! other, each asked for and answered by a message over a pair of sockets. A job may have a file with it, and its
 //! answer another one.
 //!
-//! It is a copy of this process that has given up all that this one has: no descriptor of a client, of another
-//! disk or of the ledger stays open in it, and nothing stays mapped that others share. It is never waited for.
-//! Whoever has the other end may be gone when it has done its job: then it undoes what it did, and ends.
+//! It is this program once more, with nothing of what this process has: no descriptor but its socket and standard
+//! output and error, and none of its memory. It is never waited for. Whoever has the other end may be gone when
+//! it has done its job: then it undoes what it did, and ends.
 
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use super::apart::{self, Apart};
+use super::apart::{self, Files};
 use super::clone;
 use super::errno::Errno;
 use super::passing::{self, Message};
-use super::scribe::give_up_shared_memory;
+
+/// Set in a program that is a helper, and nothing else.
+pub const VARIABLE: &str = "VIRTLOCKD_HELPER";
 
 /// The process's name, at most 15 characters.
 pub const NAME: &[u8] = b"virtlockd-share";
 
 /// The longest message, bytes: two paths of the longest kind, and what is said with them.
 pub const LONGEST: usize = 64 * 1024;
+
+/// A message that says that the last answer has arrived. No job is so short.
+const ARRIVED: &[u8] = b"k";
 
 /// What became of a job.
 #[derive(Debug)]
@@ -43,27 +48,36 @@ pub type Work = fn(job: &[u8], file: Option<OwnedFd>) -> Done;
 #[derive(Debug)]
 pub struct Helper {
     socket: OwnedFd,
-    pid: i32,
+    program: apart::Program,
+}
+
+impl Drop for Helper {
+    /// It may be over already, and is not waited for if not.
+    fn drop(&mut self) {
+        let _ = self.program.ended();
+    }
 }
 
 impl Helper {
-    /// Starts a process that does `work` for each message.
+    /// Starts one.
     ///
     /// # Errors
     /// What the host refuses.
-    pub fn start(work: Work) -> Result<Helper, Errno> {
-        match apart::copy()? {
-            Apart::Original(pid, socket) => Ok(Helper { socket, pid }),
-            Apart::Copy => {
-                let _ = live(work);
-                clone::leave(0)
-            }
-        }
-    }
-
-    /// Its number.
-    pub fn pid(&self) -> i32 {
-        self.pid
+    pub fn start() -> Result<Helper, Errno> {
+        let (ours, theirs) = passing::pair()?;
+        let files = Files {
+            standard: [theirs.as_raw_fd(), libc::STDOUT_FILENO, libc::STDERR_FILENO],
+            other: None,
+        };
+        let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| Errno::EINVAL);
+        let variable = text(&[VARIABLE.as_bytes(), b"=1"].concat())?;
+        // Also if another program has the name of this one by now.
+        let program = text(b"/proc/self/exe")?;
+        let program = apart::start(&program, &[text(NAME)?], &[variable], &files)?;
+        Ok(Helper {
+            socket: ours,
+            program,
+        })
     }
 
     /// Gives it a job, with a file perhaps, of which it gets a copy.
@@ -77,14 +91,18 @@ impl Helper {
         passing::send(self.socket.as_raw_fd(), job, file.as_slice())
     }
 
-    /// The answer to its job, if that is there, with its bytes in the buffer.
+    /// The answer to its job, if that is there, with its bytes in the buffer. From then on nothing of it is undone.
     ///
     /// # Errors
     /// EPIPE if it is over, and there is none.
     pub fn answer(&self, buffer: &mut [u8]) -> Result<Option<Message>, Errno> {
         match passing::receive(self.socket.as_raw_fd(), buffer) {
             Ok(message) if message.length == 0 => Err(Errno::EPIPE),
-            Ok(message) => Ok(Some(message)),
+            Ok(message) => {
+                // It closes what it has open for it. The next job tells it the same.
+                let _ = passing::send(self.socket.as_raw_fd(), ARRIVED, &[]);
+                Ok(Some(message))
+            }
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
             Err(Errno::ECONNRESET) => Err(Errno::EPIPE),
             Err(reason) => Err(reason),
@@ -98,16 +116,20 @@ impl AsRawFd for Helper {
     }
 }
 
-/// The copy's life.
-fn live(work: Work) -> Result<(), Errno> {
-    // A name of its own in a list of processes. Where it cannot be had it does without.
+/// The life of a helper: `work` is done for each message that comes in over standard input.
+///
+/// # Errors
+/// What the host refuses it. It has undone what nobody got the answer to.
+pub fn serve(work: Work) -> Result<(), Errno> {
     let name = CString::new(NAME).unwrap_or_default();
+    // A name of its own in a list of processes. Where it cannot be had it does without.
     let _ = nix::sys::prctl::set_name(&name);
-    clone::end_at_once_on_panic();
-    // Whatever ends with the daemon does not end this: it undoes what it did, first.
-    clone::follow_parent(None)?;
-    give_up_shared_memory()?;
-    let socket = libc::STDIN_FILENO;
+    serve_at(libc::STDIN_FILENO, work)
+}
+
+fn serve_at(socket: RawFd, work: Work) -> Result<(), Errno> {
+    // SAFETY: F_SETFL takes an integer and touches no memory of ours. The other end does not wait for all that.
+    Errno::result(unsafe { libc::fcntl(socket, libc::F_SETFL, 0) })?;
     let mut buffer = vec![0; LONGEST];
     let mut last: Option<(Vec<u8>, Done)> = None;
     loop {
@@ -123,10 +145,11 @@ fn live(work: Work) -> Result<(), Errno> {
         // Whoever asks for more, or has nothing more to ask, has read the last answer. Its file is closed here, and
         // stays as it is there.
         drop(last.take());
-        if message.length == 0 {
-            return Ok(());
-        }
-        let job = buffer.get(..message.length).unwrap_or_default().to_vec();
+        let job = match buffer.get(..message.length) {
+            None | Some([]) => return Ok(()),
+            Some(ARRIVED) => continue,
+            Some(job) => job.to_vec(),
+        };
         let done = work(&job, message.descriptors.into_iter().next());
         let file = done.file.as_ref().map(AsRawFd::as_raw_fd);
         match answer(socket, &done.bytes, file) {
@@ -168,6 +191,7 @@ fn undo(last: Option<(Vec<u8>, Done)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::clone::Which;
     use std::io::{Read, Write};
     use std::time::Duration;
 
@@ -182,48 +206,36 @@ mod tests {
         }
     }
 
-    fn answer_of(helper: &Helper) -> Message {
-        let mut buffer = [0; 64];
-        for _ in 0..1000 {
-            if let Some(message) = helper.answer(&mut buffer).unwrap() {
-                return message;
-            }
-            clone::pause(Duration::from_millis(5));
-        }
-        panic!("no answer");
-    }
-
-    // One after the other: a copy has the place of standard input for a moment.
     #[test]
     #[cfg_attr(miri, ignore = "it makes processes")]
-    fn what_nobody_got_is_undone_and_what_somebody_got_stays_and_one_that_is_over_says_so() {
-        one_that_is_over_says_so();
+    fn what_nobody_got_is_undone_and_what_somebody_got_stays() {
         for is_read in [true, false] {
             let (mut reads, writes) = std::io::pipe().unwrap();
-            let helper = Helper::start(echo).unwrap();
-            helper.ask(b"job", Some(writes.as_raw_fd())).unwrap();
-            if is_read {
-                let message = answer_of(&helper);
-                assert_eq!((message.length, message.descriptors.len()), (3, 1));
-            } else {
-                while !passing::has_message(&helper.socket) {
-                    clone::pause(Duration::from_millis(5));
+            let (ours, theirs) = passing::pair().unwrap();
+            let pid = match clone::with_own_descriptors().unwrap() {
+                Which::Copy => {
+                    drop((ours, writes));
+                    let _ = serve_at(theirs.as_raw_fd(), echo);
+                    clone::leave(0)
                 }
-            }
+                Which::Original(pid) => pid,
+            };
+            drop(theirs);
+            let end = writes.as_raw_fd();
+            passing::send(ours.as_raw_fd(), b"job", &[end]).unwrap();
             drop(writes);
-            let pid = helper.pid();
-            drop(helper);
+            while !passing::has_message(&ours) {
+                clone::pause(Duration::from_millis(5));
+            }
+            if is_read {
+                let message = passing::receive(ours.as_raw_fd(), &mut [0; 64]).unwrap();
+                assert_eq!((message.length, message.descriptors.len()), (3, 1));
+            }
+            drop(ours);
             let mut said = String::new();
             reads.read_to_string(&mut said).unwrap();
             assert_eq!(said, if is_read { "" } else { "undone" });
             clone::wait_for_end(pid);
         }
-    }
-
-    fn one_that_is_over_says_so() {
-        let helper = Helper::start(|_, _| clone::leave(1)).unwrap();
-        helper.ask(b"job", None).unwrap();
-        clone::wait_for_end(helper.pid());
-        assert!(matches!(helper.answer(&mut [0; 8]), Err(Errno::EPIPE)));
     }
 }

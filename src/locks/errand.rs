@@ -190,6 +190,12 @@ fn acquire(
         0
     };
     let mut result = acquisition.run(None);
+    // Somebody on this host has a lease on the file, and has been asked to give it back. The kernel takes it from
+    // who does not (/proc/sys/fs/lease-break-time).
+    while matches!(&result, Err(refused) if refused.reason == Refused::Open(Errno::EAGAIN)) {
+        clone::pause(PAUSE);
+        result = acquisition.run(None);
+    }
     for _ in 0..tries {
         // Some servers do not say who it is, or say a number of another host's.
         let may_be_a_helper = match &result {

@@ -231,8 +231,8 @@ impl Check {
             .collect();
         let program = text(path.as_os_str().as_bytes())?;
         let files = Files {
-            standard: [&shown, &output, &error],
-            other: collar.theirs(),
+            standard: [&shown, &output, &error].map(AsRawFd::as_raw_fd),
+            other: Some(collar.theirs()),
         };
         let child = apart::start(&program, &words?, &environment?, &files).map_err(unstarted)?;
         let leash = match collar.tie(child.pid()) {

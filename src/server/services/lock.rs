@@ -206,7 +206,7 @@ fn create(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called,
         return Ok(Called::Done);
     };
     hall.custody.known_and_free(place)?;
-    let work = ("the making", place, &Errand::Create(place));
+    let work = ("create", place, &Errand::Create(place));
     match errand(hall, id, share, work, None).map(|it| it.outcome) {
         None => Ok(Called::Waits),
         Some(Outcome::Created(result)) => Ok(result.map(|()| Called::Done)?),
@@ -220,13 +220,13 @@ fn delete(hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> Result<Called,
         return Ok(Called::Done);
     };
     hall.custody.may_delete(place)?;
-    let work = ("the removal", place, &Errand::Find(place));
+    let work = ("delete", place, &Errand::Find(place));
     match errand(hall, id, share, work, None).map(|it| it.outcome) {
         None => return Ok(Called::Waits),
         Some(Outcome::Found(found)) => hall.custody.may_go(found?)?,
         Some(other) => return Err(Refusal::File(reason_of(&other))),
     }
-    let work = ("the removal", place, &Errand::Delete(place));
+    let work = ("delete", place, &Errand::Delete(place));
     match errand(hall, id, share, work, None).map(|it| it.outcome) {
         None => Ok(Called::Waits),
         Some(Outcome::Deleted(result)) => Ok(result.map(|()| Called::Done)?),
@@ -345,7 +345,7 @@ fn make_lockspace(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Result<Call
             Err(reason) => Err(reason),
             Ok(()) => {
                 let asked = Errand::MakeDirectory(path);
-                let work = ("the making", directory(path), &asked);
+                let work = ("create", directory(path), &asked);
                 match errand(hall, id, share, work, None).map(|it| it.outcome) {
                     None => return Ok(Called::Waits),
                     Some(Outcome::MadeDirectory(Ok(is_new))) => {
@@ -437,10 +437,21 @@ fn acquire(
         Ok(Decided::Work(acquisition)) => acquisition,
         Err(refusal) => return Err(not_acquired(hall, place, autocreate, refusal, None)),
     };
-    let share = hall.shares.of_place(place);
-    let (done, at) = match share {
-        None => (acquisition.run(Some(hall.making)), At::Here),
-        Some(share) => {
+    let mut share = hall.shares.of_place(place);
+    if share.is_none() && hall.shares.waits_for_lessee(id) {
+        share = Some(ShareId::Lessee);
+    }
+    let here = match share {
+        None => Some(acquisition.run(Some(hall.making))),
+        Some(_) => None,
+    };
+    if here.as_ref().is_some_and(is_leased) {
+        share = Some(ShareId::Lessee);
+    }
+    let (done, at) = match (here, share) {
+        (Some(done), None) => (done, At::Here),
+        (_, share) => {
+            let share = share.unwrap_or(ShareId::Unknown);
             let asked = Errand::Acquire {
                 place,
                 mode,
@@ -448,7 +459,7 @@ fn acquire(
                 avoid: acquisition.avoid.to_vec(),
                 is_patient: hall.shares.is_patient(),
             };
-            match errand(hall, id, share, ("the lock", place, &asked), None) {
+            match errand(hall, id, share, ("acquire", place, &asked), None) {
                 None => return Ok(None),
                 Some(finding) => (locked(finding), At::Elsewhere),
             }
@@ -458,6 +469,17 @@ fn acquire(
         .conclude(owner, (place, mode, autocreate), done, at)
         .map(|()| Some(Acquired::Granted))
         .map_err(|refusal| not_acquired(hall, place, autocreate, refusal, share))
+}
+
+/// Whether a file could not be opened because somebody has a lease on it, who has been asked to give it back by now.
+fn is_leased(done: &Result<(Lease, FileIdentity), NotLocked>) -> bool {
+    matches!(
+        done,
+        Err(NotLocked {
+            reason: Refused::Open(Errno::EAGAIN),
+            ..
+        })
+    )
 }
 
 /// What a helper locked.
@@ -482,7 +504,7 @@ fn is_directory(hall: &mut Hall<'_>, id: ClientId, path: &[u8]) -> Option<bool> 
         return Some(lockspace::is_directory(path));
     };
     let asked = Errand::IsDirectory(path);
-    let work = ("the opening", directory(path), &asked);
+    let work = ("open", directory(path), &asked);
     let finding = errand(hall, id, share, work, None)?;
     Some(finding.outcome == Outcome::IsDirectory(true))
 }
@@ -569,13 +591,7 @@ fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Pla
         return LetGo::Waits;
     }
     hall.custody.goes_elsewhere(number);
-    match errand(
-        hall,
-        id,
-        share,
-        ("the release", place, &asked),
-        Some(number),
-    ) {
+    match errand(hall, id, share, ("release", place, &asked), Some(number)) {
         None => LetGo::Waits,
         Some(_) => LetGo::Done,
     }

@@ -135,7 +135,7 @@ impl Crew {
         if self.members.len() >= MOST {
             return Ok(None);
         }
-        let helper = Helper::start(errand::run)?;
+        let helper = Helper::start()?;
         let number = new(helper.as_raw_fd()).ok_or(Errno::ENOMEM)?;
         self.members.push(Member {
             number,

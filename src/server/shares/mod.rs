@@ -24,7 +24,7 @@ use crate::host::file::FileIdentity;
 use crate::host::mount_table::Mounts;
 use crate::host::mounts::{Mount, MountId};
 use crate::host::whereabouts::{self, Whereabouts};
-use crate::locks::errand::{Errand, Outcome};
+use crate::locks::errand::{Errand, Kind, Outcome};
 use crate::locks::job::End;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::place::Place;
@@ -41,8 +41,16 @@ pub const LOOK_MS: u64 = 1000;
 /// earlier image's helpers, milliseconds.
 const AFTERMATH_MS: u64 = 3000;
 
-/// The share that a file is on, by its mount; one of which that is not known is every such file's.
-pub type ShareId = Option<MountId>;
+/// Whom work on a file may wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ShareId {
+    /// The server of this mount.
+    Mount(MountId),
+    /// Of a file of which it is not known where it is.
+    Unknown,
+    /// A process of this host that has a lease on it (F_SETLEASE, fcntl(2)).
+    Lessee,
+}
 
 /// What an errand is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,8 +175,16 @@ impl Shares {
 
     /// A share as an operator reads it.
     pub fn text(&self, share: ShareId) -> String {
-        let mount = share.and_then(|id| self.mounts.get(id));
-        mount.map_or_else(|| "a mount that is not known".to_owned(), Mount::text)
+        let mount = match share {
+            ShareId::Mount(id) => self.mounts.get(id).map(Mount::text),
+            ShareId::Lessee => {
+                let who =
+                    "Who has a lease on a file of this host (Samba, nfsd; /proc/locks names it)";
+                Some(who.to_owned())
+            }
+            ShareId::Unknown => None,
+        };
+        mount.unwrap_or_else(|| "A mount that is not known".to_owned())
     }
 
     // ---- calls ----
@@ -184,6 +200,11 @@ impl Shares {
         let share = self.calls.left_on(place)?;
         let is_slow = self.crews.get(&share).is_some_and(Crew::is_slow);
         is_slow.then_some(share)
+    }
+
+    /// Whether a call waits for somebody to give back a lease on its file, or has.
+    pub fn waits_for_lessee(&self, id: ClientId) -> bool {
+        self.calls.has_step(id, Kind::Acquire)
     }
 
     /// A call waits for something that another process is at: it is woken.
@@ -352,7 +373,7 @@ impl Shares {
             identity,
             removes,
         };
-        let share = self.of_file(number).unwrap_or(None);
+        let share = self.of_file(number).unwrap_or(ShareId::Unknown);
         match errand.to_bytes() {
             Ok(bytes) => {
                 let what = format!("a lock on {} that nobody wants", Printable(&place.path()));
@@ -548,7 +569,7 @@ impl Shares {
         let locked = state.descriptors().map(|Number(number)| number);
         let mut all: Vec<RawFd> = own.chain(locked).collect();
         // Sockets are on no mount.
-        all.retain(|number| matches!(self.of_file(*number), Some(Some(_))));
+        all.retain(|number| matches!(self.of_file(*number), Some(ShareId::Mount(_))));
         all
     }
 
@@ -579,6 +600,6 @@ impl Finding {
 fn share(whereabouts: Whereabouts) -> Option<ShareId> {
     match whereabouts {
         Whereabouts::Local => None,
-        Whereabouts::Share(id) => Some(id),
+        Whereabouts::Share(id) => Some(id.map_or(ShareId::Unknown, ShareId::Mount)),
     }
 }

@@ -86,6 +86,12 @@ impl Calls {
         }))
     }
 
+    /// Whether a call has come to an errand of this kind.
+    pub(super) fn has_step(&self, id: ClientId, kind: Kind) -> bool {
+        let steps = self.calls.get(&id);
+        steps.is_some_and(|steps| steps.iter().any(|step| step.kind == kind))
+    }
+
     pub(super) fn asks(&mut self, id: ClientId, kind: Kind, place: Place<'_>) {
         let step = Step {
             kind,
