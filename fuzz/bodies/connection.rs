@@ -95,7 +95,7 @@ pub fn run(data: &[u8]) {
             wanted: Wanted::new(),
             freeing: Freeing::default(),
             names: Names::default(),
-            shares: Shares::new(),
+            shares: Shares::default(),
             ground: Ground::default(),
             watch: Watch::new(registry),
             orders: Vec::new(),

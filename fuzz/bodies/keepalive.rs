@@ -112,7 +112,7 @@ impl Daemon {
             deadlines: Deadlines::default(),
             reserve: Reserve::default(),
             names: Names::default(),
-            shares: Shares::new(),
+            shares: Shares::default(),
             ground: Ground::default(),
             clients: clients.to_vec(),
         }

@@ -43,18 +43,21 @@ pub type Undo = fn(job: &[u8], answer: &[u8], file: OwnedFd);
 /// Does a job.
 pub type Work = fn(job: &[u8], file: Option<OwnedFd>) -> Done;
 
-/// As long as this is there, the process is, unless it ended by itself. Dropped, it ends the process when that has
-/// done what it is at.
+/// As long as this is there, the process is, unless it ended by itself.
 #[derive(Debug)]
 pub struct Helper {
     socket: OwnedFd,
     program: apart::Program,
 }
 
-impl Drop for Helper {
-    /// It may be over already, and is not waited for if not.
-    fn drop(&mut self) {
-        let _ = self.program.ended();
+/// One that is told nothing any more, and ends when it has done what it is at.
+#[derive(Debug)]
+pub struct Dismissed(i32);
+
+impl Dismissed {
+    /// Whether it is not over yet. If it is, it is forgotten.
+    pub fn is_there(&self) -> bool {
+        clone::is_child(self.0)
     }
 }
 
@@ -78,6 +81,11 @@ impl Helper {
             socket: ours,
             program,
         })
+    }
+
+    /// It is needed no more.
+    pub fn dismiss(self) -> Dismissed {
+        Dismissed(self.program.pid())
     }
 
     /// Gives it a job, with a file perhaps, of which it gets a copy.

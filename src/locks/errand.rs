@@ -19,9 +19,9 @@ use crate::host::helper::{self, Done};
 use crate::host::process;
 use crate::log::{self, Said};
 
-/// How long a file that somebody on this host has locked is tried again, where that may be a process whose
-/// daemon is no more and which is about to let go of it, milliseconds.
-const PATIENCE_MS: u64 = 1000;
+/// How often a file that somebody on this host has locked is tried again, where that may be a process whose
+/// daemon is no more and which is about to let go of it: for a second.
+const TRIES: usize = 50;
 /// How long between two tries.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -184,11 +184,7 @@ fn acquire(
     acquisition: &Acquisition<'_>,
     is_patient: bool,
 ) -> Result<(Lockable, FileIdentity, bool), NotLocked> {
-    let tries = if is_patient {
-        PATIENCE_MS / PAUSE.as_millis().max(1) as u64
-    } else {
-        0
-    };
+    let tries = if is_patient { TRIES } else { 0 };
     let mut result = acquisition.run(None);
     // Somebody on this host has a lease on the file, and has been asked to give it back. The kernel takes it from
     // who does not (/proc/sys/fs/lease-break-time).

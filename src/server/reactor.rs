@@ -288,7 +288,7 @@ impl Reactor {
             orders: Vec::new(),
             leases: Vec::new(),
             notes: Notes::default(),
-            shares: Shares::new(),
+            shares: Shares::default(),
             shares_until: None,
             admin_bytes: 0,
             guard,

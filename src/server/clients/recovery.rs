@@ -400,7 +400,7 @@ mod tests {
                     ground: &mut Ground::default(),
                     orders: &mut Vec::new(),
                     leases: &mut Vec::new(),
-                    shares: &mut Shares::new(),
+                    shares: &mut Shares::default(),
                     own_seen: crate::custody::own_connections::Seen::default(),
                     making: step::making(memory),
                 };

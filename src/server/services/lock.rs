@@ -726,7 +726,7 @@ mod tests {
                 ground: &mut Ground::default(),
                 orders: &mut Vec::new(),
                 leases: &mut Vec::new(),
-                shares: &mut Shares::new(),
+                shares: &mut Shares::default(),
                 making: turn::making(desk.memory()),
                 own_seen: Seen::default(),
             };

@@ -8,7 +8,7 @@ use super::{Finding, Purpose};
 use crate::custody::clients::ClientId;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
-use crate::host::helper::{Helper, LONGEST};
+use crate::host::helper::{Dismissed, Helper, LONGEST};
 use crate::locks::errand;
 
 /// So many helpers a share has at most: enough that one whose answers take two milliseconds serves a boot of
@@ -62,6 +62,8 @@ pub(super) struct Told {
 pub(super) struct Crew {
     members: Vec<Member>,
     queue: VecDeque<Errand>,
+    /// Helpers that end, or have ended.
+    dismissed: Vec<Dismissed>,
     /// Since when it has not answered, if that was said.
     slow_since: Option<Moment>,
 }
@@ -116,7 +118,7 @@ impl Crew {
                 Ok(()) => member.errand = Some(errand),
                 // It is over: that is heard of, and another one does it.
                 Err(Errno::EPIPE) if errand.tries <= TRIES => {
-                    self.members.swap_remove(at);
+                    self.dismiss(at);
                     self.queue.push_front(errand);
                 }
                 Err(reason) => finished.push(cannot(errand, reason)),
@@ -160,7 +162,7 @@ impl Crew {
             Ok(Some(message)) => message,
             Err(reason) => {
                 let errand = member.errand.take();
-                self.members.swap_remove(at);
+                self.dismiss(at);
                 let finished = match errand {
                     Some(errand) if errand.tries < TRIES => {
                         self.queue.push_front(errand);
@@ -258,18 +260,26 @@ impl Crew {
         is_first.then_some(told)
     }
 
+    fn dismiss(&mut self, at: usize) -> usize {
+        let member = self.members.swap_remove(at);
+        self.dismissed.push(member.helper.dismiss());
+        member.number
+    }
+
     /// Ends helpers that have had nothing to do for long: their numbers.
     pub(super) fn end_idle(&mut self, now: Moment) -> Vec<usize> {
         let is_idle = |it: &Member| it.errand.is_none() && now >= it.idle_since.plus_ms(IDLE_MS);
-        let over = self.members.iter().filter(|it| is_idle(it));
-        let over = over.map(|it| it.number).collect();
-        self.members.retain(|it| !is_idle(it));
+        let mut over = Vec::new();
+        while let Some(at) = self.members.iter().position(is_idle) {
+            over.push(self.dismiss(at));
+        }
+        self.dismissed.retain(Dismissed::is_there);
         over
     }
 
     /// Whether there is nobody, and nothing to do.
     pub(super) fn is_over(&self) -> bool {
-        self.members.is_empty() && self.queue.is_empty()
+        self.members.is_empty() && self.queue.is_empty() && self.dismissed.is_empty()
     }
 
     /// What is to be done yet.

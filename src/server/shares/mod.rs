@@ -105,9 +105,9 @@ pub struct Shares {
     is_busy: bool,
 }
 
-impl Shares {
+impl Default for Shares {
     /// Without anything to do.
-    pub fn new() -> Shares {
+    fn default() -> Shares {
         Shares {
             mounts: Mounts::open(),
             crews: BTreeMap::new(),
@@ -124,7 +124,9 @@ impl Shares {
             is_busy: false,
         }
     }
+}
 
+impl Shares {
     /// This reactor goes on for another one, whose helpers may not know yet.
     pub fn goes_on(&mut self) {
         self.patient_until = Moment::now().plus_ms(AFTERMATH_MS);
