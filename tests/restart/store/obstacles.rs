@@ -46,15 +46,15 @@ fn a_start_that_is_not_given_what_is_stored_leaves_it_alone() {
     scene.manager.settle();
     scene.manager.drop_all();
     let mut daemon = scene.manager.spawn(&["sh", "-c", "\"$0\"; exit $?"]);
+    // The socket of the one before is there yet.
+    wait_until(DEADLINE, "what a stop will do to be told", || {
+        let said = daemon.stderr();
+        said.contains("have the unit start virtlockd without")
+    });
     let socket = daemon.lock_socket().to_owned();
     daemon.wait_for_socket(&socket);
     scene.manager.settle();
     assert_eq!(scene.manager.stored(), 0);
-    let said = daemon.stderr();
-    assert!(
-        said.contains("have the unit start virtlockd without"),
-        "{said}"
-    );
 }
 
 #[test]
