@@ -644,6 +644,7 @@ impl Reactor {
                 }
                 return Ok(ended);
             }
+            self.tend_shares();
             self.watch_idleness();
             if let Err(refusal) = self.timer.set(self.deadlines.first()) {
                 tracing::warn!("{refusal}. Deadlines are kept without one");
@@ -669,7 +670,6 @@ impl Reactor {
             self.ask_what_is_not_told();
             self.wake_who_waited();
             self.work();
-            self.tend_shares();
             self.write_notes();
             self.wake_subscribers();
             self.tend_ledger();
