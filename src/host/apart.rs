@@ -136,6 +136,42 @@ pub fn start(
     environment: &[CString],
     files: &Files,
 ) -> Result<Program, Errno> {
+    let (program, way) = begin_to_start(path, words, environment, files)?;
+    let answer = wait(&way, STARTED_MS).and_then(|()| {
+        let mut number = [0; 4];
+        let message = passing::receive(way.as_raw_fd(), &mut number)?;
+        Ok((message.length > 0).then(|| i32::from_ne_bytes(number)))
+    });
+    let reason = match answer {
+        Ok(None) => return Ok(program),
+        Ok(Some(number)) => Errno::from_raw(number),
+        Err(reason) => reason,
+    };
+    program.end();
+    Err(reason)
+}
+
+/// The same, and does not wait until it has begun: a moment that somebody else may need. Should it not begin, what
+/// it was given is closed.
+///
+/// # Errors
+/// Why it will not.
+pub fn start_soon(
+    path: &CString,
+    words: &[CString],
+    environment: &[CString],
+    files: &Files,
+) -> Result<Program, Errno> {
+    let (program, _) = begin_to_start(path, words, environment, files)?;
+    Ok(program)
+}
+
+fn begin_to_start(
+    path: &CString,
+    words: &[CString],
+    environment: &[CString],
+    files: &Files,
+) -> Result<(Program, OwnedFd), Errno> {
     match copy()? {
         Apart::Copy => {
             let reason = become_program(path, words, environment);
@@ -146,18 +182,8 @@ pub fn start(
         Apart::Original(pid, way) => {
             let program = Program { pid };
             let given: Vec<RawFd> = files.standard.into_iter().chain(files.other).collect();
-            let answer = passing::send(way.as_raw_fd(), b"f", &given).and_then(|()| {
-                wait(&way, STARTED_MS)?;
-                let mut number = [0; 4];
-                let message = passing::receive(way.as_raw_fd(), &mut number)?;
-                Ok((message.length > 0).then(|| i32::from_ne_bytes(number)))
-            });
-            match answer {
-                Ok(None) => Ok(program),
-                Ok(Some(number)) => {
-                    program.end();
-                    Err(Errno::from_raw(number))
-                }
+            match passing::send(way.as_raw_fd(), b"f", &given) {
+                Ok(()) => Ok((program, way)),
                 Err(reason) => {
                     program.end();
                     Err(reason)

@@ -79,7 +79,7 @@ impl Helper {
         let variable = text(&[VARIABLE.as_bytes(), b"=1"].concat())?;
         // Also if another program has the name of this one by now.
         let program = text(b"/proc/self/exe")?;
-        let program = apart::start(&program, &[text(NAME)?], &[variable], &files)?;
+        let program = apart::start_soon(&program, &[text(NAME)?], &[variable], &files)?;
         Ok(Helper {
             socket: ours,
             program,

@@ -649,7 +649,8 @@ impl Reactor {
             if let Err(refusal) = self.timer.set(self.deadlines.first()) {
                 tracing::warn!("{refusal}. Deadlines are kept without one");
             }
-            let wait = if self.lines.has_ready() || self.has_pieces() {
+            let has_more = self.lines.has_ready() || self.shares.has_more_to_give_out();
+            let wait = if has_more || self.has_pieces() {
                 Some(Duration::ZERO)
             } else {
                 self.longest_wait()

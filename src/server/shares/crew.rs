@@ -64,6 +64,8 @@ pub(super) struct Told {
 pub(super) struct Crew {
     members: Vec<Member>,
     queue: VecDeque<Errand>,
+    /// The host would make no helper: it is tried again some time.
+    is_refused: bool,
     /// Helpers that end, or have ended.
     dismissed: Vec<Dismissed>,
     /// Since when it has not answered, if that was said.
@@ -89,14 +91,23 @@ impl Crew {
         });
     }
 
-    /// Gives out what is to be done; what cannot be. `new` gives a number to a helper that is new.
+    /// Whether there is something to do for a helper that could be made.
+    pub(super) fn wants_helper(&self) -> bool {
+        !self.queue.is_empty() && self.members.len() < MOST && !self.is_refused
+    }
+
+    /// Gives out what is to be done; what cannot be. `new` gives a number to a helper that is new: one a turn, because
+    /// each takes a moment.
     pub(super) fn give_out(
         &mut self,
         new: &mut impl FnMut(RawFd) -> Option<usize>,
     ) -> Vec<Finished> {
         let mut finished = Vec::new();
+        let before = self.members.len();
+        self.is_refused = false;
         while let Some(mut errand) = self.queue.pop_front() {
-            let at = match self.idle_member(new) {
+            let may_be_made = self.members.len() <= before;
+            let at = match self.idle_member(may_be_made, new) {
                 Ok(Some(at)) => at,
                 Ok(None) => {
                     self.queue.push_front(errand);
@@ -106,6 +117,7 @@ impl Crew {
                     // Those that there are do it some time; and what is locked must be let go of.
                     let may_wait = !self.members.is_empty() && errno::may_pass(reason);
                     if may_wait || errand.file.is_some() {
+                        self.is_refused = true;
                         self.queue.push_front(errand);
                         break;
                     }
@@ -136,12 +148,13 @@ impl Crew {
 
     fn idle_member(
         &mut self,
+        may_be_made: bool,
         new: &mut impl FnMut(RawFd) -> Option<usize>,
     ) -> Result<Option<usize>, Errno> {
         if let Some(at) = self.members.iter().position(|it| it.errand.is_none()) {
             return Ok(Some(at));
         }
-        if self.members.len() >= MOST {
+        if self.members.len() >= MOST || !may_be_made {
             return Ok(None);
         }
         let helper = Helper::start()?;

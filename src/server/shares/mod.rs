@@ -408,6 +408,11 @@ impl Shares {
         }
     }
 
+    /// Whether more is to be given out at once.
+    pub fn has_more_to_give_out(&self) -> bool {
+        self.is_busy && self.crews.values().any(Crew::wants_helper)
+    }
+
     /// A helper has something to say.
     pub fn hear(&mut self, number: usize, custody: &mut Custody) {
         let Some(Some(share)) = self.helpers.get(number).copied() else {
