@@ -55,21 +55,39 @@ impl Custody {
             .find(|it| !self.elsewhere.contains(&it.lease.descriptor.as_raw_fd()))
     }
 
-    /// The lock on the file with this descriptor was let go of elsewhere, and the client that gave it back, if there
-    /// was one, is gone: nobody has it any more. The file, to be closed.
+    /// The lock on the file with this descriptor, which a dead owner left, was let go of elsewhere. The file, to be
+    /// closed.
     pub fn was_let_go(&mut self, number: RawFd) -> Option<OwnedFd> {
         self.elsewhere.remove(&number);
-        let is_it = |it: &Resource<Lease>| it.lease.descriptor.number() == Number(number);
-        let mut left = self.state.estates().iter();
-        if left.any(|estate| estate.resources.iter().any(is_it)) {
-            return match self.record(Event::Freed(Number(number)), Given::default()) {
-                Left::Resource(resource) => Some(descriptor_of(resource)),
-                _ => None,
-            };
+        if !self.is_left(number) {
+            return None;
         }
-        let (id, held) = self.state.table().iter().find(|(_, it)| is_it(it))?;
-        let holder = held.any_holder()?;
-        let owner = self.state.table().owner(holder)?.clone();
+        match self.record(Event::Freed(Number(number)), Given::default()) {
+            Left::Resource(resource) => Some(descriptor_of(resource)),
+            _ => None,
+        }
+    }
+
+    /// Another process is done with the lock on the file with this descriptor, and a client is about to hear of it.
+    /// Should its owner have died meanwhile, the estate has the file, and it is let go of with that.
+    pub fn is_done_elsewhere(&mut self, number: RawFd) {
+        if self.is_left(number) {
+            self.elsewhere.remove(&number);
+        }
+    }
+
+    fn is_left(&self, number: RawFd) -> bool {
+        let mut left = self.state.estates().iter();
+        left.any(|estate| estate.resources.iter().any(|it| is_it(it, number)))
+    }
+
+    /// Whoever gave back what is open under this number is gone, and another process is about to let go of its lock:
+    /// nobody holds it any more. The file, to be closed when that is done. (If its owner is dead, the estate has it.)
+    pub fn gives_back(&mut self, number: RawFd) -> Option<OwnedFd> {
+        self.elsewhere.remove(&number);
+        let table = self.state.table();
+        let (id, held) = table.iter().find(|(_, it)| is_it(it, number))?;
+        let owner = table.owner(held.any_holder()?)?.clone();
         let (lockspace, name) = (held.lockspace().to_vec(), held.name().to_vec());
         let place = Place {
             lockspace: &lockspace,
@@ -163,7 +181,12 @@ impl Custody {
     }
 }
 
-/// Its lock is let go of already.
+/// Whether a file is open under this number.
+fn is_it(resource: &Resource<Lease>, number: RawFd) -> bool {
+    resource.lease.descriptor.number() == Number(number)
+}
+
+/// Its lock is let go of elsewhere.
 fn descriptor_of(resource: Resource<Lease>) -> OwnedFd {
     Lockable::into_descriptor(resource.into_lease().descriptor)
 }

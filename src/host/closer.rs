@@ -4,6 +4,8 @@
 
 use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 
+use nix::sys::signal::Signal;
+
 use super::clone::{self, Which};
 use super::descriptors;
 use super::errno::Errno;
@@ -24,6 +26,7 @@ impl Closer {
     /// # Errors
     /// What the host refuses.
     pub fn start(files: Vec<OwnedFd>) -> Result<Closer, (Errno, Vec<OwnedFd>)> {
+        let parent = process::own_number();
         match clone::sharing_descriptors() {
             Ok(Which::Original(pid)) => {
                 // They are its own from here on: a number that is closed there may be another file's at once.
@@ -35,6 +38,12 @@ impl Closer {
             Ok(Which::Copy) => {
                 let _ = nix::sys::prctl::set_name(NAME);
                 clone::end_at_once_on_panic();
+                // Whoever goes on for a process that died sees to what is open then: what is closed here behind that
+                // might be another file of the same number.
+                let follows = clone::follow_parent(Some(Signal::SIGKILL));
+                if follows.is_err() || clone::parent() != parent {
+                    clone::leave(1);
+                }
                 files.into_iter().for_each(drop);
                 clone::leave(0)
             }

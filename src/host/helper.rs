@@ -13,6 +13,7 @@ use super::apart::{self, Files};
 use super::clone;
 use super::errno::Errno;
 use super::passing::{self, Message};
+use super::privileges;
 
 /// Set in a program that is a helper, and nothing else.
 pub const VARIABLE: &str = "VIRTLOCKD_HELPER";
@@ -25,6 +26,8 @@ pub const LONGEST: usize = 64 * 1024;
 
 /// A message that says that the last answer has arrived. No job is so short.
 const ARRIVED: &[u8] = b"k";
+/// A message that says that its file has not, for want of room.
+const LOST: &[u8] = b"l";
 
 /// What became of a job.
 #[derive(Debug)]
@@ -107,8 +110,9 @@ impl Helper {
         match passing::receive(self.socket.as_raw_fd(), buffer) {
             Ok(message) if message.length == 0 => Err(Errno::EPIPE),
             Ok(message) => {
-                // It closes what it has open for it. The next job tells it the same.
-                let _ = passing::send(self.socket.as_raw_fd(), ARRIVED, &[]);
+                // It closes what it has open for it, or undoes it. The next job tells it that it has arrived, too.
+                let word = if message.is_cut { LOST } else { ARRIVED };
+                let _ = passing::send(self.socket.as_raw_fd(), word, &[]);
                 Ok(Some(message))
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
@@ -132,6 +136,8 @@ pub fn serve(work: Work) -> Result<(), Errno> {
     let name = CString::new(NAME).unwrap_or_default();
     // A name of its own in a list of processes. Where it cannot be had it does without.
     let _ = nix::sys::prctl::set_name(&name);
+    // Where that is refused it may do more than it needs.
+    let _ = privileges::keep_those_of_files();
     serve_at(libc::STDIN_FILENO, work)
 }
 
@@ -152,7 +158,12 @@ fn serve_at(socket: RawFd, work: Work) -> Result<(), Errno> {
         };
         // Whoever asks for more, or has nothing more to ask, has read the last answer. Its file is closed here, and
         // stays as it is there.
-        drop(last.take());
+        let last_one = last.take();
+        if buffer.get(..message.length) == Some(LOST) {
+            undo(last_one);
+            continue;
+        }
+        drop(last_one);
         let job = match buffer.get(..message.length) {
             None | Some([]) => return Ok(()),
             Some(ARRIVED) => continue,

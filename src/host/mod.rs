@@ -29,6 +29,7 @@ pub mod passing;
 pub mod paths;
 pub mod patience;
 pub mod pid_file;
+pub mod privileges;
 pub mod process;
 pub mod program;
 pub mod refusal;

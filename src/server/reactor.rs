@@ -77,6 +77,9 @@ const LEDGER_RETRY_MS: u64 = 1000;
 /// milliseconds.
 const SHARES_MS: u64 = 20;
 
+/// How long an upgrade waits for them until that is said, milliseconds.
+const UNSETTLED_MS: u64 = 1_000;
+
 /// What a configuration file can change while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -173,6 +176,9 @@ pub struct Reactor {
     leases: Vec<ResourceId>,
     notes: Notes,
     shares: Shares,
+    /// Since when an upgrade waits for them, and whether that was said.
+    unsettled_since: Option<Moment>,
+    is_unsettled_told: bool,
     /// At the end, until when what is under way there is waited for.
     shares_until: Option<Moment>,
     /// What all admin clients together take of [`ADMIN_BYTES`].
@@ -289,6 +295,8 @@ impl Reactor {
             leases: Vec::new(),
             notes: Notes::default(),
             shares: Shares::default(),
+            unsettled_since: None,
+            is_unsettled_told: false,
             shares_until: None,
             admin_bytes: 0,
             guard,
@@ -636,6 +644,7 @@ impl Reactor {
                 }
                 return Ok(ended);
             }
+            self.tend_shares();
             self.watch_idleness();
             if let Err(refusal) = self.timer.set(self.deadlines.first()) {
                 tracing::warn!("{refusal}. Deadlines are kept without one");
@@ -661,7 +670,6 @@ impl Reactor {
             self.ask_what_is_not_told();
             self.wake_who_waited();
             self.work();
-            self.tend_shares();
             self.write_notes();
             self.wake_subscribers();
             self.tend_ledger();
@@ -1104,7 +1112,7 @@ impl Reactor {
         self.deadlines.unset(Deadline::Serve(id));
         self.deadlines.unset(Deadline::ClearAway(id));
         self.waiting.forget(id, &mut self.deadlines);
-        self.shares.leaves(id, &self.custody);
+        self.shares.leaves(id, &mut self.custody);
         self.watch.remove(id.0);
         if let Some(connection) = self.connections.remove(id.0) {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
@@ -1168,10 +1176,21 @@ impl Reactor {
     fn are_shares_settled(&mut self) -> bool {
         self.tend_shares();
         if self.shares.is_settled() {
+            (self.unsettled_since, self.is_unsettled_told) = (None, false);
             return true;
         }
         let again = Moment::now().plus_ms(SHARES_MS);
         self.deadlines.set(Deadline::Shares, again);
+        let since = *self.unsettled_since.get_or_insert_with(Moment::now);
+        if Moment::now().ms_since(since) >= UNSETTLED_MS && !self.is_unsettled_told {
+            self.is_unsettled_told = true;
+            tracing::warn!(
+                target: "rpc.netdaemon",
+                "The daemon replaces itself when files on shares are closed that nobody has any more. It serves \
+                 meanwhile. What is under way: {}",
+                self.shares.under_way().join("; ")
+            );
+        }
         false
     }
 
@@ -1472,8 +1491,8 @@ impl Reactor {
     }
 
     /// The end of the daemon does not wait until files on shares are closed.
-    fn leave_shares_behind(&mut self) {
-        let files = self.shares.open_files(self.custody.state());
+    fn leave_shares_behind(&self) {
+        let files = closer::on_shares();
         if files.is_empty() {
             return;
         }

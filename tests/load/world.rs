@@ -33,7 +33,7 @@ use actor::{Actor, Leaving, Loan};
 use files::{BUSY_PLACES, FileId, Files, LOCKSPACES, LOOSE_NAMES, Node, PLACES, Place};
 use model::{Ask, Effect, Mode, Model, Program, Refusal, Request, Session};
 use nix::sys::signal::Signal;
-use outside::{Outside, id_of, open_devices};
+use outside::{On, Outside, id_of, open_devices};
 use strangers::Stranger;
 
 /// How many steps are made without being asked for more.
@@ -42,6 +42,8 @@ const STEPS: usize = 3000;
 const STEPS_OF_A_WORLD: usize = 400;
 /// How many steps are made behind libvirt's daemon.
 const STEPS_BEHIND_LIBVIRTS: usize = 1200;
+/// So many on a share.
+const STEPS_ON_SHARE: usize = 800;
 /// How many calls libvirt's daemon may get before ours takes over.
 const CALLS_BEFORE: usize = 25;
 const OWNERS: usize = 5;
@@ -61,6 +63,7 @@ const TORN: Duration = Duration::from_secs(2);
 
 struct World {
     seed: u64,
+    on: On,
     step: usize,
     /// What was done, for the text of a failure.
     told: Vec<String>,
@@ -86,12 +89,12 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, program: Program) -> World {
+    fn new(seed: u64, program: Program, on: On) -> World {
         let path = match program {
             Program::Ours => daemon::program(),
             Program::Libvirts => daemon::c_daemon().expect("libvirt's daemon is there"),
         };
-        let outside = Outside::new(&path);
+        let outside = Outside::new(&path, on);
         let daemon = outside.host.start_configured("");
         // Registered, because libvirt's daemon cannot be replaced under one that is not.
         let mut bystander = daemon.client();
@@ -100,6 +103,7 @@ impl World {
             .expect_ok();
         let mut world = World {
             seed,
+            on,
             step: 0,
             told: Vec::new(),
             random: Random::new(seed),
@@ -823,6 +827,15 @@ impl World {
         }
     }
 
+    /// The share is slow from now on, or not any more.
+    fn share_changes(&mut self) {
+        if self.on == On::Share && self.random.percent(5) {
+            let time = Duration::from_millis(self.random.below(20) as u64);
+            self.outside
+                .slow_down(Some(time).filter(|time| !time.is_zero()));
+        }
+    }
+
     /// Sometimes the next steps do not wait for it.
     fn daemon_replaces_itself(&mut self) {
         self.await_successor();
@@ -873,7 +886,7 @@ impl World {
         self.strangers.clear();
         self.check();
         assert_eq!(self.daemon.ended(), None);
-        let device = self.outside.device();
+        let device = self.outside.device_of_files();
         wait_until(
             DEADLINE,
             "the daemon to have no file of the world open",
@@ -946,7 +959,7 @@ fn can_run() -> bool {
 }
 
 /// World after world, until so many steps are made.
-fn make_worlds(program: Program, default_steps: usize) {
+fn make_worlds(program: Program, on: On, default_steps: usize) {
     let first = Random::seed_from("VIRTLOCKD_WORLD_SEED");
     let steps = match std::env::var("VIRTLOCKD_WORLD_STEPS") {
         Ok(text) => text.parse().expect("VIRTLOCKD_WORLD_STEPS is a number"),
@@ -959,14 +972,17 @@ fn make_worlds(program: Program, default_steps: usize) {
         if in_this_world == 0 {
             break;
         }
-        eprintln!("VIRTLOCKD_WORLD_SEED={seed}, begun by {program:?}: {in_this_world} steps");
-        let mut world = World::new(seed, program);
+        eprintln!(
+            "VIRTLOCKD_WORLD_SEED={seed}, begun by {program:?}, on {on:?}: {in_this_world} steps"
+        );
+        let mut world = World::new(seed, program, on);
         world.check();
         if program == Program::Libvirts {
             world.begin_with_libvirts();
         }
         for step in 1..=in_this_world {
             world.step = step;
+            world.share_changes();
             world.make_step();
         }
         made += in_this_world;
@@ -980,7 +996,7 @@ fn make_worlds(program: Program, default_steps: usize) {
 #[test]
 fn in_a_random_world_every_reply_and_every_lock_is_what_the_rules_say() {
     if can_run() {
-        make_worlds(Program::Ours, STEPS);
+        make_worlds(Program::Ours, On::ThisHost, STEPS);
     }
 }
 
@@ -992,5 +1008,12 @@ fn and_so_it_is_in_a_world_that_libvirts_daemon_began() {
     if daemon::c_daemon().is_none() {
         return skip("needs libvirt's virtlockd");
     }
-    make_worlds(Program::Libvirts, STEPS_BEHIND_LIBVIRTS);
+    make_worlds(Program::Libvirts, On::ThisHost, STEPS_BEHIND_LIBVIRTS);
+}
+
+#[test]
+fn and_so_it_is_where_every_file_is_on_a_share_that_is_slow_now_and_then() {
+    if can_run() {
+        make_worlds(Program::Ours, On::Share, STEPS_ON_SHARE);
+    }
 }

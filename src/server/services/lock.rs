@@ -587,7 +587,7 @@ fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Pla
         identity: end.identity,
         removes: end.removes,
     };
-    if hall.shares.has_to_wait(id, place) {
+    if hall.shares.has_to_wait(id, place) || hall.shares.waits_for_unknown(id, share) {
         return LetGo::Waits;
     }
     hall.custody.goes_elsewhere(number);

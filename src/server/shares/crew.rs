@@ -9,7 +9,7 @@ use crate::custody::clients::ClientId;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};
 use crate::host::helper::{Dismissed, Helper, LONGEST};
-use crate::locks::errand;
+use crate::locks::errand::{self, Outcome};
 
 /// So many helpers a share has at most: enough that one whose answers take two milliseconds serves a boot of
 /// guests.
@@ -45,6 +45,8 @@ struct Member {
 #[derive(Debug)]
 pub(super) struct Finished {
     pub(super) purpose: Purpose,
+    /// The file that went with it.
+    pub(super) number: Option<RawFd>,
     pub(super) finding: Finding,
 }
 
@@ -101,8 +103,9 @@ impl Crew {
                     break;
                 }
                 Err(reason) => {
-                    // Those that there are do it some time.
-                    if !self.members.is_empty() && errno::may_pass(reason) {
+                    // Those that there are do it some time; and what is locked must be let go of.
+                    let may_wait = !self.members.is_empty() && errno::may_pass(reason);
+                    if may_wait || errand.file.is_some() {
                         self.queue.push_front(errand);
                         break;
                     }
@@ -120,6 +123,10 @@ impl Crew {
                 Err(Errno::EPIPE) if errand.tries <= TRIES => {
                     self.dismiss(at);
                     self.queue.push_front(errand);
+                }
+                Err(_) if errand.file.is_some() => {
+                    self.queue.push_front(errand);
+                    break;
                 }
                 Err(reason) => finished.push(cannot(errand, reason)),
             }
@@ -164,7 +171,7 @@ impl Crew {
                 let errand = member.errand.take();
                 self.dismiss(at);
                 let finished = match errand {
-                    Some(errand) if errand.tries < TRIES => {
+                    Some(errand) if errand.tries < TRIES || errand.file.is_some() => {
                         self.queue.push_front(errand);
                         None
                     }
@@ -177,20 +184,28 @@ impl Crew {
             return (None, false);
         };
         member.idle_since = Moment::now();
+        let number = errand.file;
         let bytes = buffer.get(..message.length).unwrap_or_default();
         let finding = match errand::outcome_of(bytes) {
             Ok((outcome, said)) => {
                 said.iter().for_each(crate::log::Said::repeat);
+                let file = message.descriptors.into_iter().next();
+                // There was no room for its descriptor: it is undone there.
+                let outcome = match (outcome, &file) {
+                    (Outcome::Locked(..), None) => Outcome::Failed(Errno::EMFILE),
+                    (outcome, _) => outcome,
+                };
                 Finding {
                     asked: errand.bytes,
                     outcome,
-                    file: message.descriptors.into_iter().next(),
+                    file,
                 }
             }
             Err(reason) => Finding::failed(reason),
         };
         let finished = Finished {
             purpose: errand.purpose,
+            number,
             finding,
         };
         (Some(finished), false)
@@ -292,6 +307,7 @@ impl Crew {
 fn cannot(errand: Errand, reason: Errno) -> Finished {
     Finished {
         purpose: errand.purpose,
+        number: errand.file,
         finding: Finding::failed(reason),
     }
 }

@@ -12,9 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
-use crate::custody::descriptor::{Number, Open};
 use crate::custody::elsewhere::Unwanted;
-use crate::custody::state::State;
 use crate::host::apart::Fillers;
 use crate::host::clock::Moment;
 use crate::host::closer::{self, Closer};
@@ -57,8 +55,6 @@ pub enum ShareId {
 enum Purpose {
     /// A client's call waits for it.
     Call(ClientId),
-    /// An owner gave back what is open under this number, and the client that said so is gone.
-    Release(RawFd),
     /// A dead owner left what is open under this number.
     Left(RawFd),
     /// Nobody wants what is open under this number.
@@ -214,6 +210,15 @@ impl Shares {
         self.calls.waits(id);
     }
 
+    /// Whether a call has to wait until files of a reactor that died are let go of on this share.
+    pub fn waits_for_unknown(&mut self, id: ClientId, share: ShareId) -> bool {
+        let waits = self.unknown.contains_key(&share);
+        if waits {
+            self.calls.waits(id);
+        }
+        waits
+    }
+
     /// The next errand of a call: what became of it, if it is done. `None` says that the call waits now, and is
     /// woken. The errand is not asked for once more when it is.
     pub fn errand(
@@ -227,8 +232,7 @@ impl Shares {
         if let Some(step) = self.calls.step(id, errand.kind()) {
             return step;
         }
-        if self.unknown.contains_key(&share) {
-            self.calls.waits(id);
+        if self.waits_for_unknown(id, share) {
             return None;
         }
         let bytes = match errand.to_bytes() {
@@ -258,16 +262,22 @@ impl Shares {
     }
 
     /// A client is gone, perhaps in the middle of a call.
-    pub fn leaves(&mut self, id: ClientId, custody: &Custody) {
+    pub fn leaves(&mut self, id: ClientId, custody: &mut Custody) {
         let serial = self.next_serial;
         let mut then = None;
         for crew in self.crews.values_mut() {
             let purpose = crew.leaves(id, |number| match number {
-                Some(number) if custody.is_elsewhere(number) => Purpose::Release(number),
+                // What was given back is nobody's from now on, whatever becomes of this process.
+                Some(number) if custody.is_elsewhere(number) => Purpose::Unwanted(number),
                 _ => Purpose::Nobody(serial),
             });
             match purpose {
-                Some(Purpose::Release(number)) => then = Some(Who::LetGo(number)),
+                Some(Purpose::Unwanted(number)) => {
+                    then = Some(Who::LetGo(number));
+                    if let Some(file) = custody.gives_back(number) {
+                        self.unwanted.insert(number, file);
+                    }
+                }
                 Some(_) => {
                     then = Some(Who::Nobody(serial));
                     self.next_serial = serial.wrapping_add(1);
@@ -458,16 +468,23 @@ impl Shares {
     }
 
     fn take(&mut self, finished: Finished, custody: &mut Custody) {
-        let Finished { purpose, finding } = finished;
+        let Finished {
+            purpose,
+            number,
+            finding,
+        } = finished;
         match purpose {
             Purpose::Call(id) => {
+                if let Some(number) = number {
+                    custody.is_done_elsewhere(number);
+                }
                 if let Some(unwanted) = self.calls.is_done(id, finding) {
                     self.is_not_wanted(unwanted);
                 }
                 self.woken.push(id);
                 return;
             }
-            Purpose::Left(number) | Purpose::Release(number) => {
+            Purpose::Left(number) => {
                 self.calls.let_go_ends(number);
                 self.to_close.extend(custody.was_let_go(number));
             }
@@ -559,20 +576,6 @@ impl Shares {
     /// Whether it is to be looked what takes long.
     pub fn is_busy(&self) -> bool {
         self.is_busy || self.is_closing()
-    }
-
-    /// The files on shares that are open, by their numbers.
-    pub fn open_files(&mut self, state: &State<Open>) -> Vec<RawFd> {
-        if !self.has_any() {
-            return Vec::new();
-        }
-        let own = self.to_close.iter().chain(self.unwanted.values());
-        let own = own.map(AsRawFd::as_raw_fd);
-        let locked = state.descriptors().map(|Number(number)| number);
-        let mut all: Vec<RawFd> = own.chain(locked).collect();
-        // Sockets are on no mount.
-        all.retain(|number| matches!(self.of_file(*number), Some(ShareId::Mount(_))));
-        all
     }
 
     /// What is under way, as an operator reads it.

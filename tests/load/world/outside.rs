@@ -6,16 +6,41 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::files::{
     BOUND, DIRECTORIES, FILES, FileId, HARD_LINKS, LINKED, MOUNTED, Node, ROOT, SYMBOLIC_LINKS,
 };
 use super::model::{Kind, Mode};
+use crate::support::fuse::Share;
 use crate::support::lock_probe;
 use crate::support::upgrade::Host;
 use virtlockd::host::note;
 
+/// On what the files of the world are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum On {
+    /// A file system of this host.
+    ThisHost,
+    /// One that is nobody's alone, as far as can be known: an overlay on a share without files.
+    Share,
+}
+
+/// Mounts it; `None` where that cannot be.
+fn mount_share(host: &Host) -> Option<Share> {
+    let share = Share::mount_lockless(&host.namespace, "lower")?;
+    fs::create_dir(host.path("/run/upper")).expect("make a directory");
+    mount(host, &["-t", "tmpfs", "tmpfs", "/run/upper"]);
+    for name in ["files", "work"] {
+        fs::create_dir(host.path("/run/upper").join(name)).expect("make a directory");
+    }
+    let options = "lowerdir=/run/lower,upperdir=/run/upper/files,workdir=/run/upper/work";
+    mount(host, &["-t", "overlay", "-o", options, "overlay", ROOT]);
+    Some(share)
+}
+
 pub struct Outside {
+    share: Option<Share>,
     pub host: Host,
     /// A handle on each file that ever was, so that it can be asked for when it has no name, and
     /// its number is never used again; and what is in it.
@@ -24,12 +49,18 @@ pub struct Outside {
 
 impl Outside {
     /// A host with this program, and the files with all their names.
-    pub fn new(program: &Path) -> Outside {
+    pub fn new(program: &Path, on: On) -> Outside {
         let host = Host::with(program);
         let at = |name: &str| host.path(ROOT).join(name);
         fs::create_dir(host.path(ROOT)).expect("make the root of the world");
         // A file system of its own: every lock on it must be explained.
-        mount(&host, &["-t", "tmpfs", "tmpfs", ROOT]);
+        let share = match on {
+            On::ThisHost => {
+                mount(&host, &["-t", "tmpfs", "tmpfs", ROOT]);
+                None
+            }
+            On::Share => mount_share(&host),
+        };
         for name in DIRECTORIES.into_iter().chain(BOUND.map(|(name, _)| name)) {
             fs::create_dir(at(name)).expect("make a directory");
         }
@@ -50,8 +81,19 @@ impl Outside {
             mount(&host, &["--bind", &source, &name]);
         }
         Outside {
+            share,
             host,
             handles: BTreeMap::new(),
+        }
+    }
+
+    /// From now on every name that is not known takes a while to be looked up, or not any more.
+    pub fn slow_down(&self, time: Option<Duration>) {
+        if let Some(share) = &self.share {
+            share.mend_all();
+            if let Some(time) = time {
+                share.slow_down(time);
+            }
         }
     }
 
@@ -62,6 +104,12 @@ impl Outside {
 
     pub fn device(&self) -> u64 {
         fs::metadata(self.path("")).expect("look at the root").dev()
+    }
+
+    /// The files in an overlay have the number of another device than their directories, whose is the file system's.
+    pub fn device_of_files(&self) -> u64 {
+        let file = self.handles.keys().next();
+        file.map_or_else(|| self.device(), |file| file.device)
     }
 
     /// All names, but not those below a bind mount, which are listed where they are bound from.
@@ -134,7 +182,7 @@ impl Outside {
 
     /// Every lock on the world's file system.
     pub fn kernel_locks(&self) -> Vec<(FileId, Kind, Mode)> {
-        let device = self.device();
+        let (device, device_of_files) = (self.device(), self.device_of_files());
         let (major, minor) = (libc::major(device), libc::minor(device));
         let place = format!("{major:02x}:{minor:02x}:");
         let list = fs::read_to_string("/proc/locks").expect("read the kernel's list of locks");
@@ -145,7 +193,7 @@ impl Outside {
                 let inode = words.iter().find_map(|word| word.strip_prefix(&place))?;
                 assert_eq!(words[words.len() - 2..], ["0", "0"], "byte 0: {line}");
                 let file = FileId {
-                    device,
+                    device: device_of_files,
                     inode: inode.parse().expect("a number of an inode"),
                 };
                 let kind = match words[1] {
