@@ -198,6 +198,7 @@
 //!   apart.rs              a copy of this process without its files, which may become another program
 //!   helper.rs             a process that does what may hang, one job after the other, or undoes it
 //!   closer.rs             processes that close files where that may hang
+//!   privileges.rs         what a process gives up that it may do and does not need
 //!   signals.rs            signals as readable events
 //!   child.rs              a child that ends with this process
 //!   descendants.rs        all that this process has started, and what that has started
