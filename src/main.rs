@@ -17,18 +17,16 @@ use std::io::Write;
 
 use virtlockd::cli::{self, Outcome};
 use virtlockd::exit::{ExitCode, Failed, StartError};
-use virtlockd::host::{errno, helper, process, signals};
-use virtlockd::life::{rehearsal, start};
-use virtlockd::locks::errand;
+use virtlockd::host::{errno, process, signals};
+use virtlockd::life::{helper, rehearsal, start};
 use virtlockd::restart::handover::CHECK_VARIABLE;
 
 fn main() -> std::process::ExitCode {
     // Before anything else: a signal must find either nobody or the reactor.
     let blocked = signals::block();
     process::set_started();
-    if std::env::var_os(helper::VARIABLE).is_some() {
-        let ended = helper::serve(errand::run);
-        return u8::from(ended.is_err()).into();
+    if helper::is_wanted() {
+        return u8::from(helper::serve().is_err()).into();
     }
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let outcome = cli::parse(&arguments, nix::unistd::geteuid().is_root());

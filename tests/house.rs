@@ -197,6 +197,7 @@ const RULES: [Rule; 13] = [
                 "identity",
                 "known_here",
                 "known_identity",
+                "known_kind",
                 "read_now",
             ],
         ),

@@ -8,26 +8,12 @@ use super::descriptor::{Descriptor, Number};
 use super::event::Event;
 use super::locking::name_of;
 use super::state::Left;
+use super::unwanted::Unwanted;
 use super::{Custody, Given};
 use crate::host::file::{FileIdentity, Lockable};
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, Resource};
-
-/// A lock that was had and is not wanted: to be let go of.
-#[derive(Debug)]
-pub struct Unwanted {
-    /// The lockspace's directory.
-    pub lockspace: Vec<u8>,
-    /// The name in it.
-    pub name: Vec<u8>,
-    /// Which file it is.
-    pub identity: FileIdentity,
-    /// The file goes, too, because it was made for this lock: the mode in which it was had.
-    pub removes: Option<Mode>,
-    /// The file, locked.
-    pub file: OwnedFd,
-}
 
 impl Custody {
     /// Another process lets go of the lock on the file with this descriptor.

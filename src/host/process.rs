@@ -237,7 +237,7 @@ impl Process {
         while !self.is_dead() {
             let mut asked = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
             if poll(&mut asked, PollTimeout::NONE).is_err() {
-                super::clone::pause(std::time::Duration::from_millis(10));
+                std::thread::sleep(std::time::Duration::from_millis(10));
             }
         }
     }

@@ -5,6 +5,7 @@
 pub mod cold_start;
 pub mod go_on;
 pub mod guardian;
+pub mod helper;
 pub mod kept;
 pub mod plan;
 pub mod posix_locks;

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::{Finding, Purpose};
+use super::purpose::{Finding, Purpose};
 use crate::custody::clients::ClientId;
 use crate::host::clock::Moment;
 use crate::host::errno::{self, Errno};

@@ -5,6 +5,7 @@
 //! that waits, whoever goes on with it.
 
 mod crew;
+mod purpose;
 mod under_way;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,15 +13,14 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::custody::Custody;
 use crate::custody::clients::ClientId;
-use crate::custody::elsewhere::Unwanted;
+use crate::custody::unwanted::Unwanted;
 use crate::host::apart::Fillers;
 use crate::host::clock::Moment;
 use crate::host::closer::{self, Closer};
 use crate::host::descriptors;
-use crate::host::errno::Errno;
 use crate::host::file::FileIdentity;
 use crate::host::mount_table::Mounts;
-use crate::host::mounts::{Mount, MountId};
+use crate::host::mounts::Mount;
 use crate::host::whereabouts::{self, Whereabouts};
 use crate::locks::errand::{Errand, Kind, Outcome};
 use crate::locks::job::End;
@@ -30,6 +30,8 @@ use crate::locks::table::{Mode, Resource};
 use crate::log::Printable;
 
 use crew::{Crew, Finished, Told};
+use purpose::Purpose;
+pub use purpose::{Finding, ShareId};
 use under_way::{Calls, Who};
 
 /// How often it is looked whether anything takes long, or nothing is to be done any more, milliseconds.
@@ -38,41 +40,6 @@ pub const LOOK_MS: u64 = 1000;
 /// Behind the start of a reactor that goes on for another one, how long a lock that is in the way may be one of an
 /// earlier image's helpers, milliseconds.
 const AFTERMATH_MS: u64 = 3000;
-
-/// Whom work on a file may wait for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ShareId {
-    /// The server of this mount.
-    Mount(MountId),
-    /// Of a file of which it is not known where it is.
-    Unknown,
-    /// A process of this host that has a lease on it (F_SETLEASE, fcntl(2)).
-    Lessee,
-}
-
-/// What an errand is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Purpose {
-    /// A client's call waits for it.
-    Call(ClientId),
-    /// A dead owner left what is open under this number.
-    Left(RawFd),
-    /// Nobody wants what is open under this number.
-    Unwanted(RawFd),
-    /// Nobody waits for it any more: what it locks is let go of again. Its serial number.
-    Nobody(u64),
-}
-
-/// What a call that waits on an errand goes on with.
-#[derive(Debug)]
-pub struct Finding {
-    /// The errand, as a message.
-    asked: Vec<u8>,
-    /// What became of the errand.
-    pub outcome: Outcome,
-    /// The file that was locked.
-    pub file: Option<OwnedFd>,
-}
 
 /// Everything about shares that passes.
 #[derive(Debug)]
@@ -589,16 +556,6 @@ impl Shares {
                     .collect::<Vec<_>>()
             })
             .collect()
-    }
-}
-
-impl Finding {
-    fn failed(reason: Errno) -> Finding {
-        Finding {
-            asked: Vec::new(),
-            outcome: Outcome::Failed(reason),
-            file: None,
-        }
     }
 }
 

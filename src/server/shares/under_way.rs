@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 
-use super::{Finding, ShareId};
+use super::purpose::{Finding, ShareId};
 use crate::custody::clients::ClientId;
 use crate::locks::errand::{Kind, Outcome};
 use crate::locks::place::Place;
@@ -159,6 +159,6 @@ impl Calls {
 
     /// Whoever waits looks again.
     pub(super) fn wake_all(&mut self, woken: &mut Vec<ClientId>) {
-        woken.append(&mut self.waiting);
+        woken.extend(self.waiting.drain(..));
     }
 }
