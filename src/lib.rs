@@ -60,6 +60,7 @@
 //!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers
+//!   helper.rs             this program as a helper of its daemon, and nothing else
 //!   way_back.rs           back to libvirt's daemon, if this one cannot take over from it
 //! server/                 what passes: a new reactor makes all of it anew
 //!   reactor.rs            the loop; owns the pieces, lends them, carries out orders
@@ -98,6 +99,7 @@
 //!     estates.rs          what the dead held is freed, a few locks at a time
 //!   shares/               files on shares, which may not answer: nothing here touches one
 //!     crew.rs             the helpers of one share, and what they are to do
+//!     purpose.rs          whom work there waits for, and what it is for
 //!     under_way.rs        calls that wait for them, and who waits for these
 //! restart/                ways from one image of the process to the next
 //!   bag.rs                everything that a daemon holds, in one socket
@@ -120,6 +122,7 @@
 //!   renumber.rs           the same state after its descriptors went to another process
 //!   descriptor.rs         a descriptor in the state: open, or its number
 //!   elsewhere.rs          the door's part for files that other processes work on
+//!   unwanted.rs           a lock that was had elsewhere and that nobody wants
 //!   roll.rs               things found by the number of a descriptor
 //!   served.rs             the clients that are served, in the order of connecting
 //!   servers.rs            the two servers' numbers and sockets
