@@ -14,6 +14,9 @@
 //! order, which the reactor carries out behind the turn. An upgrade closes the ledger; the next image reads
 //! it, adopts its descriptors and goes on.
 //!
+//! A call that needs a file on a share leaves an errand at `server/shares/` and waits. A helper, which is this
+//! program once more, does the errand; then the call is worked on from its beginning, and finds what became of it.
+//!
 //! ```text
 //! main.rs                 from the words to the exit code
 //! virtlockctl.rs          the other program: its words go to ctl/
@@ -57,6 +60,7 @@
 //!   sweep.rs              what a reactor that died left open and nobody knows of
 //!   rehearsal.rs          the successor's trial run beside the running daemon
 //!   standard.rs           descriptors 0 to 2, where a client's socket or a disk has their numbers
+//!   helper.rs             this program as a helper of its daemon, and nothing else
 //!   way_back.rs           back to libvirt's daemon, if this one cannot take over from it
 //! server/                 what passes: a new reactor makes all of it anew
 //!   reactor.rs            the loop; owns the pieces, lends them, carries out orders
@@ -93,6 +97,10 @@
 //!     fence.rs            who must die: SIGTERM, SIGKILL, and what follows
 //!     watched.rs          owners without a connection of their own
 //!     estates.rs          what the dead held is freed, a few locks at a time
+//!   shares/               files on shares, which may not answer: nothing here touches one
+//!     crew.rs             the helpers of one share, and what they are to do
+//!     purpose.rs          whom work there waits for, and what it is for
+//!     under_way.rs        calls that wait for them, and who waits for these
 //! restart/                ways from one image of the process to the next
 //!   bag.rs                everything that a daemon holds, in one socket
 //!   handover.rs           is there a program that can take over; the exec
@@ -113,6 +121,8 @@
 //!   adopt.rs              the numbers of a saved state become open descriptors
 //!   renumber.rs           the same state after its descriptors went to another process
 //!   descriptor.rs         a descriptor in the state: open, or its number
+//!   elsewhere.rs          the door's part for files that other processes work on
+//!   unwanted.rs           a lock that was had elsewhere and that nobody wants
 //!   roll.rs               things found by the number of a descriptor
 //!   served.rs             the clients that are served, in the order of connecting
 //!   servers.rs            the two servers' numbers and sockets
@@ -131,6 +141,7 @@
 //!   lease.rs              a kernel's lock on a file: taken, looked after, let go
 //!   again.rs              a lock taken again by name
 //!   job.rs                the other work on a resource's file, as values
+//!   errand.rs             all that work as messages to a process that may hang
 //!   place.rs              where a resource's file is
 //!   lockspace.rs          a lockspace's directory
 //!   holder.rs             who has it, in words
@@ -162,6 +173,7 @@
 //!   output.rs             one open output
 //!   logger.rs             filters and outputs, and their exchange
 //!   subscriber.rs         from an event of tracing to a record
+//!   aside.rs              what is said in a process without a log, for one that has one
 //! host/                   what a Unix daemon owes its host; the only unsafe
 //!   errno.rs              error numbers, also those without a name
 //!   refusal.rs            what the host refused, as words
@@ -186,6 +198,10 @@
 //!   process.rs            processes through pidfds; the number of our own
 //!   program.rs            a program to be executed, prepared
 //!   leash.rs              a process group that does not outlive this process
+//!   apart.rs              a copy of this process without its files, which may become another program
+//!   helper.rs             a process that does what may hang, one job after the other, or undoes it
+//!   closer.rs             processes that close files where that may hang
+//!   privileges.rs         what a process gives up that it may do and does not need
 //!   signals.rs            signals as readable events
 //!   child.rs              a child that ends with this process
 //!   descendants.rs        all that this process has started, and what that has started
