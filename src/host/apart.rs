@@ -89,7 +89,14 @@ fn take_own_table() -> Result<(), Errno> {
         Err(_) => {
             // SAFETY: from here on the table is this copy's own.
             Errno::result(unsafe { libc::unshare(libc::CLONE_FILES) })?;
-            close(0)
+            close(0).or_else(|_| {
+                for number in super::descriptors::open_numbers() {
+                    if number > libc::STDERR_FILENO {
+                        drop(super::descriptors::adopt(number));
+                    }
+                }
+                Ok(())
+            })
         }
     }
 }

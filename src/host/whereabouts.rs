@@ -11,6 +11,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{self, OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::Mode;
@@ -117,10 +118,20 @@ pub fn known_directory(mounts: &Mounts, path: &[u8]) -> Option<FileIdentity> {
 
 /// A handle on what a path leads to, if the kernel knows that without asking anybody; EAGAIN if it does not.
 fn remembered(start: impl AsFd, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
+    if IS_REFUSED.load(Ordering::Relaxed) {
+        return Err(Errno::ENOSYS);
+    }
     let resolve = ResolveFlag::from_bits_retain(libc::RESOLVE_CACHED);
     let how = OpenHow::new().flags(flags).resolve(resolve);
-    Ok(fcntl::openat2(start, path, how)?)
+    let found = fcntl::openat2(start, path, how).map_err(Errno::from);
+    if found.as_ref().err() == Some(&Errno::ENOSYS) {
+        IS_REFUSED.store(true, Ordering::Relaxed);
+    }
+    found
 }
+
+/// The kernel, or who restricts this process, does not know openat2(2), and never will.
+static IS_REFUSED: AtomicBool = AtomicBool::new(false);
 
 /// A way along a path, name by name.
 struct Walk<'a> {

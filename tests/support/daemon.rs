@@ -380,6 +380,12 @@ pub fn helpers_of(pid: i32) -> Vec<i32> {
     all
 }
 
+/// Whether a process is one that works on files of shares.
+pub fn works_on_shares(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name == "virtlockd-share\n")
+}
+
 /// Whether a process is one that writes notes into lease files, for the one that made it.
 pub fn writes_notes(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/comm"))

@@ -387,7 +387,10 @@ impl Disturbed {
     /// this returns.
     pub fn with(daemon: &Daemon, calls: &str, injection: &str) -> Disturbed {
         let mut processes = vec![daemon.pid(), daemon.reactor()];
-        processes.extend(daemon::helpers_of(daemon.pid()));
+        // Those that only close something are over in a moment.
+        let mut helpers = daemon::helpers_of(daemon.pid());
+        helpers.retain(|it| daemon::works_on_shares(*it));
+        processes.extend(helpers);
         let numbers = processes.iter().map(i32::to_string);
         let strace = Command::new("strace")
             .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
