@@ -18,8 +18,10 @@ use super::clone::{self, Which};
 use super::errno::Errno;
 use super::passing;
 
-/// How long a copy may take to have its own table, milliseconds. It takes a tenth of one.
-const READY_MS: u16 = 2_000;
+/// How often it is looked whether a copy lives that has no table of its own yet, and how long it is waited in between,
+/// milliseconds. It takes a tenth of one.
+const READY_LOOKS: u32 = 400;
+const READY_LOOK_MS: u16 = 5;
 /// How long it may take to become another program, milliseconds.
 const STARTED_MS: u16 = 5_000;
 
@@ -53,7 +55,9 @@ pub fn copy() -> Result<Apart, Errno> {
         return Ok(Apart::Copy);
     }
     let ready = made.and_then(|made| {
-        wait(&ours, READY_MS)?;
+        if let Which::Original(pid) = made {
+            wait_until_ready(&ours, pid)?;
+        }
         passing::receive(ours.as_raw_fd(), &mut [0; 8])?;
         Ok(made)
     });
@@ -105,6 +109,18 @@ fn say_ready() -> Result<(), Errno> {
     // SAFETY: F_SETFL takes an integer and touches no memory of ours. The other end does not wait for all that.
     Errno::result(unsafe { libc::fcntl(libc::STDIN_FILENO, libc::F_SETFL, 0) })?;
     passing::send(libc::STDIN_FILENO, b"r", &[])
+}
+
+/// Waits until the copy has its own table. It may die of something before.
+fn wait_until_ready(way: &OwnedFd, pid: i32) -> Result<(), Errno> {
+    for _ in 0..READY_LOOKS {
+        match wait(way, READY_LOOK_MS) {
+            Err(Errno::ETIMEDOUT | Errno::EINTR) if clone::is_child(pid) => (),
+            Err(Errno::ETIMEDOUT | Errno::EINTR) => return Err(Errno::ESRCH),
+            result => return result,
+        }
+    }
+    Err(Errno::ETIMEDOUT)
 }
 
 /// Waits until there is something to be received.

@@ -7,10 +7,14 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
 
 use crate::host::apart::{self, Files};
+use crate::host::errno::Errno;
 use crate::host::leash::{Collar, Leash};
+use crate::host::mount_table::Mounts;
 use crate::host::process::Process;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
@@ -162,7 +166,7 @@ impl CommandLine {
 /// A successor that is being looked at.
 #[derive(Debug)]
 pub struct Check {
-    child: apart::Program,
+    child: Child,
     /// What it says, and what it complains of.
     said: OwnedFd,
     complained: OwnedFd,
@@ -220,25 +224,31 @@ impl Check {
         };
         let (said, output) = apart::pipe().map_err(unstarted)?;
         let (complained, error) = apart::pipe().map_err(unstarted)?;
-        let words = [name, OsStr::new("--version")].into_iter();
-        let words = words.chain(rest.iter().map(OsString::as_os_str));
-        let words: Result<Vec<CString>, String> = words.map(|word| text(word.as_bytes())).collect();
-        let environment = std::env::vars_os()
-            .filter(|(name, _)| name != "NOTIFY_SOCKET" && name != CHECK_VARIABLE)
-            .chain(ledger.is_ok().then(|| (CHECK_VARIABLE.into(), "1".into())));
-        let environment: Result<Vec<CString>, String> = environment
-            .map(|(name, value)| variable(&name, &value))
+        let words: Vec<&OsStr> = [name, OsStr::new("--version")]
+            .into_iter()
+            .chain(rest.iter().map(OsString::as_os_str))
             .collect();
-        let program = text(path.as_os_str().as_bytes())?;
-        let files = Files {
-            standard: [&shown, &output, &error].map(AsRawFd::as_raw_fd),
-            other: Some(collar.theirs()),
+        let has_ledger = ledger.is_ok();
+        let is_apart = Mounts::open().has_shares();
+        let apart = is_apart.then(|| {
+            let files = Files {
+                standard: [&shown, &output, &error].map(AsRawFd::as_raw_fd),
+                other: Some(collar.theirs()),
+            };
+            start_apart(&path, &words, has_ledger, &files)
+        });
+        let mut child = match apart {
+            Some(Ok(program)) => Child::Apart(program),
+            // As everywhere else it closes what this process has open.
+            Some(Err(_)) | None => {
+                let standard = [shown, output, error];
+                start_plainly(&path, &words, has_ledger, (standard, &collar)).map_err(unstarted)?
+            }
         };
-        let child = apart::start(&program, &words?, &environment?, &files).map_err(unstarted)?;
         let leash = match collar.tie(child.pid()) {
             Ok(leash) => Some(leash),
             Err(reason) => {
-                end(&child);
+                end(&mut child);
                 return Err(untied(reason));
             }
         };
@@ -253,7 +263,7 @@ impl Check {
                 leash,
             }),
             Err(reason) => {
-                end(&child);
+                end(&mut child);
                 Err(format!(
                     "{} cannot be watched: {}",
                     path.display(),
@@ -274,11 +284,11 @@ impl Check {
     }
 
     /// What became of it, once it is over.
-    pub fn verdict(self) -> Result<Successor, Unfit> {
+    pub fn verdict(mut self) -> Result<Successor, Unfit> {
         let status = match self.child.ended() {
             Some(status) => status,
             None => {
-                end(&self.child);
+                end(&mut self.child);
                 return Err(Unfit::Ever("it does not end".into()));
             }
         };
@@ -327,7 +337,7 @@ impl Check {
     }
 
     /// Forgets a successor that is over. Without this it stays in the list of processes.
-    pub fn reap(self) {
+    pub fn reap(mut self) {
         let _ = self.child.ended();
     }
 }
@@ -339,7 +349,92 @@ fn last_format(complaint: &str) -> Option<u32> {
     digits.parse().ok()
 }
 
-fn end(child: &apart::Program) {
+/// The process of a successor that is being looked at.
+#[derive(Debug)]
+enum Child {
+    /// One that never had what this process has open.
+    Apart(apart::Program),
+    /// One that closed it.
+    Plain(std::process::Child),
+}
+
+impl Child {
+    fn pid(&self) -> i32 {
+        match self {
+            Child::Apart(program) => program.pid(),
+            Child::Plain(child) => child.id().cast_signed(),
+        }
+    }
+
+    /// How it ended, if it has; it is forgotten with that.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        match self {
+            Child::Apart(program) => program.ended(),
+            Child::Plain(child) => child.try_wait().ok().flatten(),
+        }
+    }
+
+    fn kill(&mut self) {
+        match self {
+            Child::Apart(program) => program.kill(),
+            // It may be over.
+            Child::Plain(child) => _ = child.kill(),
+        }
+    }
+}
+
+/// Starts a successor that is to be looked at, with none of the files that this process has open: to close one of a
+/// share may take for ever.
+fn start_apart(
+    path: &Path,
+    words: &[&OsStr],
+    has_ledger: bool,
+    files: &Files,
+) -> Result<apart::Program, Errno> {
+    let no_text = |_: String| Errno::EINVAL;
+    let words: Result<Vec<CString>, String> =
+        words.iter().map(|word| text(word.as_bytes())).collect();
+    let environment: Result<Vec<CString>, String> = std::env::vars_os()
+        .filter(|(name, _)| name != NOTIFY && name != CHECK_VARIABLE)
+        .chain(has_ledger.then(|| (CHECK_VARIABLE.into(), "1".into())))
+        .map(|(name, value)| variable(&name, &value))
+        .collect();
+    let program = text(path.as_os_str().as_bytes()).map_err(no_text)?;
+    apart::start(
+        &program,
+        &words.map_err(no_text)?,
+        &environment.map_err(no_text)?,
+        files,
+    )
+}
+
+fn start_plainly(
+    path: &Path,
+    words: &[&OsStr],
+    has_ledger: bool,
+    ([input, output, error], collar): ([OwnedFd; 3], &Collar),
+) -> Result<Child, Errno> {
+    descriptors::keep_on_exec(collar.theirs(), true)?;
+    let mut command = Command::new(path);
+    if let Some((name, rest)) = words.split_first() {
+        command.arg0(name).args(rest);
+    }
+    let started = command
+        .envs(has_ledger.then_some((CHECK_VARIABLE, "1")))
+        .env_remove(NOTIFY)
+        .stdin(Stdio::from(input))
+        .stdout(Stdio::from(output))
+        .stderr(Stdio::from(error))
+        .process_group(0)
+        .spawn();
+    descriptors::keep_on_exec(collar.theirs(), false)?;
+    started.map(Child::Plain).map_err(|error| errno::of(&error))
+}
+
+/// Where a service manager is told of a start: not this one.
+const NOTIFY: &str = "NOTIFY_SOCKET";
+
+fn end(child: &mut Child) {
     // Killed, it is over at once unless it is stuck in the kernel: then it is not waited for.
     child.kill();
     let _ = child.ended();

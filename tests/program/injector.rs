@@ -222,7 +222,7 @@ impl Injection {
                 let child = ptrace::getevent(pid).unwrap_or(0);
                 let child = Pid::from_raw(i32::try_from(child).expect("a pid"));
                 let made_by = self.processes.get(&pid).and_then(|it| it.role);
-                let role = made_by.map(|_| role_of_child(pid));
+                let role = made_by.map(|maker| role_of_child(pid, maker));
                 let traced = self.processes.entry(child).or_default();
                 traced.role = role;
                 if traced.has_stopped {
@@ -260,9 +260,7 @@ impl Injection {
             || self.names_no_peers
             || role.is_none()
             || traced.is_some_and(|it| it.returns.is_some())
-            || wanted == role
-            // It may become one.
-            || wanted == Some(Role::Scribe) && role == Some(Role::Understudy);
+            || wanted == role;
         let _ = if matters {
             ptrace::syscall(pid, signal)
         } else {
@@ -290,11 +288,6 @@ impl Injection {
         );
         let role = self.processes.get(&pid).and_then(|it| it.role);
         let role = match role {
-            // That is the first thing that it does.
-            Some(Role::Understudy) if is_naming(number, arguments[0]) => {
-                self.processes.entry(pid).or_default().role = Some(Role::Scribe);
-                Role::Scribe
-            }
             Some(role) => role,
             // The shell and what is in front of it are nobody's.
             None if is_daemon && number == libc::SYS_execve as u64 => {
@@ -338,20 +331,17 @@ impl Injection {
     }
 }
 
-/// What a process is for that one of the daemon's is making.
-fn role_of_child(maker: Pid) -> Role {
+/// What a process is for that one of the daemon's is making. What serves makes none that does.
+fn role_of_child(maker: Pid, role: Role) -> Role {
     let registers = ptrace::getregs(maker).expect("the registers of a process that makes one");
     let shares_descriptors = registers.rdi & libc::CLONE_FILES as u64 != 0;
-    if shares_descriptors {
+    if shares_descriptors && role == Role::Reactor {
+        Role::Scribe
+    } else if shares_descriptors {
         Role::Reactor
     } else {
         Role::Understudy
     }
-}
-
-/// Whether a call gives the process a name, which only one that writes notes does.
-fn is_naming(number: u64, what: u64) -> bool {
-    number == libc::SYS_prctl as u64 && what == libc::PR_SET_NAME as u64
 }
 
 /// Whether a process that is stopped at a call enters it. `None` if it is gone.

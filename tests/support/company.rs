@@ -285,6 +285,7 @@ impl<Decide: FnMut(&At) -> Act> Looker<Decide> {
             _ if is_thread => return let_go(child),
             Some(Role::Guardian) if shares => Role::Reactor,
             Some(Role::Guardian | Role::Understudy) => Role::Understudy,
+            Some(Role::Reactor) if is_copy && shares => Role::Scribe,
             Some(Role::Reactor) if is_copy => Role::Understudy,
             Some(Role::Reactor) => Role::Check,
             // What a check starts is nobody's.
@@ -314,17 +315,6 @@ impl<Decide: FnMut(&At) -> Act> Looker<Decide> {
             return false;
         }
         member.is_inside = true;
-        // That is the first thing that it does, and nobody else does it.
-        let is_naming = registers.orig_rax == libc::SYS_prctl as u64
-            && registers.rdi == libc::PR_SET_NAME as u64;
-        if member.role == Role::Understudy && is_naming {
-            member.role = Role::Scribe;
-            let seen = self.seen.entry(Role::Understudy).or_default();
-            *seen = seen.saturating_sub(1);
-            let seen = self.seen.entry(Role::Scribe).or_default();
-            member.before = *seen;
-            *seen += 1;
-        }
         member.calls += 1;
         let count = self.counts.entry(member.role).or_default();
         *count += 1;

@@ -301,6 +301,12 @@ pub const FAILING: &[Failing] = &[
         "EINTR ENOMEM",
     ),
     failing(
+        "recvmsg",
+        libc::SYS_recvmsg,
+        &[Of::Descriptor],
+        "ENOMEM ENOBUFS EINTR",
+    ),
+    failing(
         "recvmmsg",
         libc::SYS_recvmmsg,
         &[Of::Descriptor],
