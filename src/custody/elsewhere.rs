@@ -21,6 +21,14 @@ impl Custody {
         self.elsewhere.insert(number);
     }
 
+    /// Whatever another process is about to do with its lock, the file is closed here.
+    pub(super) fn is_here(&mut self, resource: &Resource<Lease>) {
+        if !self.elsewhere.is_empty() {
+            let number = resource.lease.descriptor.as_raw_fd();
+            self.elsewhere.remove(&number);
+        }
+    }
+
     /// Whether another process is about to let go of it.
     pub fn is_elsewhere(&self, number: RawFd) -> bool {
         self.elsewhere.contains(&number)
@@ -41,8 +49,16 @@ impl Custody {
             .find(|it| !self.elsewhere.contains(&it.lease.descriptor.as_raw_fd()))
     }
 
-    /// The lock on the file with this descriptor, which a dead owner left, was let go of elsewhere. The file, to be
-    /// closed.
+    /// The lock on the file with this descriptor was let go of elsewhere, and nobody goes on with that: a dead owner
+    /// left it, or who gave it back is gone. The file, to be closed.
+    pub fn is_over(&mut self, number: RawFd) -> Option<OwnedFd> {
+        if !self.is_elsewhere(number) {
+            return None;
+        }
+        self.was_let_go(number).or_else(|| self.gives_back(number))
+    }
+
+    /// The same, where a dead owner left it.
     pub fn was_let_go(&mut self, number: RawFd) -> Option<OwnedFd> {
         self.elsewhere.remove(&number);
         if !self.is_left(number) {
@@ -54,15 +70,8 @@ impl Custody {
         }
     }
 
-    /// Another process is done with the lock on the file with this descriptor, and a client is about to hear of it.
-    /// Should its owner have died meanwhile, the estate has the file, and it is let go of with that.
-    pub fn is_done_elsewhere(&mut self, number: RawFd) {
-        if self.is_left(number) {
-            self.elsewhere.remove(&number);
-        }
-    }
-
-    fn is_left(&self, number: RawFd) -> bool {
+    /// Whether a dead owner left it.
+    pub fn is_left(&self, number: RawFd) -> bool {
         let mut left = self.state.estates().iter();
         left.any(|estate| estate.resources.iter().any(|it| is_it(it, number)))
     }

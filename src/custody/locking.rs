@@ -340,6 +340,8 @@ impl Custody {
             ..Given::default()
         };
         if let Left::Resource(resource) = self.record(event, given) {
+            // The number may be another file's from here on.
+            self.is_here(&resource);
             self.end(resource);
         }
         Ok(())

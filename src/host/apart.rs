@@ -44,8 +44,8 @@ pub fn copy() -> Result<Apart, Errno> {
     let saved = unsafe { libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3) };
     let saved = Errno::result(saved).ok();
     // SAFETY: nobody here reads standard input; it is put back below.
-    Errno::result(unsafe { libc::dup2(theirs.as_raw_fd(), libc::STDIN_FILENO) })?;
-    let made = clone::sharing_descriptors();
+    let put = unsafe { libc::dup2(theirs.as_raw_fd(), libc::STDIN_FILENO) };
+    let made = Errno::result(put).and_then(|_| clone::sharing_descriptors());
     if made == Ok(Which::Copy) {
         if take_own_table().is_err() || say_ready().is_err() {
             clone::leave(1);
@@ -55,11 +55,18 @@ pub fn copy() -> Result<Apart, Errno> {
         return Ok(Apart::Copy);
     }
     let ready = made.and_then(|made| {
-        if let Which::Original(pid) = made {
-            wait_until_ready(&ours, pid)?;
+        let Which::Original(pid) = made else {
+            return Err(Errno::EINVAL);
+        };
+        let ready = wait_until_ready(&ours, pid)
+            .and_then(|()| passing::receive(ours.as_raw_fd(), &mut [0; 8]));
+        if let Err(reason) = ready {
+            // It is of no use, whatever it hangs in.
+            clone::signal(pid, nix::sys::signal::Signal::SIGKILL);
+            let _ = clone::raw_end(pid);
+            return Err(reason);
         }
-        passing::receive(ours.as_raw_fd(), &mut [0; 8])?;
-        Ok(made)
+        Ok(pid)
     });
     match saved {
         Some(saved) => {
@@ -72,10 +79,7 @@ pub fn copy() -> Result<Apart, Errno> {
         // SAFETY: it was not open before.
         None => _ = unsafe { libc::close(libc::STDIN_FILENO) },
     }
-    match ready? {
-        Which::Original(pid) => Ok(Apart::Original(pid, ours)),
-        Which::Copy => Err(Errno::EINVAL),
-    }
+    Ok(Apart::Original(ready?, ours))
 }
 
 /// In the copy.

@@ -11,6 +11,7 @@ use super::descriptors;
 use super::errno::Errno;
 use super::mount_table::Mounts;
 use super::process::{self, Process};
+use super::scribe::give_up_shared_memory;
 use super::whereabouts::Whereabouts;
 
 /// The process's name, at most 15 characters.
@@ -44,11 +45,18 @@ impl Closer {
                 if follows.is_err() || clone::parent() != parent {
                     clone::leave(1);
                 }
+                // What is mapped here is somebody's as long as this lives.
+                let _ = give_up_shared_memory();
                 files.into_iter().for_each(drop);
                 clone::leave(0)
             }
             Err(reason) => Err((reason, files)),
         }
+    }
+
+    /// It is to close nothing more. What hangs in the kernel ends with that.
+    pub fn kill(&self) {
+        clone::signal(self.0, Signal::SIGKILL);
     }
 
     /// Whether it is at it yet. If not, it is forgotten.
@@ -74,14 +82,15 @@ const LEFT: &std::ffi::CStr = c"virtlockd-left";
 /// # Errors
 /// What the host refuses.
 pub fn stay_behind(files: &[RawFd], daemon: i32) -> Result<(), Errno> {
+    let process = Process::open_any(daemon)?;
     match clone::sharing_descriptors()? {
         Which::Original(_) => Ok(()),
         Which::Copy => {
             let _ = nix::sys::prctl::set_name(LEFT);
             clone::end_at_once_on_panic();
-            if let Ok(process) = Process::open_any(daemon) {
-                process.wait_for_end();
-            }
+            // What is mapped here is somebody's as long as this lives.
+            let _ = give_up_shared_memory();
+            process.wait_for_end();
             let others = descriptors::open_numbers();
             let others = others.into_iter().filter(|it| !files.contains(it));
             for number in others.chain(files.iter().copied()) {
@@ -100,10 +109,8 @@ pub fn on_shares() -> Vec<RawFd> {
     }
     let mut open = descriptors::open_numbers();
     open.retain(|number| {
-        matches!(
-            descriptors::whereabouts(&mut mounts, *number),
-            Whereabouts::Share(Some(_))
-        )
+        let mut is_local = || descriptors::whereabouts(&mut mounts, *number) == Whereabouts::Local;
+        descriptors::is_regular(*number) && !is_local()
     });
     open
 }

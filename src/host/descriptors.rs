@@ -132,6 +132,16 @@ pub fn identity(number: RawFd) -> Option<FileIdentity> {
     super::file::known_identity(descriptor).ok()
 }
 
+/// Whether a regular file is open under this number.
+pub fn is_regular(number: RawFd) -> bool {
+    if number < 0 {
+        return false;
+    }
+    // SAFETY: it is not -1, and statx(2) says so if it is not open.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+    file::known_kind(descriptor) == Ok(libc::S_IFREG)
+}
+
 /// Where the file is that is open under this number.
 pub fn whereabouts(mounts: &mut Mounts, number: RawFd) -> Whereabouts {
     if number < 0 {

@@ -58,8 +58,9 @@ use crate::host::process::{self, Process};
 use crate::host::refusal::Refusal;
 use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
-use crate::host::{clone, closer, descriptors, heap, notify, passing};
+use crate::host::{closer, descriptors, heap, notify, passing};
 use crate::locks::lease;
+use crate::locks::place::Place;
 use crate::locks::table::{Pid, ResourceId};
 use crate::log::{self, Printable};
 
@@ -568,6 +569,18 @@ impl Reactor {
             (None, true) => (passed_on.unwrap_or_default(), false),
             (None, false) => return (Connection::default(), None),
         };
+        let service = self
+            .custody
+            .state()
+            .client(id)
+            .map_or(Service::Lock, |it| it.arrival.server);
+        if let Some((lockspace, name)) = recovery::gives_back(&rest, service) {
+            let place = Place {
+                lockspace: &lockspace,
+                name: &name,
+            };
+            self.shares.may_let_go(id, place);
+        }
         let is_kept = is_known || self.buffers.settle(self.desk, whose, &rest);
         // Passed on once more it would be worked on or sent twice.
         self.custody.take_traffic(id);
@@ -639,8 +652,10 @@ impl Reactor {
         self.finish();
         while !matches!(self.doing, Doing::Ended | Doing::Kept) {
             if let Some(ended) = self.is_over_before_the_daemon() {
-                if ended == Ended::Left {
-                    self.leave_shares_behind();
+                match ended {
+                    Ended::Left => self.leave_shares_behind(),
+                    Ended::Orphaned => self.shares.stop_closing(),
+                    _ => (),
                 }
                 return Ok(ended);
             }
@@ -782,6 +797,7 @@ impl Reactor {
     fn tend_shares(&mut self) {
         let unwanted = self.custody.take_unwanted();
         self.shares.let_go_of_unwanted(unwanted);
+        self.wake_who_waited();
         if !self.shares.is_busy() {
             return;
         }
@@ -1085,6 +1101,8 @@ impl Reactor {
     /// An owner that cannot be reached for want of memory or descriptors must not live on for that:
     /// its connection stays, and it is tried again.
     fn clear_away(&mut self, id: ClientId) {
+        // What it gave back is not its own any more.
+        self.shares.leaves(id, &mut self.custody);
         let mut owners = self.owners();
         let left = owners.left_with(id);
         if let Left::Owner(pid, Err(reason)) = &left
@@ -1113,7 +1131,6 @@ impl Reactor {
         self.deadlines.unset(Deadline::Serve(id));
         self.deadlines.unset(Deadline::ClearAway(id));
         self.waiting.forget(id, &mut self.deadlines);
-        self.shares.leaves(id, &mut self.custody);
         self.watch.remove(id.0);
         if let Some(connection) = self.connections.remove(id.0) {
             self.admin_bytes = self.admin_bytes.saturating_sub(connection.counted);
@@ -1476,6 +1493,7 @@ impl Reactor {
             .shares_until
             .get_or_insert_with(|| now.plus_ms(stop::SHARES_MS));
         let is_settled = self.shares.is_settled() && self.custody.state().estates().is_empty();
+        let end = end.max(self.shares.answered_at().plus_ms(stop::SHARES_MS));
         if !is_settled && now < end {
             let again = now.plus_ms(SHARES_MS);
             self.deadlines.set(Deadline::Shares, again);
@@ -1498,7 +1516,7 @@ impl Reactor {
             return;
         }
         let daemon = match self.guard {
-            Some(_) => clone::parent(),
+            Some(desk) => desk.guardian().cast_signed(),
             None => process::own_number(),
         };
         // Otherwise it waits for them, as every process does at its end.

@@ -137,6 +137,17 @@ pub fn recover(
     Some(recovered)
 }
 
+/// The resource that the call which a client waits with gives back, by its lockspace and name.
+pub fn gives_back(rest: &Rest, service: Service) -> Option<(Vec<u8>, Vec<u8>)> {
+    let call = Call::at_front(rest, service)?;
+    match call.lock_call()? {
+        lock::Call::ReleaseResource { target, .. } => {
+            Some((target.lockspace.to_vec(), target.name.to_vec()))
+        }
+        _ => None,
+    }
+}
+
 /// As the next image of the process, or a connection, takes it.
 pub fn traffic(rest: &Rest) -> Traffic {
     Traffic {

@@ -131,7 +131,7 @@ fn lock_call(
     };
     let result = lock_service::call(hall, id, &call);
     if !matches!(result, Ok(Called::Again | Called::Waits)) {
-        hall.shares.call_ends(id);
+        hall.shares.call_ends(id, hall.custody);
     }
     match &result {
         Ok(Called::Again | Called::Waits) => (),

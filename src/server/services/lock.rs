@@ -572,7 +572,23 @@ enum LetGo {
 
 /// What is given back is let go of elsewhere if it is the last holding of a file on a share.
 fn let_go_elsewhere(owner: &Owner, hall: &mut Hall<'_>, id: ClientId, place: Place<'_>) -> LetGo {
-    if !hall.shares.has_any() {
+    if hall.shares.lets_go(id) {
+        // Whatever has been mounted or unmounted since.
+        let asked = Errand::End {
+            place,
+            identity: FileIdentity {
+                device: 0,
+                inode: 0,
+            },
+            removes: None,
+        };
+        let work = ("release", place, &asked);
+        return match errand(hall, id, ShareId::Unknown, work, None) {
+            None => LetGo::Waits,
+            Some(_) => LetGo::Done,
+        };
+    }
+    if !hall.shares.may_have_files() {
         return LetGo::Here;
     }
     let Some(resource) = hall.custody.last_of(place, owner) else {

@@ -15,7 +15,7 @@ use crate::locks::errand::{self, Outcome};
 /// guests.
 const MOST: usize = 8;
 /// How long a helper without anything to do stays, milliseconds.
-const IDLE_MS: u64 = 30_000;
+const IDLE_MS: u64 = 10_000;
 /// How long an errand may take before that is said, milliseconds.
 const SLOW_MS: u64 = 5_000;
 /// How often an errand is given out whose helper ends over it.
@@ -45,8 +45,6 @@ struct Member {
 #[derive(Debug)]
 pub(super) struct Finished {
     pub(super) purpose: Purpose,
-    /// The file that went with it.
-    pub(super) number: Option<RawFd>,
     pub(super) finding: Finding,
 }
 
@@ -66,6 +64,8 @@ pub(super) struct Crew {
     queue: VecDeque<Errand>,
     /// The host would make no helper: it is tried again some time.
     is_refused: bool,
+    /// The numbers of helpers that are over.
+    over: Vec<usize>,
     /// Helpers that end, or have ended.
     dismissed: Vec<Dismissed>,
     /// Since when it has not answered, if that was said.
@@ -104,7 +104,9 @@ impl Crew {
     ) -> Vec<Finished> {
         let mut finished = Vec::new();
         let before = self.members.len();
-        self.is_refused = false;
+        if self.is_refused {
+            return finished;
+        }
         while let Some(mut errand) = self.queue.pop_front() {
             let may_be_made = self.members.len() <= before;
             let at = match self.idle_member(may_be_made, new) {
@@ -131,16 +133,21 @@ impl Crew {
             errand.tries = errand.tries.saturating_add(1);
             match member.helper.ask(&errand.bytes, errand.file) {
                 Ok(()) => member.errand = Some(errand),
-                // It is over: that is heard of, and another one does it.
-                Err(Errno::EPIPE) if errand.tries <= TRIES => {
-                    self.dismiss(at);
+                Err(reason) => {
+                    if reason == Errno::EPIPE {
+                        // It is over, and another one does it.
+                        self.dismiss(at);
+                    }
+                    if errand.file.is_none() && (reason != Errno::EPIPE || errand.tries > TRIES) {
+                        finished.push(cannot(errand, reason));
+                        continue;
+                    }
+                    self.is_refused = reason != Errno::EPIPE || errand.tries > TRIES;
                     self.queue.push_front(errand);
+                    if self.is_refused {
+                        break;
+                    }
                 }
-                Err(_) if errand.file.is_some() => {
-                    self.queue.push_front(errand);
-                    break;
-                }
-                Err(reason) => finished.push(cannot(errand, reason)),
             }
         }
         finished
@@ -185,6 +192,7 @@ impl Crew {
                 self.dismiss(at);
                 let finished = match errand {
                     Some(errand) if errand.tries < TRIES || errand.file.is_some() => {
+                        self.is_refused = errand.tries >= TRIES;
                         self.queue.push_front(errand);
                         None
                     }
@@ -197,7 +205,6 @@ impl Crew {
             return (None, false);
         };
         member.idle_since = Moment::now();
-        let number = errand.file;
         let bytes = buffer.get(..message.length).unwrap_or_default();
         let finding = match errand::outcome_of(bytes) {
             Ok((outcome, said)) => {
@@ -218,7 +225,6 @@ impl Crew {
         };
         let finished = Finished {
             purpose: errand.purpose,
-            number,
             finding,
         };
         (Some(finished), false)
@@ -261,6 +267,10 @@ impl Crew {
     /// It answered: for how long it had not, seconds, if that was said.
     pub(super) fn answers_again(&mut self) -> Option<f64> {
         let since = self.slow_since.take()?;
+        let at_it = self.members.iter_mut().filter_map(|it| it.errand.as_mut());
+        at_it
+            .chain(&mut self.queue)
+            .for_each(|errand| errand.is_told = false);
         Some(seconds(since, Moment::now()))
     }
 
@@ -288,21 +298,21 @@ impl Crew {
         is_first.then_some(told)
     }
 
-    fn dismiss(&mut self, at: usize) -> usize {
+    fn dismiss(&mut self, at: usize) {
         let member = self.members.swap_remove(at);
         self.dismissed.push(member.helper.dismiss());
-        member.number
+        self.over.push(member.number);
     }
 
     /// Ends helpers that have had nothing to do for long: their numbers.
     pub(super) fn end_idle(&mut self, now: Moment) -> Vec<usize> {
+        self.is_refused = false;
         let is_idle = |it: &Member| it.errand.is_none() && now >= it.idle_since.plus_ms(IDLE_MS);
-        let mut over = Vec::new();
         while let Some(at) = self.members.iter().position(is_idle) {
-            over.push(self.dismiss(at));
+            self.dismiss(at);
         }
         self.dismissed.retain(Dismissed::is_there);
-        over
+        std::mem::take(&mut self.over)
     }
 
     /// Whether there is nobody, and nothing to do.
@@ -320,7 +330,6 @@ impl Crew {
 fn cannot(errand: Errand, reason: Errno) -> Finished {
     Finished {
         purpose: errand.purpose,
-        number: errand.file,
         finding: Finding::failed(reason),
     }
 }

@@ -62,6 +62,10 @@ pub struct Shares {
     /// Clients that are to have a turn.
     woken: Vec<ClientId>,
     patient_until: Moment,
+    /// When something was done last.
+    answered_at: Moment,
+    /// A share is or was mounted: files may be open that are on a mount which is gone.
+    had_any: bool,
     /// The number of the next errand that is nobody's any more.
     next_serial: u64,
     /// An errand was asked for since it was last looked for long ones.
@@ -83,6 +87,8 @@ impl Default for Shares {
             fillers: Fillers::default(),
             woken: Vec::new(),
             patient_until: Moment(0),
+            answered_at: Moment(0),
+            had_any: false,
             next_serial: 0,
             is_busy: false,
         }
@@ -102,7 +108,14 @@ impl Shares {
 
     /// Whether any share is mounted.
     pub fn has_any(&mut self) -> bool {
-        self.mounts.has_shares()
+        let has = self.mounts.has_shares();
+        self.had_any |= has;
+        has
+    }
+
+    /// When something was done last.
+    pub fn answered_at(&self) -> Moment {
+        self.answered_at
     }
 
     /// The share that a resource's file is on, if it is on one.
@@ -125,7 +138,7 @@ impl Shares {
 
     /// The share that an open file is on, if it is on one.
     pub fn of_file(&mut self, number: RawFd) -> Option<ShareId> {
-        if !self.mounts.has_shares() {
+        if !self.had_any && !self.has_any() {
             return None;
         }
         share(descriptors::whereabouts(&mut self.mounts, number))
@@ -167,6 +180,16 @@ impl Shares {
         is_slow.then_some(share)
     }
 
+    /// Whether a call has begun to let go of a lock elsewhere.
+    pub fn lets_go(&self, id: ClientId) -> bool {
+        self.calls.has_step(id, Kind::End)
+    }
+
+    /// Whether a file that is open may be on a share.
+    pub fn may_have_files(&mut self) -> bool {
+        self.has_any() || self.had_any
+    }
+
     /// Whether a call waits for somebody to give back a lease on its file, or has.
     pub fn waits_for_lessee(&self, id: ClientId) -> bool {
         self.calls.has_step(id, Kind::Acquire)
@@ -206,7 +229,7 @@ impl Shares {
             Ok(bytes) => bytes,
             Err(reason) => return Some(Finding::failed(reason)),
         };
-        self.calls.asks(id, errand.kind(), place);
+        self.calls.asks(id, (errand.kind(), file), place);
         self.ask(share, Purpose::Call(id), bytes, file, what());
         None
     }
@@ -217,15 +240,29 @@ impl Shares {
     }
 
     /// A call has been answered: what it asked for and did not take is let go of, and others that waited for it go on.
-    pub fn call_ends(&mut self, id: ClientId) {
-        self.end_call(id, None);
+    pub fn call_ends(&mut self, id: ClientId, custody: &mut Custody) {
+        self.end_call(id, None, custody);
     }
 
-    fn end_call(&mut self, id: ClientId, then: Option<Who>) {
-        for finding in self.calls.ends(id, then) {
+    fn end_call(&mut self, id: ClientId, then: Option<Who>, custody: &mut Custody) {
+        let Some(left) = self.calls.ends(id, then) else {
+            return;
+        };
+        for number in left.let_go {
+            self.to_close.extend(custody.is_over(number));
+        }
+        for finding in left.findings {
             self.is_not_wanted(finding);
         }
         self.calls.wake_all(&mut self.woken);
+    }
+
+    /// The call of a client that waits here since an earlier reactor gives a resource back: that one may have begun with
+    /// it.
+    pub fn may_let_go(&mut self, id: ClientId, place: Place<'_>) {
+        if self.has_any() {
+            self.calls.may_let_go(id, place);
+        }
     }
 
     /// A client is gone, perhaps in the middle of a call.
@@ -234,11 +271,14 @@ impl Shares {
         let mut then = None;
         for crew in self.crews.values_mut() {
             let purpose = crew.leaves(id, |number| match number {
+                // It stays that of a dead owner.
+                Some(number) if custody.is_left(number) => Purpose::Left(number),
                 // What was given back is nobody's from now on, whatever becomes of this process.
                 Some(number) if custody.is_elsewhere(number) => Purpose::Unwanted(number),
                 _ => Purpose::Nobody(serial),
             });
             match purpose {
+                Some(Purpose::Left(number)) => then = Some(Who::LetGo(number)),
                 Some(Purpose::Unwanted(number)) => {
                     then = Some(Who::LetGo(number));
                     if let Some(file) = custody.gives_back(number) {
@@ -252,7 +292,7 @@ impl Shares {
                 None => (),
             }
         }
-        self.end_call(id, then);
+        self.end_call(id, then, custody);
     }
 
     fn is_not_wanted(&mut self, finding: Finding) {
@@ -440,16 +480,10 @@ impl Shares {
     }
 
     fn take(&mut self, finished: Finished, custody: &mut Custody) {
-        let Finished {
-            purpose,
-            number,
-            finding,
-        } = finished;
+        let Finished { purpose, finding } = finished;
+        self.answered_at = Moment::now();
         match purpose {
             Purpose::Call(id) => {
-                if let Some(number) = number {
-                    custody.is_done_elsewhere(number);
-                }
                 if let Some(unwanted) = self.calls.is_done(id, finding) {
                     self.is_not_wanted(unwanted);
                 }
@@ -466,7 +500,12 @@ impl Shares {
                 for files in self.unknown.values_mut() {
                     files.remove(&number);
                 }
+                let before = self.unknown.len();
                 self.unknown.retain(|_, files| !files.is_empty());
+                if self.unknown.len() < before {
+                    // Those who asked for these files may be about to have them now.
+                    self.goes_on();
+                }
             }
             Purpose::Nobody(serial) => {
                 self.calls.nobodys_ends(serial);
@@ -496,6 +535,12 @@ impl Shares {
     /// Whether another process closes files of this one at the moment.
     fn is_closing(&self) -> bool {
         !self.closers.is_empty() || !self.to_close.is_empty()
+    }
+
+    /// Nothing more is to be closed elsewhere: this process is about to be another one's master, who sees to what is
+    /// open.
+    pub fn stop_closing(&self) {
+        self.closers.iter().for_each(Closer::kill);
     }
 
     /// Whether no file is open that nobody knows of who would go on now.

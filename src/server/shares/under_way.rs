@@ -21,6 +21,8 @@ fn key(place: Place<'_>) -> Key {
 #[derive(Debug)]
 struct Step {
     kind: Kind,
+    /// The file that went with it.
+    number: Option<RawFd>,
     finding: Option<Finding>,
 }
 
@@ -35,6 +37,15 @@ pub(super) enum Who {
     LetGo(RawFd),
     /// The same, of a dead owner, on this share.
     Left(RawFd, ShareId),
+}
+
+/// What a call leaves behind.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// Locks that it did not take.
+    pub(super) findings: Vec<Finding>,
+    /// Files whose locks were let go of for it.
+    pub(super) let_go: Vec<RawFd>,
 }
 
 /// All of them.
@@ -92,9 +103,15 @@ impl Calls {
         steps.is_some_and(|steps| steps.iter().any(|step| step.kind == kind))
     }
 
-    pub(super) fn asks(&mut self, id: ClientId, kind: Kind, place: Place<'_>) {
+    pub(super) fn asks(
+        &mut self,
+        id: ClientId,
+        (kind, number): (Kind, Option<RawFd>),
+        place: Place<'_>,
+    ) {
         let step = Step {
             kind,
+            number,
             finding: None,
         };
         self.calls.entry(id).or_default().push(step);
@@ -113,14 +130,16 @@ impl Calls {
         }
     }
 
-    /// A call is over. What it did not take; `then` is what is under way with its resource from now on.
-    pub(super) fn ends(&mut self, id: ClientId, then: Option<Who>) -> Vec<Finding> {
-        if self.calls.is_empty() {
-            return Vec::new();
-        }
-        let Some(steps) = self.calls.remove(&id) else {
-            return Vec::new();
-        };
+    /// A call of an earlier reactor that waits here may have begun to let go of the lock on this resource.
+    pub(super) fn may_let_go(&mut self, id: ClientId, place: Place<'_>) {
+        self.calls.entry(id).or_default();
+        self.resources.entry(key(place)).or_insert(Who::Client(id));
+    }
+
+    /// A call is over, if there is one. What it did not take, and the files whose locks were let go of for it; `then`
+    /// is what is under way with its resource from now on.
+    pub(super) fn ends(&mut self, id: ClientId, then: Option<Who>) -> Option<Left> {
+        let steps = self.calls.remove(&id)?;
         match then {
             None => self.resources.retain(|_, who| *who != Who::Client(id)),
             Some(then) => {
@@ -129,9 +148,21 @@ impl Calls {
                     .for_each(|who| *who = then);
             }
         }
-        let done = steps.into_iter().filter_map(|step| step.finding);
-        done.filter(|it| matches!(it.outcome, Outcome::Locked(..)) && it.file.is_some())
-            .collect()
+        let mut left = Left::default();
+        for Step {
+            number, finding, ..
+        } in steps
+        {
+            let Some(finding) = finding else {
+                continue;
+            };
+            if matches!(finding.outcome, Outcome::Locked(..)) && finding.file.is_some() {
+                left.findings.push(finding);
+            } else {
+                left.let_go.extend(number);
+            }
+        }
+        Some(left)
     }
 
     /// An errand is over whose client is gone.
