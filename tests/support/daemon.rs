@@ -364,8 +364,12 @@ pub fn reactor_of(pid: i32) -> i32 {
 
 /// Whether a process is one that a daemon made to do something that may take long, under a name of its own.
 pub fn helps(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/comm"))
-        .is_ok_and(|name| name.starts_with("virtlockd-"))
+    // A copy of the program may be called anything else.
+    const NAMES: [&str; 4] = ["notes", "share", "close", "left"];
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| {
+        let what = name.trim_end().strip_prefix("virtlockd-");
+        what.is_some_and(|what| NAMES.contains(&what))
+    })
 }
 
 /// The processes that do something on shares for the daemon with this number: all that help but the one that
