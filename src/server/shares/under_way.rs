@@ -190,6 +190,6 @@ impl Calls {
 
     /// Whoever waits looks again.
     pub(super) fn wake_all(&mut self, woken: &mut Vec<ClientId>) {
-        woken.extend(self.waiting.drain(..));
+        woken.extend(std::mem::take(&mut self.waiting));
     }
 }
