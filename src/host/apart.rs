@@ -42,7 +42,12 @@ pub fn copy() -> Result<Apart, Errno> {
     let (ours, theirs) = passing::pair()?;
     // SAFETY: only copies a descriptor; the copy's number is nobody else's.
     let saved = unsafe { libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3) };
-    let saved = Errno::result(saved).ok();
+    let saved = match Errno::result(saved) {
+        Ok(saved) => Some(saved),
+        // There is none.
+        Err(Errno::EBADF) => None,
+        Err(reason) => return Err(reason),
+    };
     // SAFETY: nobody here reads standard input; it is put back below.
     let put = unsafe { libc::dup2(theirs.as_raw_fd(), libc::STDIN_FILENO) };
     let made = Errno::result(put).and_then(|_| clone::sharing_descriptors());
