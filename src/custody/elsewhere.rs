@@ -10,7 +10,9 @@ use super::locking::name_of;
 use super::state::Left;
 use super::unwanted::Unwanted;
 use super::{Custody, Given};
+use crate::host::descriptors;
 use crate::host::file::{FileIdentity, Lockable};
+use crate::locks::job::End;
 use crate::locks::lease::{Lease, LockKind};
 use crate::locks::place::Place;
 use crate::locks::table::{Mode, NotReleased, Owner, Resource};
@@ -19,6 +21,26 @@ impl Custody {
     /// Another process lets go of the lock on the file with this descriptor.
     pub fn goes_elsewhere(&mut self, number: RawFd) {
         self.elsewhere.insert(number);
+    }
+
+    /// Goes on elsewhere with the end of a resource that a process wrote down which died then, and perhaps did.
+    pub fn end_again_elsewhere(&mut self, resource: Resource<Lease<Number>>) {
+        let number = resource.lease.descriptor;
+        if self.state.descriptors().any(|known| known == number) {
+            return;
+        }
+        let Some(file) = descriptors::adopt_file(number.0, resource.identity) else {
+            // It is closed already.
+            return;
+        };
+        let end = End::of(&resource);
+        self.unwanted.push(Unwanted {
+            lockspace: resource.lockspace().to_vec(),
+            name: resource.name().to_vec(),
+            identity: end.identity,
+            removes: end.removes,
+            file,
+        });
     }
 
     /// Whatever another process is about to do with its lock, the file is closed here.

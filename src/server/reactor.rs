@@ -59,9 +59,9 @@ use crate::host::refusal::Refusal;
 use crate::host::signals::{self, Signals};
 use crate::host::timer::Timer;
 use crate::host::{closer, descriptors, heap, notify, passing};
-use crate::locks::lease;
+use crate::locks::lease::{self, Lease, LockKind};
 use crate::locks::place::Place;
-use crate::locks::table::{Pid, ResourceId};
+use crate::locks::table::{Pid, Resource, ResourceId};
 use crate::log::{self, Printable};
 
 /// How many connections on which something happened have their turn between two polls.
@@ -564,6 +564,9 @@ impl Reactor {
         let (rest, is_known) = match (found, passed_on.is_some()) {
             (Some(recovered), _) => {
                 self.making = self.making.take().or(recovered.making);
+                for resource in recovered.released {
+                    self.end_again(resource);
+                }
                 (recovered.rest, true)
             }
             (None, true) => (passed_on.unwrap_or_default(), false),
@@ -592,6 +595,16 @@ impl Reactor {
             connection.lies_on_desk();
         }
         (connection, None)
+    }
+
+    /// Goes on with the end of a lock that a reactor died over.
+    fn end_again(&mut self, resource: Resource<Lease<Number>>) {
+        let is_own = matches!(resource.lease.kind, LockKind::OpenFile);
+        if is_own && self.shares.of_file(resource.lease.descriptor.0).is_some() {
+            self.custody.end_again_elsewhere(resource);
+        } else {
+            self.custody.end_again(resource);
+        }
     }
 
     /// What was ordered is done: the step in which it was ends. How the turn ends, if it does.

@@ -26,8 +26,9 @@ use crate::custody::servers::Service;
 use crate::custody::since::{Happened, Held, Since};
 use crate::desk::turn::{self as step, Rest, Whose};
 use crate::host::shared::Shared;
+use crate::locks::lease::Lease;
 use crate::locks::place::Place;
-use crate::locks::table::Owner;
+use crate::locks::table::{Owner, Resource};
 use crate::server::hall::Order;
 use crate::wire::frame::{self, Header, Kind, Split};
 use crate::wire::{admin, lock};
@@ -45,6 +46,8 @@ pub struct Recovered {
     pub was_interrupted: bool,
     /// Where a file was being made for that call, which is not done.
     pub making: Option<Making>,
+    /// What was given back, and was about to be let go of.
+    pub released: Vec<Resource<Lease<Number>>>,
 }
 
 /// The place of a file.
@@ -90,6 +93,7 @@ pub fn recover(
         rest: Rest::default(),
         was_interrupted: interrupted.is_some(),
         making: None,
+        released: Vec::new(),
     };
     if let Some(interrupted) = interrupted
         && let Some(client) = custody.state().client(id)
@@ -105,10 +109,9 @@ pub fn recover(
             Some(call) => call.verdict(id, custody, since, orders),
             None => Verdict::Undone,
         };
-        // A file that was being let go is let go.
         for happened in since.happened.drain(..) {
             if let Happened::Released(_, Some(resource)) = happened {
-                custody.end_again(*resource);
+                recovered.released.push(*resource);
             }
         }
         match (verdict, call) {
