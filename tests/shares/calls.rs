@@ -8,6 +8,10 @@ use crate::support::client::{
 use crate::support::fuse::{Operation, Trouble};
 use crate::support::protocol::{at, word};
 use crate::support::scene::NOBODY;
+use crate::support::upgrade::upgrade;
+use crate::support::{DEADLINE, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// A disk is locked.
 const LOCKS: Step = STEPS[3];
@@ -216,5 +220,44 @@ fn what_a_dead_owner_had_on_a_share_that_hangs_is_busy_until_the_share_answers()
         scene.share.mend_all();
         scene.nothing_is_left(&step, "its owner is dead");
         scene.is_had_by_another(&step);
+    }
+}
+
+/// Whoever goes on for a process that had begun to let go of a lock does not know how far that has come.
+#[test]
+fn who_shares_what_is_given_back_over_an_upgrade_or_a_death_has_a_lock_all_the_same() {
+    for is_killed in [false, true] {
+        let Some(mut scene) = Scene::new(VARIANTS[0]) else {
+            return;
+        };
+        scene.share.put("x");
+        let path = scene.share.path("x");
+        // The one who joins is asked first what it wants, behind that.
+        let [mut joins, mut gives] = [1, 2].map(|number| scene.another(number));
+        gives.call(&acquire("", &path, SHARED)).expect_ok();
+        scene.share.wait_locks(&["x read"], "granted");
+        scene.share.hang(Operation::Unlock);
+        gives.post(&release("", &path));
+        scene.share.wait_hanging(Operation::Unlock);
+        joins.post(&acquire("", &path, SHARED));
+        scene.others_are_served();
+        if is_killed {
+            let before = scene.daemon.reactor();
+            kill(Pid::from_raw(before), Signal::SIGKILL).expect("kill the reactor");
+            wait_until(DEADLINE, "another process that serves", || {
+                let now = scene.daemon.reactor();
+                now != before && now != scene.daemon.pid()
+            });
+        } else {
+            upgrade(&scene.daemon);
+        }
+        scene.others_are_served();
+        scene.share.mend_all();
+        reply(&mut gives).expect_ok();
+        reply(&mut joins).expect_ok();
+        scene.share.wait_quiet();
+        scene.share.wait_locks(&["x read"], "who joined has one");
+        joins.call(&release("", &path)).expect_ok();
+        scene.nothing_is_left(&UNLOCKS, "given back");
     }
 }
