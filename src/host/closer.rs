@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use super::clone::{self, Which};
 use super::descriptors;
 use super::errno::Errno;
-use super::mount_table::Mounts;
+use super::mount_table::{self, Mounts};
 use super::process::{self, Process};
 use super::scribe::give_up_shared_memory;
 use super::whereabouts::Whereabouts;
@@ -103,10 +103,10 @@ pub fn stay_behind(files: &[RawFd], daemon: i32) -> Result<(), Errno> {
 
 /// The numbers of the open files that are on shares.
 pub fn on_shares() -> Vec<RawFd> {
-    let mut mounts = Mounts::open();
-    if !mounts.has_shares() {
+    if !mount_table::shares_were_seen() {
         return Vec::new();
     }
+    let mut mounts = Mounts::open();
     let mut open = descriptors::open_numbers();
     open.retain(|number| {
         let mut is_local = || descriptors::whereabouts(&mut mounts, *number) == Whereabouts::Local;

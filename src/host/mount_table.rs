@@ -7,6 +7,7 @@ use std::io::{Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -14,6 +15,14 @@ use super::mounts::{self, Mount, MountId};
 
 /// Of the thread that opens it: it need not be in the mount namespace of the process's first one.
 const LIST: &str = "/proc/thread-self/mountinfo";
+
+/// Shares were mounted at some time, as far as anybody here looked.
+static WERE_SEEN: AtomicBool = AtomicBool::new(false);
+
+/// Whether a file on a share may be open: whoever opened one had looked.
+pub fn shares_were_seen() -> bool {
+    WERE_SEEN.load(Ordering::Relaxed)
+}
 
 /// The mounts of this process.
 #[derive(Debug)]
@@ -144,6 +153,7 @@ impl Mounts {
             None => {
                 self.put(Vec::new());
                 (self.is_known, self.has_shares) = (false, true);
+                WERE_SEEN.store(true, Ordering::Relaxed);
                 self.is_stale = true;
             }
         }
@@ -158,6 +168,9 @@ impl Mounts {
             shares().all(Mount::remembers_attributes),
         );
         (self.has_shares, self.remembers_attributes) = (has_shares, remembers);
+        if has_shares {
+            WERE_SEEN.store(true, Ordering::Relaxed);
+        }
         (self.is_known, self.is_stale) = (true, false);
         self.version = self.version.wrapping_add(1);
     }

@@ -19,7 +19,7 @@ use nix::sys::stat::Mode;
 use super::errno::Errno;
 use super::fdinfo;
 use super::file::FileIdentity;
-use super::mount_table::Mounts;
+use super::mount_table::{self, Mounts};
 use super::mounts::{Mount, MountId};
 
 /// Where a file is.
@@ -59,7 +59,8 @@ pub fn of_path(mounts: &mut Mounts, path: &[u8]) -> Whereabouts {
 
 /// Where an open file is.
 pub fn of_descriptor(mounts: &mut Mounts, file: impl AsFd) -> Whereabouts {
-    if !mounts.has_shares() {
+    // It may be on one that is mounted nowhere any more.
+    if !mounts.has_shares() && !mount_table::shares_were_seen() {
         return Whereabouts::Local;
     }
     of_handle(mounts, file)

@@ -14,11 +14,10 @@ use std::process::{Command, ExitStatus, Stdio};
 use crate::host::apart::{self, Files};
 use crate::host::errno::Errno;
 use crate::host::leash::{Collar, Leash};
-use crate::host::mount_table::Mounts;
 use crate::host::process::Process;
 use crate::host::program::Program;
 use crate::host::refusal::Refusal;
-use crate::host::{descriptors, environment, errno, file, signals};
+use crate::host::{descriptors, environment, errno, file, mount_table, signals};
 
 /// Set in a program that is only to say whether it could take over: the ledger is its standard
 /// input.
@@ -229,7 +228,7 @@ impl Check {
             .chain(rest.iter().map(OsString::as_os_str))
             .collect();
         let has_ledger = ledger.is_ok();
-        let is_apart = Mounts::open().has_shares();
+        let is_apart = mount_table::shares_were_seen();
         let apart = is_apart.then(|| {
             let files = Files {
                 standard: [&shown, &output, &error].map(AsRawFd::as_raw_fd),

@@ -261,3 +261,35 @@ fn who_shares_what_is_given_back_over_an_upgrade_or_a_death_has_a_lock_all_the_s
         scene.nothing_is_left(&UNLOCKS, "given back");
     }
 }
+
+/// Operators unmount what does not answer, and files stay open there.
+#[test]
+fn a_lock_on_a_share_that_is_mounted_nowhere_any_more_is_let_go_of_elsewhere() {
+    let Some(mut scene) = Scene::new(VARIANTS[0]) else {
+        return;
+    };
+    let path = scene.share.path("x");
+    scene.share.put("x");
+    scene.guest.call(&acquire("", &path, 0)).expect_ok();
+    scene.share.wait_locks(&["x write"], "granted");
+    for directory in ["/run/share", "/run/other"] {
+        let unmounted = scene
+            .host
+            .namespace
+            .command("umount")
+            .args(["-l", directory])
+            .status();
+        assert!(unmounted.expect("run umount").success());
+    }
+    scene.share.hang(Operation::Unlock);
+    scene.guest.post(&release("", &path));
+    scene.share.wait_hanging(Operation::Unlock);
+    let mut bystander = scene.another(1);
+    let disk = scene.host.disk("local");
+    bystander.call(&acquire("", &disk, 0)).expect_ok();
+    bystander.call(&release("", &disk)).expect_ok();
+    scene.share.mend_all();
+    scene.guest.receive().expect_ok();
+    scene.share.wait_locks(&[], "given back");
+    scene.share.wait_closed("given back");
+}
