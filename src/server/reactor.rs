@@ -787,10 +787,7 @@ impl Reactor {
                 upgrade.look_at_successor(&mut going);
             }
             Some(Source::Store) => self.look_at_store(),
-            Some(Source::Helper(number)) => {
-                self.shares.hear(number, &mut self.custody);
-                self.owners().tell_who_is_freed();
-            }
+            Some(Source::Helper(number)) => self.shares.hear(number, &mut self.custody),
             Some(Source::Mounts) => self.shares.mounts().changed(),
             None => (),
         }
@@ -810,6 +807,7 @@ impl Reactor {
     fn tend_shares(&mut self) {
         let unwanted = self.custody.take_unwanted();
         self.shares.let_go_of_unwanted(unwanted);
+        self.owners().tell_who_is_freed();
         self.wake_who_waited();
         if !self.shares.is_busy() {
             return;

@@ -293,3 +293,42 @@ fn a_lock_on_a_share_that_is_mounted_nowhere_any_more_is_let_go_of_elsewhere() {
     scene.share.wait_locks(&[], "given back");
     scene.share.wait_closed("given back");
 }
+
+/// What a guest that another process speaks for holds is freed when that is dead, also if it was being given back.
+#[test]
+fn who_dies_while_its_lock_is_given_back_for_it_leaves_nothing() {
+    let Some(mut scene) = Scene::new(VARIANTS[0]) else {
+        return;
+    };
+    let path = scene.share.path("x");
+    scene.share.put("x");
+    let mut guest = std::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .expect("start a guest");
+    let pid = i32::try_from(guest.id()).expect("a pid");
+    let mut manager = scene.daemon.client();
+    manager.call(&register_as("lent", pid)).expect_ok();
+    manager.call(&acquire("", &path, 0)).expect_ok();
+    scene.share.wait_locks(&["x write"], "granted");
+    scene.share.hang(Operation::Unlock);
+    manager.post(&release("", &path));
+    scene.share.wait_hanging(Operation::Unlock);
+    guest.kill().expect("kill the guest");
+    guest.wait().expect("wait for the guest");
+    // By then the daemon knows that it is dead.
+    scene.others_are_served();
+    scene.others_are_served();
+    scene.share.mend_all();
+    // Whichever was first.
+    let _ = reply(&mut manager);
+    scene.nothing_is_left(&UNLOCKS, "its owner is dead");
+    let said = || scene.daemon.stderr();
+    wait_until(DEADLINE, "the end of what it left to be told", || {
+        said().contains(&format!("pid {pid}) is dead: 1 of its locks"))
+    });
+    let mut next = scene.another(1);
+    next.call(&acquire("", &path, 0)).expect_ok();
+    next.call(&release("", &path)).expect_ok();
+    scene.nothing_is_left(&UNLOCKS, "given back");
+}

@@ -45,6 +45,11 @@ impl Owners<'_> {
     /// Says of which dead owners nothing is locked any more.
     pub fn tell_who_is_freed(&mut self) {
         let estates = self.custody.state().estates();
+        // None went, and of those that are there everything has been said.
+        if self.freeing.dead.len() <= estates.len() && estates.len() == self.freeing.estates {
+            return;
+        }
+        self.freeing.estates = estates.len();
         self.freeing.dead.retain(|(pid, owner, count)| {
             let is_there = estates.iter().any(|estate| estate.pid == *pid);
             if !is_there {

@@ -26,6 +26,8 @@ pub type Wanted = BTreeMap<Pid, Option<Pid>>;
 /// left.
 #[derive(Debug, Default)]
 pub struct Freeing {
+    /// How many estates there were when it was last looked which of them are gone.
+    estates: usize,
     dead: VecDeque<(Pid, String, usize)>,
 }
 
